@@ -1,0 +1,22 @@
+"""olmozoo: OLMo, OLMo 2 and OPT in PyTorch, in Keras/TensorFlow and in JAX/Flax.
+
+Configs and the neutral parts are here; models are in `olmozoo.pt`, `olmozoo.tf` and `olmozoo.flax`. Importing this
+package imports no framework.
+"""
+
+from olmozoo.errors import CheckpointError, ConfigError, HubError, InputError, MissingBackendError, OlmozooError
+from olmozoo.families.base import ModelConfig
+from olmozoo.families.olmo2 import Olmo2Config
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "HubError",
+    "InputError",
+    "MissingBackendError",
+    "ModelConfig",
+    "Olmo2Config",
+    "OlmozooError",
+]

@@ -1,0 +1,570 @@
+"""A checkpoint folder: a strict lazy reader and an atomic streaming writer, with no framework in sight.
+
+The safetensors format is read and written here rather than through its library for three reasons: tensors come as views
+of the mapped file, with nothing copied before a framework wants them; a shard is written one tensor at a time, so that
+saving needs the memory of one tensor and not of one shard; and a broken file is told apart tensor by tensor. Files are
+the same in both directions (https://github.com/huggingface/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import re
+import shutil
+import struct
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from olmozoo.errors import CheckpointError
+from olmozoo.families.base import (
+    ARCHITECTURES,
+    BASE_PREFIX,
+    Head,
+    ModelConfig,
+    Parameter,
+    read_json,
+)
+
+Array = np.ndarray[Any, np.dtype[Any]]
+StrPath = str | os.PathLike[str]
+
+SAFETENSORS = "model.safetensors"
+PICKLED = "pytorch_model.bin"
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+WEIGHT_FILES = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+def dtype_of(name: Any) -> np.dtype[Any]:
+    """The NumPy dtype of a name such as "bfloat16", of a framework's dtype object, or of a dtype.
+
+    Raises:
+        CheckpointError: it is not one of float64, float32, float16, bfloat16.
+    """
+    text = str(getattr(name, "name", None) or getattr(name, "__name__", None) or name).removeprefix("torch.")
+    for dtype in DTYPES.values():
+        if text == dtype.name:
+            return dtype
+    raise CheckpointError(f"dtype is {name!r}, expected one of {', '.join(d.name for d in DTYPES.values())}")
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: its file, dtype, shape and how to get it (a view of the mapped file)."""
+
+    file: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    read: Callable[[], Array]
+
+
+class Checkpoint:
+    """The tensors of a folder, by the names in its files; nothing is read before `checkpoint[name]`.
+
+    Looked for, in this order: model.safetensors, model.safetensors.index.json and its shards, pytorch_model.bin,
+    pytorch_model.bin.index.json and its shards. The `.bin` kinds need PyTorch and are read with `weights_only`.
+
+    Raises:
+        CheckpointError: no weights, or broken ones. One error lists every problem.
+    """
+
+    def __init__(self, folder: StrPath) -> None:
+        self.folder = Path(folder)
+        self.tensors: dict[str, TensorInfo] = {}
+        problems: list[str] = []
+        for file, names in self._files(problems).items():
+            try:
+                found = read_safetensors(file) if file.suffix == ".safetensors" else _read_pickled(file)
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            for name in sorted(found.keys() & self.tensors.keys()):
+                problems.append(f"{name} is in both {self.tensors[name].file.name} and {file.name}")
+            if names is not None:
+                problems += [f"{name} is not in {file.name}, where the index puts it" for name in names - found.keys()]
+                problems += [
+                    f"{name} is in {file.name}, where the index has no such tensor" for name in found.keys() - names
+                ]
+            self.tensors.update(found)
+        fail(f"{self.folder} is broken", problems)
+
+    def _files(self, problems: list[str]) -> dict[Path, set[str] | None]:
+        for single in (SAFETENSORS, PICKLED):
+            if (self.folder / single).is_file():
+                return {self.folder / single: None}
+            index = self.folder / f"{single}.index.json"
+            if index.is_file():
+                return self._shards(index, problems)
+        raise CheckpointError(
+            f"{self.folder} has no weights: expected {SAFETENSORS}, {SAFETENSORS}.index.json, {PICKLED} or "
+            f"{PICKLED}.index.json; found {', '.join(sorted(os.listdir(self.folder))) or 'nothing'}"
+        )
+
+    def _shards(self, index: Path, problems: list[str]) -> dict[Path, set[str] | None]:
+        shards: dict[Path, set[str] | None] = {}
+        for name, shard in index_entries(index).items():
+            if (self.folder / shard).is_file():
+                names = shards.setdefault(self.folder / shard, set())
+                assert names is not None
+                names.add(name)
+            elif f"{index.name} names the shard {shard}, which is not there" not in problems:
+                problems.append(f"{index.name} names the shard {shard}, which is not there")
+        return shards
+
+    def __getitem__(self, name: str) -> Array:
+        return self.tensors[name].read()
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The checkpoint's own dtype: that of its tensors; where they differ, the widest."""
+        return np.result_type(*{info.dtype for info in self.tensors.values()})
+
+
+def index_entries(index: Path) -> dict[str, str]:
+    """The `weight_map` of an index: tensor name -> shard file.
+
+    Raises:
+        CheckpointError: it is not an index, or a shard is anything but a plain file name.
+    """
+    try:
+        entries = read_json(index).get("weight_map")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(entries, dict) or not entries:
+        raise CheckpointError(f"{index} has no weight_map from tensor names to files")
+    for name, shard in entries.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
+            raise CheckpointError(f"{index} puts {name} in {shard!r}, expected a plain file name")
+    return entries
+
+
+def read_safetensors(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file. Sizes and offsets are checked before anything is mapped.
+
+    Raises:
+        CheckpointError: the file is truncated, overlong or malformed; it names the tensor and both numbers.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        if not 0 <= length <= min(size - 8, MAX_HEADER):
+            raise CheckpointError(f"{file}: a file of {size} bytes cannot have a header of {length} bytes: truncated?")
+        try:
+            header = json.loads(stream.read(length).decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{file}: the header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the header is a {type(header).__name__}, expected an object")
+    header.pop("__metadata__", None)
+    data, tensors, spans = 8 + length, {}, []
+    for name, entry in header.items():
+        dtype, shape, (begin, end) = _header_entry(file, name, entry)
+        if data + end > size:
+            raise CheckpointError(f"{file}: {name} ends at byte {data + end}, the file at {size}: truncated")
+        spans.append((begin, end, name))
+        tensors[name] = TensorInfo(file, dtype, shape, _mapped(file, dtype, shape, data + begin))
+    reached = 0
+    for begin, end, name in sorted(spans):
+        if begin != reached:
+            raise CheckpointError(f"{file}: {name} begins at byte {begin} of the data, expected {reached}")
+        reached = end
+    if data + reached != size:
+        raise CheckpointError(f"{file}: the tensors end at byte {data + reached}, the file at {size}")
+    return tensors
+
+
+def _header_entry(file: Path, name: str, entry: Any) -> tuple[np.dtype[Any], tuple[int, ...], tuple[int, int]]:
+    def whole(values: Any) -> bool:
+        return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
+
+    if not isinstance(entry, dict) or not whole(entry.get("shape")) or not whole(entry.get("data_offsets")):
+        raise CheckpointError(f"{file}: the header entry of {name} is {entry!r}, expected dtype, shape, data_offsets")
+    if entry.get("dtype") not in DTYPES:
+        raise CheckpointError(f"{file}: {name} has dtype {entry.get('dtype')!r}, expected one of {', '.join(DTYPES)}")
+    dtype, shape, offsets = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    expected = dtype.itemsize
+    for dimension in shape:
+        expected *= dimension
+    if len(offsets) != 2 or offsets[1] - offsets[0] != expected:
+        raise CheckpointError(
+            f"{file}: {name} has data_offsets {offsets}, expected {expected} bytes for {dtype.name} {list(shape)}"
+        )
+    return dtype, shape, (offsets[0], offsets[1])
+
+
+def _mapped(file: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> Callable[[], Array]:
+    def read() -> Array:
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        # A mapping of its own for each tensor, so that its pages go when the array goes; copy-on-write, so that a
+        # framework may use the memory in place without ever changing the file.
+        return np.memmap(file, dtype=dtype, mode="c", offset=offset, shape=shape).view(np.ndarray)
+
+    return read
+
+
+def _read_pickled(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a `.bin` file, mapped where the file allows it. Nothing but tensors is ever unpickled."""
+    try:
+        import torch
+    except ImportError as error:
+        raise CheckpointError(f"reading {file} needs PyTorch: pip install 'olmozoo[pt]'") from error
+    try:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the old format, not a zip archive, cannot be mapped
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{file} is not a readable state dict: {error}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CheckpointError(f"{file} does not hold a mapping from names to tensors")
+
+    def info(tensor: torch.Tensor) -> TensorInfo:
+        dtype = dtype_of(tensor.dtype)
+
+        def read() -> Array:
+            if tensor.dtype == torch.bfloat16:
+                return tensor.view(torch.int16).numpy().view(dtype)
+            return tensor.numpy()
+
+        return TensorInfo(file, dtype, tuple(tensor.shape), read)
+
+    return {name: info(tensor) for name, tensor in state.items() if not IGNORED.search(name)}
+
+
+# -- the checkpoint against the parameter table -----------------------------------------------------------------------
+
+
+def fail(headline: str, problems: Iterable[str]) -> None:
+    """Raise one CheckpointError that lists every problem, if there is any."""
+    problems = list(problems)
+    if problems:
+        raise CheckpointError(f"{headline}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    head: Head | None = None,
+    *,
+    dtype: np.dtype[Any],
+    ignore_mismatched_sizes: bool = False,
+    seed: int = 0,
+) -> Iterator[tuple[Parameter, Array]]:
+    """Every parameter of the table with its values, in the table's order; tied ones are left out.
+
+    All checks come before the first tensor is read. A base model's checkpoint and one with another head both serve.
+    Where such a checkpoint has nothing for this head, the head starts from its initial values (`seed`) and a warning
+    says so.
+
+    Args:
+        checkpoint: the tensors.
+        config: the model's config.
+        head: the model's head; None for the base model.
+        dtype: what values are cast to.
+        ignore_mismatched_sizes: start tensors of a wrong shape anew, with a warning, rather than refuse.
+        seed: for values that start anew.
+
+    Raises:
+        CheckpointError: one error that lists every missing, unexpected, duplicate and misshapen tensor.
+    """
+    sources, fresh = _match(checkpoint, config, head, ignore_mismatched_sizes)
+    if fresh:
+        warnings.warn(
+            f"{checkpoint.folder}: started anew, for training: {', '.join(sorted(fresh.values()))}", stacklevel=3
+        )
+    for parameter in config.parameters(head):
+        if parameter.tied_to is None:
+            if parameter.name in sources:
+                yield parameter, checkpoint[sources[parameter.name]].astype(dtype, copy=False)
+            else:
+                yield parameter, parameter.initial(seed, dtype)
+
+
+def initial_weights(
+    config: ModelConfig, head: Head | None = None, *, seed: int = 0, dtype: Any = "float32"
+) -> Iterator[tuple[Parameter, Array]]:
+    """Every parameter of the table with its initial values, in the table's order; tied ones are left out."""
+    for parameter in config.parameters(head):
+        if parameter.tied_to is None:
+            yield parameter, parameter.initial(seed, dtype)
+
+
+def _match(
+    checkpoint: Checkpoint, config: ModelConfig, head: Head | None, ignore_mismatched_sizes: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Canonical name -> name in the files, and canonical name -> why, for what starts anew."""
+    table = {parameter.name: parameter for kind in (None, *config.heads) for parameter in config.parameters(kind)}
+    wanted = {parameter.name for parameter in config.parameters(head)}
+    backbone = {parameter.name for parameter in config.parameters()}
+    prefixed = {name for name in checkpoint.tensors if name.startswith(BASE_PREFIX)}
+    sources: dict[str, str] = {}
+    problems: list[str] = []
+    for name in checkpoint.tensors:
+        canonical = name if name in prefixed or name in table else BASE_PREFIX + name
+        if IGNORED.search(name):
+            continue
+        if canonical not in table:
+            problems.append(f"unexpected: {name} {list(checkpoint.tensors[name].shape)}")
+        elif canonical in sources:
+            problems.append(f"duplicate: {name} is {sources[canonical]} again")
+        else:
+            sources[canonical] = name
+
+    heads_found = {name for name in sources if name not in backbone}
+    fresh: dict[str, str] = {}
+    for parameter in config.parameters(head):
+        name = parameter.name
+        if name in sources:
+            found = checkpoint.tensors[sources[name]].shape
+            if found != parameter.shape:
+                text = f"{sources[name]} is {list(found)}, expected {list(parameter.shape)}"
+                if ignore_mismatched_sizes:
+                    fresh[name] = text
+                else:
+                    problems.append(f"wrong shape: {text}")
+        elif parameter.tied_to is None:
+            # Only a checkpoint that is plainly of another kind may lack a head; a broken one is not taken for such.
+            other_kind = not prefixed or bool(heads_found - wanted) or not name.startswith("lm_head.")
+            if name not in backbone and other_kind and not heads_found & wanted:
+                fresh[name] = f"{name} (not in the checkpoint)"
+            else:
+                problems.append(f"missing: {name} {list(parameter.shape)}")
+    for parameter in config.parameters(head):
+        tied, name = parameter.tied_to, parameter.name
+        if tied and name in sources and tied in sources and not problems:
+            head_values, values = checkpoint[sources[name]], checkpoint[sources[tied]]
+            if not np.array_equal(head_values, values, equal_nan=True):
+                problems.append(f"{name} differs from {tied}, to which the config ties it")
+    fail(f"{checkpoint.folder} does not fit its config as {config.name}{ARCHITECTURES[head]}", problems)
+    return {name: source for name, source in sources.items() if name in wanted and name not in fresh}, fresh
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to be written: its name on disk, dtype, shape, and how to get its values when its turn comes."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    read: Callable[[], Array]
+
+    @property
+    def nbytes(self) -> int:
+        """The size on disk, in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def save_checkpoint(
+    folder: StrPath,
+    config: ModelConfig,
+    head: Head | None,
+    read: Callable[[Parameter], Array],
+    dtype: Callable[[Parameter], Any],
+    *,
+    generation_config: Mapping[str, Any] | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write config.json, generation_config.json and safetensors under canonical names, in one step.
+
+    The new folder is made beside the old one and takes its place when it is whole, so a crash or a full disk leaves the
+    old one as it was. Other files in the old folder are kept; its old weights are not. The same weights give the same
+    bytes.
+
+    Args:
+        folder: the target; made with its parents if need be.
+        config: written as config.json, with `architectures` and `dtype` set.
+        head: the model's head; None writes a base model, whose names have no leading `model.`.
+        read: gives a parameter's values in the shape of the table; called once each, when they are about to be written.
+        dtype: gives the dtype of those values without reading them.
+        generation_config: the contents of generation_config.json; None writes none.
+        max_shard_size: bytes a file, as a number or as "5GB" (10**9) or "5GiB" (2**30).
+
+    Raises:
+        CheckpointError: the folder cannot be written; the message says why.
+    """
+    prefix = BASE_PREFIX if head is None else ""
+    outputs = [
+        Output(p.name.removeprefix(prefix), dtype_of(dtype(p)), p.shape, lambda p=p: read(p))  # type: ignore[misc]
+        for p in config.parameters(head)
+        if p.tied_to is None
+    ]
+    config = config.replace(
+        extra={
+            **{key: value for key, value in config.extra.items() if key != "torch_dtype"},
+            "architectures": [config.name + ARCHITECTURES[head]],
+            "dtype": np.result_type(*{output.dtype for output in outputs}).name,
+        }
+    )
+    with replacing_folder(folder) as staging:
+        (staging / CONFIG).unlink(missing_ok=True)
+        config.save_pretrained(staging)
+        if generation_config is not None:
+            write_json(staging / GENERATION_CONFIG, generation_config)
+        write_weights(staging, outputs, max_shard_size)
+
+
+def write_weights(folder: Path, outputs: list[Output], max_shard_size: int | str = "5GB") -> None:
+    """Write tensors into `folder` as model.safetensors, or as shards with an index, one tensor in memory at a time."""
+    limit = parse_size(max_shard_size)
+    shards: list[list[Output]] = [[]]
+    for output in outputs:
+        if shards[-1] and sum(o.nbytes for o in shards[-1]) + output.nbytes > limit:
+            shards.append([])
+        shards[-1].append(output)
+    if len(shards) == 1:
+        write_safetensors(folder / SAFETENSORS, shards[0])
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, shard)
+        weight_map.update({output.name: file for output in shard})
+    metadata = {"total_size": sum(output.nbytes for output in outputs)}
+    write_json(folder / f"{SAFETENSORS}.index.json", {"metadata": metadata, "weight_map": weight_map})
+
+
+def write_safetensors(file: Path, outputs: list[Output]) -> None:
+    """Write one safetensors file, in the order given, one tensor in memory at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for output in outputs:
+        ends = [offset, offset + output.nbytes]
+        header[output.name] = {
+            "dtype": DTYPE_CODES[output.dtype],
+            "shape": list(output.shape),
+            "data_offsets": ends,
+        }
+        offset = ends[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for output in outputs:
+            array = np.ascontiguousarray(output.read()).reshape(output.shape)
+            if array.dtype != output.dtype:
+                raise CheckpointError(f"{output.name} is {array.dtype.name}, expected {output.dtype.name}")
+            stream.write(array.reshape(-1).view(np.uint8).data)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write an object as JSON, keys sorted, in a new file (never through a link to an old one)."""
+    path.unlink(missing_ok=True)
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a number or of a text such as "5GB", "200MB", "1GiB".
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    units = {"": 1, "B": 1} | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+    units |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
+    if not match or match[2] not in units or float(match[1]) <= 0:
+        raise CheckpointError(f"max_shard_size is {size!r}, expected bytes as a number or as text such as '5GB'")
+    return int(float(match[1]) * units[match[2]])
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: StrPath) -> Iterator[Path]:
+    """Give a staging folder that takes the place of `folder` in one step if the block ends well, and goes if not.
+
+    Files of the old folder other than weights are in the staging folder from the start (as hard links: replace them,
+    never write into them).
+
+    Raises:
+        CheckpointError: something other than a folder is there, or the disk is full or not writable.
+    """
+    target = Path(os.path.realpath(folder))
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is not a folder")
+    staging = target.with_name(f".{target.name}.saving-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
+        if target.exists():
+            shutil.copytree(target, staging, symlinks=True, ignore=_old_weights(target), copy_function=_link)
+        else:
+            staging.mkdir()
+        yield staging
+        _swap(staging, target)
+    except OSError as error:
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
+        raise CheckpointError(f"{target} was not saved and is as it was before: {what}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _old_weights(target: Path) -> Callable[[str, list[str]], list[str]]:
+    def ignored(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if Path(folder) == target and WEIGHT_FILES.fullmatch(name)]
+
+    return ignored
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Clear away the staging folders of processes that were killed."""
+    for path in target.parent.glob(f".{target.name}.saving-*"):
+        process = path.name.rpartition("-")[2]
+        if process == str(os.getpid()) or not (process.isdigit() and Path(f"/proc/{process}").exists()):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _swap(staging: Path, target: Path) -> None:
+    """Put `staging` in the place of `target`; what was there is then at `staging`."""
+    if not target.exists():
+        staging.rename(target)
+    elif not _exchange(staging, target):
+        old = target.with_name(f"{staging.name}-old")
+        target.rename(old)
+        try:
+            staging.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        shutil.rmtree(old)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders in one step, where the system can (Linux's renameat2); say whether it did."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)

@@ -1,0 +1,25 @@
+"""The errors olmozoo raises on bad input. Each is also the built-in error that a caller would expect."""
+
+
+class OlmozooError(Exception):
+    """Base of every error that olmozoo raises on purpose."""
+
+
+class ConfigError(OlmozooError, ValueError):
+    """A config field is missing, unknown where it matters, or has a value that no model can have."""
+
+
+class CheckpointError(OlmozooError, ValueError):
+    """A checkpoint folder is broken or does not hold what its config asks for."""
+
+
+class HubError(OlmozooError, OSError):
+    """A repository or one of its files could not be had from the hub or its cache."""
+
+
+class InputError(OlmozooError, ValueError):
+    """An argument of a call (ids, masks, caches, generation settings) does not fit."""
+
+
+class MissingBackendError(OlmozooError, ImportError):
+    """A framework that is not installed was asked for."""

@@ -1,0 +1,416 @@
+"""What every model family has: a config, a parameter table drawn from it, published presets.
+
+The parameter table is the single source of truth. Checkpoint checks, the binding in each framework, initialization,
+parameter counts and test checkpoints all come from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
+import numpy as np
+
+from olmozoo.errors import ConfigError
+
+Kind = Literal["linear", "embedding", "norm", "bias"]
+Head = Literal["causal_lm", "sequence_classification", "question_answering"]
+
+BASE_PREFIX = "model."  # a base model's own checkpoint drops it
+HEAD_MODULES: dict[Head, str] = {
+    "causal_lm": "lm_head",
+    "sequence_classification": "score",
+    "question_answering": "qa_outputs",
+}
+ARCHITECTURES: dict[Head | None, str] = {
+    None: "Model",
+    "causal_lm": "ForCausalLM",
+    "sequence_classification": "ForSequenceClassification",
+    "question_answering": "ForQuestionAnswering",
+}
+ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+CALL_DEFAULTS = ("output_attentions", "output_hidden_states", "return_dict")  # a config.json may set them for each call
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of a model, as it stands in a checkpoint.
+
+    Attributes:
+        name: the canonical (Hugging Face) key, with the leading `model.`.
+        shape: the shape on disk; linear weights are (out, in).
+        axes: the logical axis of each dimension: `vocab`, `embed`, `heads`, `kv_heads`, `mlp`, `positions`, `labels`.
+        kind: `linear`, `embedding`, `norm` (a norm's scale) or `bias`. Each framework binds by this.
+        std: the standard deviation of the initial normal values of a linear or an embedding.
+        tied_to: the name of the parameter that this one is, where the two are one tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    kind: Kind
+    std: float = 0.0
+    tied_to: str | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def group(self) -> str:
+        """What the parameter belongs to: `embedding`, `attention`, `mlp`, `norm`, `projection` or `head`."""
+        module = self.name.split(".")[-2]
+        if "norm" in module:
+            return "norm"
+        if self.kind == "embedding":
+            return "embedding"
+        if ".self_attn." in self.name:
+            return "attention"
+        if ".layers." in self.name:
+            return "mlp"
+        return "head" if module in HEAD_MODULES.values() else "projection"
+
+    def initial(self, seed: int, dtype: np.dtype[Any] | str = "float32") -> np.ndarray[Any, Any]:
+        """The initial value, the same for the same seed whatever the framework, the order or the other parameters.
+
+        Norm scales are ones and biases zeros. All else is normal with mean 0 and deviation `std`, drawn in float64 from
+        a Philox stream keyed by (seed, name) and then rounded to `dtype`.
+        """
+        if self.kind == "norm":
+            return np.ones(self.shape, dtype)
+        values = np.zeros(self.shape, dtype)
+        if self.kind != "bias":
+            key = hashlib.sha256(f"{seed}/{self.name}".encode()).digest()[:16]
+            stream = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+            flat = values.reshape(-1)
+            for start in range(0, flat.size, 1 << 20):
+                part = flat[start : start + (1 << 20)]
+                part[:] = self.std * stream.standard_normal(part.size)
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(ABC):
+    """What all configs share. Subclasses add a family's fields; a config never changes once made.
+
+    Attributes:
+        num_labels: outputs of the classification head; default the length of `id2label`, or 2.
+        id2label: label names by index; default `LABEL_0`, `LABEL_1`, ...
+        label2id: its inverse.
+        problem_type: `regression`, `single_label_classification`, `multi_label_classification` or None (chosen from
+            `num_labels` and the labels' dtype).
+        extra: keys of a config.json that no field has. They are kept and written back, and read as attributes.
+
+    Raises:
+        ConfigError: on a value that no model can have; the message names the field.
+    """
+
+    model_type: ClassVar[str]
+    name: ClassVar[str]  # the family's name in class names, such as "Olmo2"
+    heads: ClassVar[tuple[Head, ...]]
+    presets: ClassVar[dict[str, dict[str, Any]]]
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int = 2048
+    use_cache: bool = True
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    num_labels: int | None = None
+    id2label: dict[int, str] | None = None
+    label2id: dict[str, int] | None = None
+    problem_type: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    # -- what a family defines ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def backbone(self) -> Iterator[Parameter]:
+        """The parameters of the base model, in order, each name with its leading `model.`."""
+
+    @property
+    @abstractmethod
+    def embedding(self) -> Parameter:
+        """The token embedding, to which a tied head is tied."""
+
+    @property
+    @abstractmethod
+    def init_deviation(self) -> float:
+        """The standard deviation of initial weights."""
+
+    @property
+    def head_dim(self) -> int:
+        """The width of one attention head: a `head_dim` in the config.json, else hidden_size / num_attention_heads."""
+        explicit = self.extra.get("head_dim")
+        return int(explicit) if explicit else self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of key/value heads."""
+        return int(getattr(self, "num_key_value_heads", None) or self.num_attention_heads)
+
+    # -- the parameter table --------------------------------------------------------------------------------------
+
+    def parameters(self, head: Head | None = None) -> tuple[Parameter, ...]:
+        """Every parameter of the base model and of `head`, in order; a tied head is listed with its `tied_to`."""
+        return (*self.backbone(), *self.head_parameters(head))
+
+    def head_parameters(self, head: Head | None) -> Iterator[Parameter]:
+        """The parameters that `head` adds to the base model."""
+        if head is None:
+            return
+        if head not in self.heads:
+            raise ConfigError(f"{self.name} has no {head!r} head; it has {', '.join(self.heads)}")
+        module, std, width = HEAD_MODULES[head], self.init_deviation, self.embedding.shape[1]
+        if head == "causal_lm":
+            tied = self.embedding.name if self.tie_word_embeddings else None
+            yield Parameter(f"{module}.weight", (self.vocab_size, width), ("vocab", "embed"), "linear", std, tied)
+        elif head == "sequence_classification":
+            assert self.num_labels is not None
+            yield Parameter(f"{module}.weight", (self.num_labels, width), ("labels", "embed"), "linear", std)
+        else:
+            yield Parameter(f"{module}.weight", (2, self.hidden_size), ("labels", "embed"), "linear", std)
+            yield Parameter(f"{module}.bias", (2,), ("labels",), "bias")
+
+    def count_parameters(self, head: Head | None = "causal_lm") -> dict[str, int]:
+        """The number of parameters by group; a tied tensor counts once."""
+        counts: dict[str, int] = {}
+        for parameter in self.parameters(head):
+            if parameter.tied_to is None:
+                counts[parameter.group] = counts.get(parameter.group, 0) + parameter.size
+        return counts
+
+    # -- making, reading and writing ------------------------------------------------------------------------------
+
+    def __post_init__(self) -> None:
+        labels = self.id2label or {i: f"LABEL_{i}" for i in range(2 if self.num_labels is None else self.num_labels)}
+        self._set("id2label", {int(i): str(label) for i, label in labels.items()})
+        self._set("label2id", dict(self.label2id or {label: i for i, label in self._labels.items()}))
+        self._set("num_labels", len(labels) if self.num_labels is None else self.num_labels)
+        if self.num_labels != len(self._labels):
+            self._wrong("num_labels", f"{len(self._labels)}, the number of entries in id2label")
+        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
+            self._wrong("problem_type", f"None or one of {', '.join(PROBLEM_TYPES)}")
+        self._check_int("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        self._check_int("max_position_embeddings", "num_labels")
+        self._check_bool("use_cache", "tie_word_embeddings")
+        for name in ("pad_token_id", "bos_token_id"):
+            if getattr(self, name) is not None:
+                self._check_int(name, least=-1)
+        ends = self.eos_token_id if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
+        if any(end is not None and not _is_int(end) for end in ends):
+            self._wrong("eos_token_id", "a whole number, a list of them, or None")
+        if "head_dim" in self.extra and not (self.extra["head_dim"] is None or _is_int(self.extra["head_dim"], 1)):
+            raise ConfigError(f"{self.name}Config.head_dim is {self.extra['head_dim']!r}, expected a positive number")
+        if not self.extra.get("head_dim") and self.hidden_size % self.num_attention_heads:
+            self._wrong("hidden_size", f"a multiple of num_attention_heads = {self.num_attention_heads}")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], **overrides: Any) -> Self:
+        """A config from the contents of a config.json; `overrides` replace single keys of it.
+
+        Called on `ModelConfig` itself, the family is chosen by `model_type`.
+
+        Raises:
+            ConfigError: on a wrong or foreign `model_type`, a bad value, or an override that no field has.
+        """
+        data = dict(data)
+        kind = data.pop("model_type", getattr(cls, "model_type", None))
+        family = cls if hasattr(cls, "model_type") else config_class(kind)
+        if kind != family.model_type:
+            raise ConfigError(f"model_type is {kind!r}, expected {family.model_type!r} for {family.__name__}")
+        names = {f.name for f in dataclasses.fields(family)} - {"extra"}
+        unknown = set(overrides) - names - {"rope_parameters", "head_dim", *CALL_DEFAULTS}
+        if unknown:
+            raise ConfigError(f"{family.__name__} has no field {', '.join(sorted(unknown))}")
+        if "num_labels" in overrides and overrides["num_labels"] != len(data.get("id2label") or ()):
+            data.pop("id2label", None)
+            data.pop("label2id", None)
+        elif data.get("id2label"):  # the labels in a file are the fuller statement of their number
+            data["num_labels"] = len(data["id2label"])
+        data = family._normalize({**data, **overrides})
+        fields = {key: value for key, value in data.items() if key in names}
+        return family(**fields, extra={key: value for key, value in data.items() if key not in names})  # type: ignore[return-value]
+
+    @classmethod
+    def _normalize(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Other spellings of a family's fields, brought to ours."""
+        return data
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of the config.json that means this config."""
+        data = {**self.extra, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+        del data["extra"], data["num_labels"]
+        if self._labels == {0: "LABEL_0", 1: "LABEL_1"}:
+            del data["id2label"], data["label2id"]
+        else:
+            data["id2label"] = {str(i): label for i, label in self._labels.items()}
+        if self.problem_type is None:
+            del data["problem_type"]
+        return {"model_type": self.model_type, **data}
+
+    def to_json(self) -> str:
+        """`to_dict` as the text of a config.json."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> Self:
+        """Read the config.json of a folder or of a repository on the hub.
+
+        Raises:
+            HubError: the repository or the file cannot be had.
+            ConfigError: the file is not a config of this family or has a bad value.
+        """
+        from olmozoo.hub import resolve  # a convenience on top of this room: nothing else here knows of the hub
+
+        folder = resolve(
+            path_or_repo,
+            need="config",
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        return cls.from_folder(folder, **overrides)
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str], **overrides: Any) -> Self:
+        """Read the config.json in a local folder; see `from_pretrained`."""
+        return cls.from_dict(read_json(Path(folder) / "config.json"), **overrides)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json into `folder`, which is made if need be; an existing file is replaced in one step."""
+        path = Path(folder) / "config.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            part.write_text(self.to_json(), encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides: Any) -> Self:
+        """The published config of that name, such as `olmo2-1b`; `cls.presets` lists the names.
+
+        Raises:
+            ConfigError: no such preset.
+        """
+        families = [cls] if hasattr(cls, "presets") else [config_class(name) for name in MODEL_TYPES]
+        presets = {name: (family, fields) for family in families for name, fields in family.presets.items()}
+        if preset not in presets:
+            raise ConfigError(f"no preset {preset!r}; there are {', '.join(sorted(presets))}")
+        family, fields = presets[preset]
+        return family.from_dict({**fields, **overrides})  # type: ignore[return-value]
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def __getattr__(self, name: str) -> Any:
+        extra = self.__dict__.get("extra", {})
+        if name in extra:
+            return extra[name]
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+
+    # -- checking -------------------------------------------------------------------------------------------------
+
+    @property
+    def _labels(self) -> dict[int, str]:
+        return self.id2label or {}
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _wrong(self, name: str, expected: str) -> None:
+        raise ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}, expected {expected}")
+
+    def _check_int(self, *names: str, least: int = 1) -> None:
+        for name in names:
+            if not _is_int(getattr(self, name), least):
+                self._wrong(name, f"a whole number of at least {least}")
+
+    def _check_number(self, *names: str, least: float = 0.0, below: float = float("inf")) -> None:
+        for name in names:
+            if not is_number(getattr(self, name)) or not least <= getattr(self, name) < below:
+                self._wrong(name, f"a number of at least {least}" + (f" and below {below}" if below < 1e300 else ""))
+
+    def _check_bool(self, *names: str) -> None:
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                self._wrong(name, "true or false")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            self._wrong(name, f"one of {', '.join(choices)}")
+
+
+def _is_int(value: Any, least: int | None = None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite int or float (a bool is neither)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: the file is absent, is not JSON, or holds something other than an object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} is not there") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds a JSON {type(data).__name__}, expected an object")
+    return data
+
+
+MODEL_TYPES: dict[str, type[ModelConfig]] = {}
+
+
+def register(config: type[ModelConfig]) -> type[ModelConfig]:
+    """Class decorator: make a family known by its `model_type`."""
+    MODEL_TYPES[config.model_type] = config
+    return config
+
+
+def config_class(model_type: str | None) -> type[ModelConfig]:
+    """The config class of a `model_type`.
+
+    Raises:
+        ConfigError: no family has that type.
+    """
+    if model_type not in MODEL_TYPES:
+        raise ConfigError(f"model_type is {model_type!r}, expected one of {', '.join(sorted(MODEL_TYPES))}")
+    return MODEL_TYPES[model_type]

@@ -1,0 +1,67 @@
+"""OLMo 2 (arXiv:2501.00656): RMS norms after each sublayer, norms on queries and keys, rotary positions, gated MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from olmozoo.families.base import Head, Parameter, register
+from olmozoo.families.rope import RotaryConfig
+
+
+def _preset(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": 100352,
+        "max_position_embeddings": 4096,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-6,
+        "pad_token_id": 100277,
+        "eos_token_id": 100257,
+    }
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Olmo2Config(RotaryConfig):
+    """Configuration of OLMo 2 models: the fields of `RotaryConfig` and one more.
+
+    Attributes:
+        rms_norm_eps: epsilon of every RMS norm.
+    """
+
+    model_type: ClassVar[str] = "olmo2"
+    name: ClassVar[str] = "Olmo2"
+    heads: ClassVar[tuple[Head, ...]] = ("causal_lm", "sequence_classification")
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "olmo2-1b": _preset(2048, 8192, 16, 16, 16),
+        "olmo2-7b": _preset(4096, 11008, 32, 32, 32),
+        "olmo2-13b": _preset(5120, 13824, 40, 40, 40),
+        "olmo2-32b": _preset(5120, 27648, 64, 40, 8),
+    }
+
+    rms_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_number("rms_norm_eps")
+
+    def backbone(self) -> Iterator[Parameter]:
+        """See `ModelConfig.backbone`."""
+        hidden = self.hidden_size
+        yield self.embedding
+        for layer in range(self.num_hidden_layers):
+            block = f"model.layers.{layer}"
+            yield from self._attention(block)
+            q, k = self.num_attention_heads * self.head_dim, self.kv_heads * self.head_dim
+            yield Parameter(f"{block}.self_attn.q_norm.weight", (q,), ("heads",), "norm")
+            yield Parameter(f"{block}.self_attn.k_norm.weight", (k,), ("kv_heads",), "norm")
+            yield from self._mlp(block)
+            yield Parameter(f"{block}.post_attention_layernorm.weight", (hidden,), ("embed",), "norm")
+            yield Parameter(f"{block}.post_feedforward_layernorm.weight", (hidden,), ("embed",), "norm")
+        yield Parameter("model.norm.weight", (hidden,), ("embed",), "norm")

@@ -1,0 +1,272 @@
+"""Rotary position frequencies (RoFormer, arXiv:2104.09864) for every scaling kind, formed once in NumPy.
+
+A wing turns positions into angles with the three lines of `Rope.frequencies`, in its own framework, since positions
+(and with them the length) may be traced there. All that is per model is here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from olmozoo.errors import ConfigError
+from olmozoo.families.base import ACTIVATIONS, ModelConfig, Parameter, is_number
+
+KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Frequencies of one model, as a pure function of the length (the largest position in a call + 1).
+
+    Attributes:
+        inv_freq: head_dim / 2 float64 numbers, radians per position.
+        scale: factor on cos and sin (yarn and longrope; else 1).
+        length: the length up to which `inv_freq` holds for `dynamic` and `longrope`.
+        growth: head_dim / 2 exponents; set for `dynamic` only, where past `length` the frequencies are
+            `inv_freq * (1 + factor * (n - length) / length) ** -growth`.
+        factor: that factor.
+        long_inv_freq: the head_dim / 2 frequencies past `length`; set for `longrope` only.
+    """
+
+    inv_freq: tuple[float, ...]
+    scale: float = 1.0
+    length: int = 0
+    growth: tuple[float, ...] | None = None
+    factor: float = 1.0
+    long_inv_freq: tuple[float, ...] | None = None
+
+    def frequencies(self, length: int) -> Array:
+        """The (head_dim / 2,) float64 frequencies for a call whose largest position is `length` - 1."""
+        inv_freq = np.asarray(self.inv_freq)
+        if self.growth is not None:
+            past = max(length - self.length, 0)
+            return inv_freq * (1 + self.factor * past / self.length) ** -np.asarray(self.growth)
+        if self.long_inv_freq is not None and length > self.length:
+            return np.asarray(self.long_inv_freq)
+        return inv_freq
+
+
+def make_rope(theta: float, head_dim: int, max_position_embeddings: int, scaling: dict[str, Any] | None) -> Rope:
+    """The frequencies that `rope_theta` and `rope_scaling` ask for.
+
+    Sources: linear (position interpolation, arXiv:2306.15595), dynamic (NTK-aware), yarn (arXiv:2309.00071), longrope
+    (arXiv:2402.13753), llama3 (the Llama 3.1 release).
+
+    Raises:
+        ConfigError: `scaling` names no known kind, or a field of it is missing or cannot be.
+    """
+    scaling = scaling or {}
+    kind = rope_kind(scaling)
+    if head_dim % 2:
+        raise ConfigError(f"head_dim is {head_dim}, expected an even number: rotary embeddings turn pairs")
+    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"rope_scaling.partial_rotary_factor is {scaling['partial_rotary_factor']!r}, expected 1.0")
+    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    inv_freq = float(theta) ** -exponents
+    original = _number(scaling, "original_max_position_embeddings", max_position_embeddings, least=1)
+    if kind == "default":
+        return Rope(_tuple(inv_freq))
+    if kind == "linear":
+        return Rope(_tuple(inv_freq / _factor(scaling)))
+    if kind == "dynamic":
+        if head_dim < 4:
+            raise ConfigError(f"head_dim is {head_dim}, expected at least 4 for dynamic rope_scaling")
+        growth = exponents * head_dim / (head_dim - 2)
+        return Rope(_tuple(inv_freq), length=max_position_embeddings, growth=_tuple(growth), factor=_factor(scaling))
+    if kind == "yarn":
+        return _yarn(inv_freq, float(theta), head_dim, original, scaling)
+    if kind == "llama3":
+        return Rope(_tuple(_llama3(inv_freq, original, scaling)))
+    factor = _factor(scaling) if scaling.get("factor") is not None else max_position_embeddings / original
+    stretched = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return Rope(
+        _tuple(inv_freq / _factors(scaling, "short_factor", head_dim // 2)),
+        scale=_number(scaling, "attention_factor", stretched),
+        length=int(original),
+        long_inv_freq=_tuple(inv_freq / _factors(scaling, "long_factor", head_dim // 2)),
+    )
+
+
+def rope_kind(scaling: dict[str, Any] | None) -> str:
+    """The kind that a `rope_scaling` names, by either spelling of the key; `default` for none."""
+    if not isinstance(scaling, (dict, type(None))):
+        raise ConfigError(f"rope_scaling is {scaling!r}, expected an object or null")
+    scaling = scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in KINDS:
+        raise ConfigError(f"rope_scaling.rope_type is {kind!r}, expected one of {', '.join(KINDS)}")
+    return str(kind)
+
+
+def _yarn(inv_freq: Array, theta: float, head_dim: int, original: float, scaling: dict[str, Any]) -> Rope:
+    """Interpolate the slow frequencies, keep the fast ones, ramp between (section 3.2); scale by section 3.4."""
+    factor = _factor(scaling)
+    fast = _number(scaling, "beta_fast", 32.0)
+    slow = _number(scaling, "beta_slow", 1.0)
+    if fast < slow:
+        raise ConfigError(f"rope_scaling.beta_fast is {fast}, expected at least beta_slow = {slow}")
+
+    def pair_turning(rotations: float) -> float:  # the (fractional) pair that turns so often over `original` positions
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_turning(fast), pair_turning(slow)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    interpolated = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
+    blended = inv_freq / factor * interpolated + inv_freq * (1 - interpolated)
+
+    def log_scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0
+
+    numerator, denominator = _number(scaling, "mscale", 0.0), _number(scaling, "mscale_all_dim", 0.0)
+    scale = log_scale(numerator) / log_scale(denominator) if numerator and denominator else log_scale(1.0)
+    return Rope(_tuple(blended), scale=_number(scaling, "attention_factor", scale))
+
+
+def _llama3(inv_freq: Array, original: float, scaling: dict[str, Any]) -> Array:
+    """Divide the long waves by `factor`, keep the short ones, blend between."""
+    factor = _factor(scaling)
+    low = _number(scaling, "low_freq_factor", None)
+    high = _number(scaling, "high_freq_factor", None)
+    if high <= low:
+        raise ConfigError(f"rope_scaling.high_freq_factor is {high}, expected more than low_freq_factor = {low}")
+    turns = original * inv_freq / (2 * math.pi)  # full turns over the original context
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 - kept) * inv_freq / factor + kept * inv_freq
+
+
+def _tuple(values: Array) -> tuple[float, ...]:
+    return tuple(values.tolist())
+
+
+def _factor(scaling: dict[str, Any]) -> float:
+    factor = scaling.get("factor")
+    if not is_number(factor) or factor is None or factor <= 1:
+        raise ConfigError(f"rope_scaling.factor is {factor!r}, expected a float > 1")
+    return float(factor)
+
+
+def _number(scaling: dict[str, Any], name: str, default: float | None, least: float = 0) -> float:
+    value = scaling.get(name)
+    value = default if value is None else value
+    if value is None or not is_number(value) or value < least:
+        raise ConfigError(f"rope_scaling.{name} is {scaling.get(name)!r}, expected a number of at least {least}")
+    return float(value)
+
+
+def _factors(scaling: dict[str, Any], name: str, count: int) -> Array:
+    values = scaling.get(name)
+    if not isinstance(values, list) or len(values) != count or not all(is_number(v) and v > 0 for v in values):
+        raise ConfigError(f"rope_scaling.{name} is {values!r}, expected a list of {count} positive numbers")
+    return np.asarray(values, np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryConfig(ModelConfig):
+    """What configs of decoders with rotary positions, grouped-query attention and a gated MLP share.
+
+    Attributes:
+        vocab_size: rows of the token embedding.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the gated MLP.
+        num_hidden_layers: number of decoder blocks.
+        num_attention_heads: query heads.
+        num_key_value_heads: key/value heads; default `num_attention_heads`.
+        hidden_act: the MLP's activation.
+        max_position_embeddings: the trained length, in tokens.
+        initializer_range: standard deviation of initial weights.
+        use_cache: whether a call returns keys and values unless told.
+        pad_token_id, bos_token_id, eos_token_id: special tokens; eos may be a list.
+        tie_word_embeddings: whether the head is the token embedding.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: None, or an object with `rope_type` and the fields of that kind; see `make_rope`.
+        attention_bias: whether q, k, v and o have biases.
+        attention_dropout: dropout of attention weights in training.
+    """
+
+    vocab_size: int = 50304
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    eos_token_id: int | list[int] | None = 50279
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            self._set("num_key_value_heads", self.num_attention_heads)
+        super().__post_init__()
+        self._check_int("intermediate_size", "num_key_value_heads")
+        self._check_number("initializer_range")
+        self._check_number("attention_dropout", below=1.0)
+        self._check_number("rope_theta", least=1.0)
+        self._check_bool("attention_bias")
+        self._check_choice("hidden_act", ACTIVATIONS)
+        if self.num_attention_heads % self.kv_heads:
+            self._wrong("num_key_value_heads", f"a divisor of num_attention_heads = {self.num_attention_heads}")
+        self.rope()
+
+    @classmethod
+    def _normalize(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Read `rope_parameters`, where newer files keep both theta and scaling."""
+        parameters = data.pop("rope_parameters", None)
+        scaling = data.get("rope_scaling") or parameters
+        if isinstance(scaling, dict) and scaling:
+            scaling = dict(scaling)
+            data["rope_theta"] = scaling.pop("rope_theta", None) or data.get("rope_theta", cls.rope_theta)
+            data["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
+        elif scaling:
+            data["rope_scaling"] = scaling
+        return data
+
+    def rope(self) -> Rope:
+        """The rotary frequencies of these settings."""
+        return make_rope(self.rope_theta, self.head_dim, self.max_position_embeddings, self.rope_scaling)
+
+    @property
+    def init_deviation(self) -> float:
+        """`initializer_range`."""
+        return self.initializer_range
+
+    @property
+    def embedding(self) -> Parameter:
+        """The token embedding."""
+        shape = (self.vocab_size, self.hidden_size)
+        return Parameter("model.embed_tokens.weight", shape, ("vocab", "embed"), "embedding", self.initializer_range)
+
+    def _attention(self, block: str) -> Iterator[Parameter]:
+        hidden, heads, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.kv_heads * self.head_dim
+        for letter, shape, axes in (
+            ("q", (heads, hidden), ("heads", "embed")),
+            ("k", (kv, hidden), ("kv_heads", "embed")),
+            ("v", (kv, hidden), ("kv_heads", "embed")),
+            ("o", (hidden, heads), ("embed", "heads")),
+        ):
+            name = f"{block}.self_attn.{letter}_proj"
+            yield Parameter(f"{name}.weight", shape, axes, "linear", self.initializer_range)
+            if self.attention_bias:
+                yield Parameter(f"{name}.bias", shape[:1], axes[:1], "bias")
+
+    def _mlp(self, block: str) -> Iterator[Parameter]:
+        inner, hidden = self.intermediate_size, self.hidden_size
+        for name, shape, axes in (
+            ("gate_proj", (inner, hidden), ("mlp", "embed")),
+            ("up_proj", (inner, hidden), ("mlp", "embed")),
+            ("down_proj", (hidden, inner), ("embed", "mlp")),
+        ):
+            yield Parameter(f"{block}.mlp.{name}.weight", shape, axes, "linear", self.initializer_range)

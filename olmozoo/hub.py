@@ -1,0 +1,223 @@
+"""From a checkpoint's name to a local folder: a folder stays as it is, `org/name` comes from the hub or its cache.
+
+Only the files that are needed are downloaded, all of them from one commit. The environment variables of
+huggingface_hub (HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, ...) keep their meaning.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from olmozoo.errors import CheckpointError, HubError, InputError
+
+Need = Literal["config", "weights", "tokenizer"]
+HUB_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")  # of `resolve` and its callers
+
+# What each need takes of the files that exist. The essential file is the last one: a download that broke off never
+# leaves it behind without the others, so that its presence in the cache says that the rest is there too.
+_CONFIG = ("generation_config.json", "config.json")
+_TOKENIZER = (
+    *("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("merges.txt", "vocab.json", "tokenizer.json"),
+)
+_FILES: dict[Need, tuple[str, ...]] = {"config": _CONFIG, "weights": _CONFIG, "tokenizer": _TOKENIZER}
+# The first of these that exists is the set of weights.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def resolve(
+    path_or_repo: str | os.PathLike[str],
+    *,
+    need: Need,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Return the local folder that holds what is needed of a checkpoint, downloading it where necessary.
+
+    Args:
+        path_or_repo: a folder, or the id of a hub repository (`org/name` or `name`). A folder that exists wins.
+        need: `"config"` (config.json, and generation_config.json if there is one), `"weights"` (those and one set of
+            weights: safetensors before .bin, a single file before shards) or `"tokenizer"` (its files and config.json).
+        revision: branch, tag or commit. Default: `main`. Ignored for a local folder.
+        subfolder: folder inside the repository or the local folder that holds the files. Default: the top.
+        token: hub token; `False` sends none. Default: HF_TOKEN or the token saved by `hf auth login`.
+        cache_dir: the cache of downloads. Default: huggingface_hub's own.
+        local_files_only: use the cache alone and ask the hub nothing. Default: False.
+
+    Returns:
+        The folder itself, or the snapshot of the commit in the cache; with `subfolder`, that folder inside it. When the
+        hub cannot be reached, the cached snapshot of the revision, if it holds all that is needed.
+
+    Raises:
+        HubError: neither a folder nor a repository; missing or gated repository; missing revision, subfolder or file;
+            no answer from the hub and no whole copy in the cache.
+        CheckpointError: the index of a sharded checkpoint is broken or names a file outside its folder.
+        InputError: `subfolder` leads out of the checkpoint.
+    """
+    text = os.fspath(path_or_repo)
+    folder = Path(os.path.expanduser(text))
+    inside = PurePosixPath(subfolder or "")
+    if inside.is_absolute() or ".." in inside.parts:
+        raise InputError(f"subfolder {subfolder!r} leads out of {text!r}: expected a relative folder inside it")
+    if text and folder.is_dir():
+        if not (folder / inside).is_dir():
+            raise HubError(f"{folder} has no subfolder {subfolder!r}")
+        return folder / inside
+    _check_repo_id(path_or_repo, folder)
+    request = _Request(text, need, revision, inside, None if cache_dir is None else Path(cache_dir).expanduser())
+    if local_files_only:
+        return _from_cache(request, "local_files_only=True forbids asking the hub")
+    return _from_hub(request, token)
+
+
+@dataclass(frozen=True)
+class _Request:
+    repo: str
+    need: Need
+    revision: str | None
+    inside: PurePosixPath
+    cache_dir: Path | None
+
+    def __str__(self) -> str:
+        subfolder = f", subfolder {self.inside.as_posix()!r}" if self.inside.parts else ""
+        return f"{self.repo!r} (revision {self.revision or 'main'!r}{subfolder})"
+
+
+def _check_repo_id(path_or_repo: str | os.PathLike[str], folder: Path) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in an __all__
+
+    if folder.is_file():
+        raise HubError(f"{folder} is a file: expected the checkpoint folder that holds it")
+    if not isinstance(path_or_repo, str):
+        raise HubError(f"no such folder: {folder}")
+    try:
+        validate_repo_id(path_or_repo)
+    except HFValidationError as error:
+        raise HubError(f"{path_or_repo!r} is neither a folder nor the id of a hub repository (org/name)") from error
+
+
+def _from_hub(request: _Request, token: str | bool | None) -> Path:
+    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repo, revision, inside = request.repo, request.revision, request.inside
+    # The client's failures have no common base (HTTP library, OSError, the RuntimeErrors of hf-xet), hence Exception.
+    try:
+        info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT, token=token)
+    except Exception as error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status is not None and 400 <= status < 500 and status not in (408, 429):
+            raise HubError(f"cannot list the files of {request}: {_reason(error, repo)}") from error
+        return _from_cache(request, _reason(error, repo), error)
+    sha = info.sha
+    if sha is None:
+        raise HubError(f"{constants.ENDPOINT} does not say which commit {request} is at")
+
+    def fetch(name: str) -> Path:
+        try:
+            file = (inside / name).as_posix()
+            return Path(hf_hub_download(repo, file, revision=sha, cache_dir=request.cache_dir, token=token))
+        except Exception as error:
+            raise HubError(f"cannot download {name} of {request}: {_reason(error, repo)}") from error
+
+    paths = [PurePosixPath(file.rfilename) for file in info.siblings or ()]
+    names = {path.name for path in paths if path.parent == inside}
+    folder = _collect(request.need, names, fetch, lambda missing: HubError(f"{request} has no {missing}"))
+    if revision != sha:
+        _remember(folder.parents[len(inside.parts) + 1] / "refs" / (revision or "main"), sha)
+    return folder
+
+
+def _from_cache(request: _Request, reason: str, cause: Exception | None = None) -> Path:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    def lack(missing: str) -> HubError:
+        cache = request.cache_dir or constants.HF_HUB_CACHE
+        error = HubError(f"{reason}, and the cache {cache} has no {missing} of {request}")
+        error.__cause__ = cause
+        return error
+
+    # Any of the files leads to the snapshot of the revision. None of them: nothing of use is there.
+    files = [(request.inside / name).as_posix() for name in _FILES[request.need]]
+    found = [try_to_load_from_cache(request.repo, file, request.cache_dir, request.revision) for file in files]
+    folder = next((Path(file).parent for file in found if isinstance(file, str)), None)
+    names = {path.name for path in folder.iterdir() if path.is_file()} if folder else set()
+    return _collect(request.need, names, lambda name: (folder or Path()) / name, lack)
+
+
+def _collect(need: Need, names: set[str], fetch: Callable[[str], Path], lack: Callable[[str], HubError]) -> Path:
+    """Fetch what is needed of the files `names` of one folder, and return the local copy of that folder."""
+    if need == "tokenizer" and "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise lack("tokenizer.json, nor vocab.json with merges.txt")
+    if need != "tokenizer" and "config.json" not in names:
+        raise lack("config.json")
+    weights = [name for name in _WEIGHTS if name in names][:1] if need == "weights" else []
+    if need == "weights" and not weights:
+        raise lack(f"weights (any of {', '.join(_WEIGHTS)})")
+    files = [fetch(name) for name in (*(name for name in _FILES[need] if name in names), *weights)]
+    if weights and weights[0].endswith(".index.json"):
+        shards = _shards(files[-1])
+        if absent := [shard for shard in shards if shard not in names]:
+            raise lack(f"{', '.join(absent)}, which {weights[0]} names")
+        for shard in shards:
+            fetch(shard)
+    return files[-1].parent
+
+
+def _shards(index: Path) -> list[str]:
+    """The file names in the weight_map of a sharded checkpoint's index, each a plain name in the index's folder."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        entries = list(weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is not an index: expected JSON with a weight_map of tensors to files"
+        ) from error
+    if not entries:
+        raise CheckpointError(f"{index} names no tensor in its weight_map")
+    for tensor, shard in entries:
+        if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\:\0"):
+            raise CheckpointError(f"{index}: tensor {tensor!r} is in {shard!r}: expected a file name without a folder")
+    return sorted({shard for _, shard in entries})
+
+
+def _remember(ref: Path, sha: str) -> None:
+    """Note in the cache which commit a revision is at, for when the hub is out of reach.
+
+    Only now that the snapshot is whole: after a failed update the cache still leads to the commit before it.
+    """
+    draft = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):  # the cache may be read-only
+        if not ref.is_file() or ref.read_text() != sha:
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text(sha)
+            draft.replace(ref)
+
+
+def _reason(error: Exception, repo: str) -> str:
+    """What a failure of the client means for the user, and what to do about it."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # the client's "not in the cache either" hides what the hub answered
+    if isinstance(error, errors.GatedRepoError):
+        page = f"{constants.ENDPOINT}/{repo}"
+        return f"the repository is gated: request access at {page}, then give a token (token=..., or HF_TOKEN)"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such repository (and no such local folder); if it is private, give a token (token=..., or HF_TOKEN)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such branch, tag or commit"
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"{constants.ENDPOINT} refused with HTTP status {error.response.status_code} ({first_line})"
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
+        return f"the cache cannot be written ({type(error).__name__}: {first_line})"
+    return f"{constants.ENDPOINT} could not be reached or broke off ({type(error).__name__}: {first_line})"

@@ -1,0 +1,246 @@
+"""Making, loading and saving PyTorch models: canonical parameters bound to a module's own."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from olmozoo.checkpoint import Checkpoint, dtype_of, initial_weights, load_weights, save_checkpoint
+from olmozoo.errors import ConfigError
+from olmozoo.families.base import BASE_PREFIX, Head, ModelConfig, Parameter
+from olmozoo.generation import GenerationConfig
+from olmozoo.hub import resolve
+
+
+class PreTrainedModel(nn.Module):
+    """Base of every model here.
+
+    Args:
+        config: the model's config.
+        seed: initial weights are drawn from it, bit for bit the same as in the other frameworks; None leaves them
+            without memory (on the meta device).
+        dtype: of the parameters; default torch's default dtype.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    head: ClassVar[Head | None] = None
+    gradient_checkpointing = False
+
+    def __init__(self, config: ModelConfig, *, seed: int | None = 0, dtype: torch.dtype | str | None = None) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise ConfigError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, not {type(config).__name__}"
+            )
+        self.config = config
+        self.generation_config = GenerationConfig.from_model(config)
+        device = torch.get_default_device()
+        with torch.device("meta"):
+            self.build()
+        if seed is not None and device.type != "meta":
+            dtype_name = dtype_of(dtype or torch.get_default_dtype())
+            for parameter, array in initial_weights(config, self.head, seed=seed, dtype=dtype_name):
+                self._bind(parameter, to_tensor(array).to(device))
+            self.tie_weights()
+
+    def build(self) -> None:
+        """Make the submodules from `self.config`."""
+        raise NotImplementedError
+
+    # -- loading and saving ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        device: torch.device | str | None = None,
+        **config_overrides: Any,
+    ) -> Self:
+        """A model with the weights of a checkpoint, in evaluation mode.
+
+        On the CPU and in the checkpoint's own dtype the weights are the mapped file itself: nothing is read before it
+        is used, and nothing ever changes the file.
+
+        Args:
+            path_or_repo: a folder, or a repository on the hub.
+            revision: branch, tag or commit; default the repository's main branch.
+            subfolder: a folder inside either.
+            dtype: of the parameters; default the checkpoint's own.
+            token: for gated repositories; default the one of this machine's login.
+            cache_dir: where downloads are kept; default the hub's cache.
+            local_files_only: never go to the network.
+            ignore_mismatched_sizes: start tensors of a wrong shape anew, with a warning, rather than refuse.
+            device: where the parameters go; default torch's default device.
+            **config_overrides: fields of the config to change.
+
+        Raises:
+            HubError: the repository or a file cannot be had.
+            ConfigError: the config is of another family or has a bad value.
+            CheckpointError: the weights are broken or do not fit the config; every problem is named.
+        """
+        folder = resolve(
+            path_or_repo,
+            need="weights",
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        config = cls.config_class.from_folder(folder, **config_overrides)
+        checkpoint = Checkpoint(folder)
+        wanted = checkpoint.dtype if dtype in (None, "auto") else dtype_of(dtype)
+        device = torch.get_default_device() if device is None else torch.device(device)
+        weights = load_weights(
+            checkpoint, config, cls.head, dtype=wanted, ignore_mismatched_sizes=ignore_mismatched_sizes
+        )
+        model = cls(config, seed=None)
+        for parameter, array in weights:
+            model._bind(parameter, to_tensor(array).to(device))
+        model.tie_weights()
+        model.generation_config = GenerationConfig.from_folder(folder, config)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
+        """Write config.json, generation_config.json and safetensors into `folder`, in one step.
+
+        Args:
+            folder: made if need be; in an old one, other files are kept.
+            max_shard_size: bytes a file, as a number or as text such as "5GB".
+
+        Raises:
+            CheckpointError: the folder could not be written and is as it was before.
+        """
+        save_checkpoint(
+            folder,
+            self.config,
+            self.head,
+            read=lambda parameter: to_array(self._find(parameter)),
+            dtype=lambda parameter: self._find(parameter).dtype,
+            generation_config=self.generation_config.to_dict(),
+            max_shard_size=max_shard_size,
+        )
+
+    def _path(self, parameter: Parameter) -> str:
+        """A parameter's name in this module: the canonical one, in a base model without the leading `model.`."""
+        return parameter.name if self.head else parameter.name.removeprefix(BASE_PREFIX)
+
+    def _find(self, parameter: Parameter) -> nn.Parameter:
+        return self.get_parameter(self._path(parameter))
+
+    def _bind(self, parameter: Parameter, tensor: Tensor) -> None:
+        module, _, leaf = self._path(parameter).rpartition(".")
+        setattr(self.get_submodule(module), leaf, nn.Parameter(tensor))
+
+    def tie_weights(self) -> None:
+        """Make each tied parameter the one it is tied to."""
+        for parameter in self.config.parameters(self.head):
+            if parameter.tied_to is not None:
+                module, _, leaf = self._path(parameter).rpartition(".")
+                setattr(self.get_submodule(module), leaf, self.get_parameter(parameter.tied_to))
+
+    # -- what users of PyTorch models ask for ---------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.parameters()).device
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The decoder without its head; itself for a base model."""
+        return self.model if self.head else self
+
+    def setting(self, name: str, value: bool | None, default: bool) -> bool:
+        """A call's choice, else the config's, else the default."""
+        return getattr(self.config, name, default) if value is None else value
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """The number of values in parameters; tied ones count once."""
+        left_out = {id(self.get_input_embeddings().weight)} if exclude_embeddings else set()
+        return sum(
+            p.numel() for p in self.parameters() if id(p) not in left_out and (p.requires_grad or not only_trainable)
+        )
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding."""
+        return self.base_model.embed_tokens
+
+    def set_input_embeddings(self, embedding: nn.Embedding) -> None:
+        """Replace the token embedding (and with it a tied head)."""
+        self.base_model.embed_tokens = embedding
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """The language-model head, if there is one."""
+        return getattr(self, "lm_head", None)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute blocks in the backward pass rather than keep what is inside them."""
+        self.base_model.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what is inside blocks for the backward pass."""
+        self.base_model.gradient_checkpointing = False
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> nn.Embedding:
+        """Change the number of rows of the token embedding and of the language-model head; the config follows.
+
+        New rows get initial values, the same in every framework.
+
+        Args:
+            new_num_tokens: rows; default as many as there are.
+            pad_to_multiple_of: round that up to a multiple.
+        """
+        rows = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
+        config = self.config.replace(vocab_size=rows)
+        for parameter in config.parameters(self.head):
+            if "vocab" in parameter.axes and parameter.tied_to is None:
+                old = self._find(parameter)
+                kept = min(rows, old.shape[0])
+                added = to_tensor(parameter.initial(0, dtype_of(old.dtype))[kept:]).to(old.device)
+                self._bind(parameter, torch.cat([old.detach()[:kept], added]))
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config = config
+        self.tie_weights()
+        self.get_input_embeddings().num_embeddings = rows
+        if self.get_output_embeddings() is not None:
+            self.get_output_embeddings().out_features = rows
+        return self.get_input_embeddings()
+
+
+def to_tensor(array: np.ndarray) -> Tensor:
+    """The array as a tensor, sharing its memory."""
+    if array.dtype.name == "bfloat16":  # torch takes NumPy's own dtypes only
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_array(tensor: Tensor) -> np.ndarray:
+    """The tensor as an array, sharing its memory where it is on the CPU."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(dtype_of(torch.bfloat16))
+    return tensor.numpy()

@@ -1,0 +1,145 @@
+"""Blocks that families share: norm, rotary positions, masks, attention, gated MLP.
+
+Shapes in comments: b batch, s positions in this call, t positions with the cache, h query heads, g key/value heads,
+d head_dim, c hidden size, f MLP width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olmozoo.errors import InputError
+from olmozoo.families.rope import Rope
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class RMSNorm(nn.Module):
+    """`w * x / sqrt(mean(x^2) + eps)` in at least float32, cast back after the product (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(at_least_float32(x.dtype))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * wide).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def rotary(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (b, 1, s, d), for positions (b, s), in at least float32."""
+    dtype = at_least_float32(dtype)
+    inv_freq = torch.tensor(rope.inv_freq, dtype=dtype, device=positions.device)
+    length = positions.max() + 1
+    if rope.growth is not None:
+        past = (length - rope.length).clamp(min=0).to(dtype)
+        growth = torch.tensor(rope.growth, dtype=dtype, device=positions.device)
+        inv_freq = inv_freq * (1 + rope.factor * past / rope.length) ** -growth
+    elif rope.long_inv_freq is not None:
+        long_inv_freq = torch.tensor(rope.long_inv_freq, dtype=dtype, device=positions.device)
+        inv_freq = torch.where(length > rope.length, long_inv_freq, inv_freq)
+    angles = positions[:, None, :, None].to(dtype) * inv_freq
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos() * rope.scale, angles.sin() * rope.scale
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + d/2) of x (b, h, s, d) by its angle (arXiv:2104.09864, in the half-split layout)."""
+    wide = x.to(cos.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def causal_mask(
+    attention_mask: Tensor | None, batch: int, length: int, past: int, device: torch.device
+) -> Tensor | None:
+    """Which keys each query sees: bool (b or 1, 1, s, t), or None where that is plain causality.
+
+    A query sees the real keys up to its own place. One that would see none (padding on the left) sees itself, so that
+    no softmax is over nothing.
+
+    Raises:
+        InputError: attention_mask is not (batch, past + length).
+    """
+    if attention_mask is None and (past == 0 or length == 1):
+        return None
+    query = torch.arange(past, past + length, device=device)[:, None]
+    key = torch.arange(past + length, device=device)[None, :]
+    causal = (key <= query)[None, None]
+    if attention_mask is None:
+        return causal
+    if attention_mask.shape != (batch, past + length):
+        raise InputError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(batch, past + length)}: "
+            f"{past} cached and {length} new positions"
+        )
+    seen = causal & attention_mask.to(torch.bool)[:, None, None, :]
+    return seen | (~seen.any(-1, keepdim=True) & (key == query))
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(b, s, h * d) -> (b, h, s, d)."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float, want_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention of query (b, h, s, d) on key and value (b, g, t, d); key head i serves h/g query heads.
+
+    Returns:
+        The heads' outputs, side by side, (b, s, h * d); and the weights (b, h, s, t) where they are wanted.
+    """
+    weights = None
+    if want_weights:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        wide = at_least_float32(query.dtype)
+        scores = (query @ key.transpose(-1, -2)).to(wide) * scale
+        if mask is None:
+            mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
+        weights = scores.masked_fill(~mask, torch.finfo(wide).min).softmax(-1).to(query.dtype)
+        weights = F.dropout(weights, dropout)
+        out = weights @ value
+    else:
+        causal = mask is None and query.shape[2] > 1
+        gqa = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa
+        )
+    return out.transpose(1, 2).flatten(2), weights
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))` (arXiv:2002.05202), no biases."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.act = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,88 @@
+"""OLMo 2 in PyTorch (arXiv:2501.00656).
+
+    x ─┬─ attention ─ norm ─ + ─┬─ MLP ─ norm ─ + ─
+       └────────────────────────┘└──────────────┘        norms are on what a sublayer puts out, not on what it takes in
+
+Shapes: b batch, s positions in this call, t positions with the cache, h query heads, g key/value heads, d head_dim,
+c hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from olmozoo.families.olmo2 import Olmo2Config
+from olmozoo.pt.decoder import CausalLM, Decoder
+from olmozoo.pt.layers import GatedMLP, RMSNorm, attention, rotate, split_heads
+
+
+class Olmo2Attention(nn.Module):
+    """Grouped-query attention; queries and keys are normed over all heads together, before they are split."""
+
+    def __init__(self, config: Olmo2Config, layer: int) -> None:
+        super().__init__()
+        c, bias = config.hidden_size, config.attention_bias
+        q, kv = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(c, q, bias=bias)
+        self.k_proj = nn.Linear(c, kv, bias=bias)
+        self.v_proj = nn.Linear(c, kv, bias=bias)
+        self.o_proj = nn.Linear(q, c, bias=bias)
+        self.q_norm = RMSNorm(q, config.rms_norm_eps)
+        self.k_norm = RMSNorm(kv, config.rms_norm_eps)
+        self.head_dim = config.head_dim
+        self.dropout = config.attention_dropout
+        self.layer = layer
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, turn: tuple[Tensor, Tensor], cache: Any, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        query = split_heads(self.q_norm(self.q_proj(x)), self.head_dim)  # (b, h, s, d)
+        key = split_heads(self.k_norm(self.k_proj(x)), self.head_dim)  # (b, g, s, d)
+        value = split_heads(self.v_proj(x), self.head_dim)
+        query, key = rotate(query, *turn), rotate(key, *turn)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer)  # (b, g, t, d)
+        dropout = self.dropout if self.training else 0.0
+        out, weights = attention(query, key, value, mask, self.head_dim**-0.5, dropout, want_weights)
+        return self.o_proj(out), weights
+
+
+class Olmo2Block(nn.Module):
+    """One decoder block, norms after the sublayers."""
+
+    def __init__(self, config: Olmo2Config, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Olmo2Attention(config, layer)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, turn: tuple[Tensor, Tensor], cache: Any, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        out, weights = self.self_attn(x, mask, turn, cache, want_weights)
+        x = x + self.post_attention_layernorm(out)  # (b, s, c)
+        x = x + self.post_feedforward_layernorm(self.mlp(x))
+        return x, weights
+
+
+class Olmo2Model(Decoder):
+    """The OLMo 2 decoder without a head."""
+
+    config_class = Olmo2Config
+
+    def build(self) -> None:
+        config = self.config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Olmo2Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rope = config.rope()
+
+
+class Olmo2ForCausalLM(CausalLM):
+    """The OLMo 2 decoder with its language-model head."""
+
+    config_class = Olmo2Config
+    base_class = Olmo2Model
