@@ -1,0 +1,427 @@
+"""The reader and the writer of checkpoint folders: what is right loads exactly, what is wrong is named."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import random_values, write_checkpoint
+
+from olmozoo import CheckpointError, Olmo2Config
+from olmozoo.checkpoint import (
+    Checkpoint,
+    dtype_of,
+    load_weights,
+    parse_size,
+    read_safetensors,
+    replacing_folder,
+    save_checkpoint,
+)
+
+CONFIG = Olmo2Config(
+    vocab_size=37,
+    hidden_size=24,
+    intermediate_size=20,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    attention_bias=True,
+)
+TIED = CONFIG.replace(tie_word_embeddings=True)
+
+
+def load(folder, config=CONFIG, head="causal_lm", dtype="float64", **options):
+    weights = load_weights(Checkpoint(folder), config, head, dtype=np.dtype(dtype), **options)
+    return {parameter.name: array for parameter, array in weights}
+
+
+def rewrite(folder: Path, change) -> None:
+    """Change the tensors of a single-file checkpoint through the safetensors library, an independent writer."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shard", ["5GB", "3KB"])
+def test_what_is_written_is_read_back_bit_for_bit(tmp_path, dtype, shard):
+    write_checkpoint(tmp_path / "a", CONFIG, dtype=dtype, max_shard_size=shard)
+    found = load(tmp_path / "a", dtype=dtype_of(dtype))
+    assert list(found) == [p.name for p in CONFIG.parameters("causal_lm")]
+    for parameter in CONFIG.parameters("causal_lm"):
+        expected = random_values(parameter).astype(dtype_of(dtype))
+        assert found[parameter.name].dtype == dtype_of(dtype)
+        assert found[parameter.name].tobytes() == expected.tobytes()
+    assert (tmp_path / "a" / "model.safetensors.index.json").exists() == (shard == "3KB")
+
+
+def test_the_safetensors_library_reads_what_we_write_and_the_reverse(tmp_path):
+    from safetensors.numpy import load_file
+
+    write_checkpoint(tmp_path / "a", CONFIG, dtype="bfloat16")
+    theirs = load_file(tmp_path / "a" / "model.safetensors")
+    ours = Checkpoint(tmp_path / "a")
+    assert theirs.keys() == ours.tensors.keys()
+    assert all(theirs[name].tobytes() == ours[name].tobytes() for name in theirs)
+    before = {name: ours[name].copy() for name in ours.tensors}
+    rewrite(tmp_path / "a", lambda tensors: None)
+    again = Checkpoint(tmp_path / "a")
+    assert all(np.array_equal(again[name], before[name]) for name in before)
+
+
+def test_shards_keep_to_their_size_and_bytes_are_deterministic(tmp_path):
+    for name in "ab":
+        write_checkpoint(tmp_path / name, CONFIG, max_shard_size="6KB")
+    files = sorted(os.listdir(tmp_path / "a"))
+    assert files == sorted(os.listdir(tmp_path / "b"))
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
+    largest = max(p.size * 8 for p in CONFIG.parameters("causal_lm"))
+    for shard in set(index["weight_map"].values()):
+        tensors = read_safetensors(tmp_path / "a" / shard)
+        assert sum(np.prod(t.shape) * 8 for t in tensors.values()) <= max(6000, largest)
+    assert index["metadata"]["total_size"] == sum(p.size * 8 for p in CONFIG.parameters("causal_lm"))
+
+
+def test_a_tied_head_is_not_written_and_may_be_there_if_equal(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", TIED)
+    assert "lm_head.weight" not in Checkpoint(folder).tensors
+    assert "lm_head.weight" not in load(folder, TIED)
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    assert "lm_head.weight" not in load(folder, TIED)
+    rewrite(folder, lambda t: t["lm_head.weight"].__setitem__((3, 4), 9.0))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        load(folder, TIED)
+
+
+def test_base_and_head_checkpoints_serve_each_other(tmp_path):
+    base = write_checkpoint(tmp_path / "base", CONFIG, None)
+    causal = write_checkpoint(tmp_path / "causal", CONFIG)
+    assert not any(name.startswith("model.") for name in Checkpoint(base).tensors)
+    assert all(np.array_equal(array, load(causal)[name]) for name, array in load(base, head=None).items())
+    assert load(causal, head=None).keys() == load(base, head=None).keys()
+    with pytest.warns(UserWarning, match=r"lm_head\.weight"):
+        found = load(base)
+    table = {p.name: p for p in CONFIG.parameters("causal_lm")}
+    assert np.array_equal(found["lm_head.weight"], table["lm_head.weight"].initial(0, "float64"))
+    assert np.array_equal(
+        load(write_checkpoint(tmp_path / "t", TIED, None), TIED)["model.norm.weight"], found["model.norm.weight"]
+    )
+
+
+def test_a_new_classification_head_is_announced(tmp_path):
+    causal = write_checkpoint(tmp_path / "causal", CONFIG)
+    with pytest.warns(UserWarning, match=r"score\.weight"):
+        assert load(causal, head="sequence_classification")["score.weight"].shape == (2, 24)
+    classifier = write_checkpoint(tmp_path / "classifier", CONFIG, "sequence_classification")
+    assert np.array_equal(load(classifier, head=None)["model.norm.weight"], load(causal)["model.norm.weight"])
+
+
+def test_a_causal_checkpoint_without_its_head_is_broken(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", CONFIG)
+    rewrite(folder, lambda t: t.pop("lm_head.weight"))
+    with pytest.raises(CheckpointError, match=r"missing: lm_head\.weight \[37, 24\]"):
+        load(folder)
+
+
+def test_one_error_lists_every_problem(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", CONFIG)
+
+    def spoil(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.7.mlp.up_proj.weight"] = np.zeros((2, 3))
+        tensors["model.norm.weight"] = np.zeros(25)
+        tensors["embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(2)
+
+    rewrite(folder, spoil)
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    text = str(caught.value)
+    assert "4 problem(s)" in text
+    for part in (
+        "missing: model.layers.1.mlp.up_proj.weight [20, 24]",
+        "unexpected: model.layers.7.mlp.up_proj.weight [2, 3]",
+        "wrong shape: model.norm.weight is [25], expected [24]",
+        "duplicate: ",
+    ):
+        assert part in text
+
+
+def test_a_square_matrix_is_not_transposed_and_a_transposed_one_is_refused(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", CONFIG)
+    q = next(p for p in CONFIG.parameters() if p.name.endswith("q_proj.weight"))
+    assert q.shape == (24, 24)
+    assert np.array_equal(load(folder)[q.name], random_values(q))
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].T}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is \[24, 37\], expected \[37, 24\]"):
+        load(folder)
+
+
+def test_mismatched_sizes_start_anew_only_if_asked(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", CONFIG)
+    larger = CONFIG.replace(vocab_size=41)
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight is \[37, 24\], expected \[41, 24\]"):
+        load(folder, larger)
+    with pytest.warns(UserWarning, match=r"lm_head\.weight is \[37, 24\]"):
+        assert load(folder, larger, ignore_mismatched_sizes=True)["lm_head.weight"].shape == (41, 24)
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def lengthen(folder):
+    with (folder / "model.safetensors").open("ab") as stream:
+        stream.write(b"more")
+
+
+def empty(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def huge_header(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", 1 << 60) + file.read_bytes()[8:])
+
+
+def edit_header(change):
+    def edit(folder):
+        file = folder / "model.safetensors"
+        data = file.read_bytes()
+        length = struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8 : 8 + length])
+        text = json.dumps(change(header)).encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+    return edit
+
+
+def entry(**values):
+    return edit_header(lambda h: {**h, "lm_head.weight": {**h["lm_head.weight"], **values}})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (truncate, r"lm_head\.weight ends at byte \d+, the file at \d+"),
+        (lengthen, r"the tensors end at byte \d+, the file at \d+"),
+        (empty, "0 bytes"),
+        (huge_header, str(1 << 60)),
+        (edit_header(lambda header: [header]), "list"),
+        (entry(dtype="F8_E4M3"), r"lm_head\.weight.*F8_E4M3"),
+        (entry(shape=[37, 25]), r"lm_head\.weight.*expected \d+ bytes"),
+        (entry(shape=[-37, 24]), r"lm_head\.weight"),
+        (entry(shape=[1 << 61, 1 << 61, 24]), r"lm_head\.weight"),
+        (entry(data_offsets=[0, 37 * 24 * 8]), r"begins at byte 0"),
+        (entry(data_offsets="all"), r"lm_head\.weight"),
+        (entry(shape=None), r"lm_head\.weight"),
+        (edit_header(lambda h: {**h, "lm_head.weight": 3}), r"lm_head\.weight"),
+    ],
+)
+def test_a_broken_file_is_refused_and_named(tmp_path, spoil, named):
+    folder = write_checkpoint(tmp_path / "a", CONFIG)
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=named) as caught:
+        Checkpoint(folder)
+    assert "model.safetensors" in str(caught.value)
+
+
+def first(weight_map):
+    return min(weight_map.values())
+
+
+def edit_index(change):
+    def edit(folder):
+        file = folder / "model.safetensors.index.json"
+        index = json.loads(file.read_text())
+        change(index["weight_map"])
+        file.write_text(json.dumps(index))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (edit_index(lambda m: m.update({"lm_head.weight": "absent.safetensors"})), r"names the shard absent\.safetensors"),
+        (edit_index(lambda m: m.update({"lm_head.weight": first(m)})), r"lm_head\.weight is not in"),
+        (edit_index(lambda m: m.pop("lm_head.weight")), r"lm_head\.weight is in .* where the index has no such tensor"),
+        (edit_index(lambda m: m.update({"lm_head.weight": "../other.safetensors"})), r"'\.\./other\.safetensors'"),
+        (edit_index(lambda m: m.update({"lm_head.weight": "/etc/passwd"})), "/etc/passwd"),
+        (edit_index(lambda m: m.update({"lm_head.weight": 7})), "7"),
+        (edit_index(lambda m: m.clear()), "weight_map"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("not json"), "JSON"),
+        (lambda f: shutil.copy(*sorted(f.glob("model-*"))[:2]), "is in both"),
+    ],
+)  # fmt: skip
+def test_a_broken_index_is_refused_and_named(tmp_path, spoil, named):
+    folder = write_checkpoint(tmp_path / "a", CONFIG, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*"))) > 2
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=named):
+        Checkpoint(folder)
+
+
+def test_a_folder_without_weights_says_what_it_holds(tmp_path):
+    (tmp_path / "flax_model.msgpack").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"flax_model\.msgpack"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_bin_files_load_and_execute_nothing(tmp_path, old_format):
+    torch = pytest.importorskip("torch")
+    tensors = {p.name: torch.from_numpy(random_values(p)).bfloat16() for p in CONFIG.parameters("causal_lm")}
+    CONFIG.save_pretrained(tmp_path)
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(tensors, file, _use_new_zipfile_serialization=not old_format)
+    for parameter in CONFIG.parameters("causal_lm"):
+        expected = random_values(parameter).astype(ml_dtypes.bfloat16)
+        assert np.array_equal(load(tmp_path, dtype=ml_dtypes.bfloat16)[parameter.name], expected)
+
+    torch.save({"a": Evil(tmp_path / "owned")}, file)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+        Checkpoint(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+class Evil:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_sharded_bin_files_load(tmp_path):
+    torch = pytest.importorskip("torch")
+    names = [p.name for p in CONFIG.parameters("causal_lm")]
+    weight_map = {}
+    for number, part in enumerate((names[:9], names[9:]), 1):
+        file = f"pytorch_model-{number:05d}-of-00002.bin"
+        table = {p.name: p for p in CONFIG.parameters("causal_lm")}
+        torch.save({name: torch.from_numpy(random_values(table[name])) for name in part}, tmp_path / file)
+        weight_map.update(dict.fromkeys(part, file))
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for parameter in CONFIG.parameters("causal_lm"):
+        assert np.array_equal(load(tmp_path)[parameter.name], random_values(parameter))
+
+
+# -- writing is atomic ------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_save_that_fails_leaves_the_old_folder_and_nothing_else(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", CONFIG)
+    before = contents(folder)
+    calls = []
+
+    def read(parameter):
+        calls.append(parameter)
+        if len(calls) == 20:
+            raise OSError(28, "No space left on device")
+        return random_values(parameter, seed=1)
+
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        save_checkpoint(folder, CONFIG, "causal_lm", read, lambda p: "float64")
+    assert contents(folder) == before
+    assert os.listdir(tmp_path) == ["a"]
+    calls.clear()
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        save_checkpoint(tmp_path / "new", CONFIG, "causal_lm", read, lambda p: "float64")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_save_that_is_killed_leaves_the_old_folder_and_the_next_one_clears_up(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", CONFIG)
+    before = contents(folder)
+    program = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from conftest import random_values
+from test_checkpoint import CONFIG
+from olmozoo.checkpoint import save_checkpoint
+calls = []
+def read(parameter):
+    calls.append(parameter)
+    if len(calls) == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return random_values(parameter, seed=1)
+save_checkpoint({str(folder)!r}, CONFIG, "causal_lm", read, lambda p: "float64")
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
+    assert contents(folder) == before
+    assert len(os.listdir(tmp_path)) == 2
+    write_checkpoint(folder, CONFIG, seed=2)
+    assert os.listdir(tmp_path) == ["a"]
+    assert contents(folder) != before
+
+
+def test_a_save_replaces_old_weights_and_keeps_other_files(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", CONFIG, max_shard_size="6KB")
+    (folder / "tokenizer.json").write_text("kept")
+    (folder / "assets").mkdir()
+    (folder / "assets" / "pytorch_model.bin").write_text("kept too")
+    write_checkpoint(folder, CONFIG, seed=1)
+    assert sorted(contents(folder)) == [
+        "assets/pytorch_model.bin",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    assert (folder / "tokenizer.json").read_text() == "kept"
+
+
+def test_a_save_over_a_mapped_checkpoint_changes_nothing_that_is_mapped(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", CONFIG)
+    mapped = load(folder)
+    write_checkpoint(folder, CONFIG, seed=1)
+    for parameter in CONFIG.parameters("causal_lm"):
+        assert np.array_equal(mapped[parameter.name], random_values(parameter))
+        mapped[parameter.name][...] = 0  # and writing into the mapping leaves the file alone
+        assert np.array_equal(load(folder)[parameter.name], random_values(parameter, seed=1))
+
+
+def test_saving_through_a_link_replaces_what_it_points_to(tmp_path):
+    write_checkpoint(tmp_path / "real", CONFIG)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_checkpoint(tmp_path / "link", CONFIG, seed=1)
+    assert (tmp_path / "link").is_symlink()
+    assert np.array_equal(load(tmp_path / "real")["model.norm.weight"], load(tmp_path / "link")["model.norm.weight"])
+
+
+def test_saving_onto_a_file_or_where_nothing_may_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="not a folder"), replacing_folder(tmp_path / "file"):
+        pass
+    with pytest.raises(CheckpointError, match="was not saved"), replacing_folder(tmp_path / "file" / "inside"):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("1GiB", 2**30), ("1.5kb", 1500), (77, 77), ("12", 12), ("2 MB", 2 * 10**6)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["5 bananas", "", "-3", "0", "GB"])
+def test_bad_sizes(text):
+    with pytest.raises(CheckpointError, match="max_shard_size"):
+        parse_size(text)
