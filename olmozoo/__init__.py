@@ -6,7 +6,9 @@ package imports no framework.
 
 from olmozoo.errors import CheckpointError, ConfigError, HubError, InputError, MissingBackendError, OlmozooError
 from olmozoo.families.base import ModelConfig
+from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config
+from olmozoo.families.opt import OPTConfig
 
 __version__ = "0.1.0"
 
@@ -17,6 +19,8 @@ __all__ = [
     "InputError",
     "MissingBackendError",
     "ModelConfig",
+    "OPTConfig",
     "Olmo2Config",
+    "OlmoConfig",
     "OlmozooError",
 ]

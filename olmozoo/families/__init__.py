@@ -1,3 +1,3 @@
 """Model families: configs, parameter tables, presets. NumPy and the standard library only."""
 
-from olmozoo.families import olmo2  # noqa: F401  (registers the family)
+from olmozoo.families import olmo, olmo2, opt  # noqa: F401  (registers the families)

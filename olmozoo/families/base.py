@@ -183,7 +183,7 @@ class ModelConfig(ABC):
             assert self.num_labels is not None
             yield Parameter(f"{module}.weight", (self.num_labels, width), ("labels", "embed"), "linear", std)
         else:
-            yield Parameter(f"{module}.weight", (2, self.hidden_size), ("labels", "embed"), "linear", std)
+            yield Parameter(f"{module}.weight", (2, width), ("labels", "embed"), "linear", std)
             yield Parameter(f"{module}.bias", (2,), ("labels",), "bias")
 
     def count_parameters(self, head: Head | None = "causal_lm") -> dict[str, int]:

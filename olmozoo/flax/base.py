@@ -1,0 +1,336 @@
+"""Making, loading and saving Flax models: canonical parameters bound to the leaves of a tree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from olmozoo.checkpoint import Checkpoint, dtype_of, load_weights, save_checkpoint
+from olmozoo.errors import ConfigError, InputError
+from olmozoo.families.base import BASE_PREFIX, Head, Kind, ModelConfig, Parameter
+from olmozoo.flax.cache import KVCache
+from olmozoo.flax.layers import at_least_float32
+from olmozoo.generation import GenerationConfig
+from olmozoo.hub import resolve
+from olmozoo.outputs import OUTPUTS
+
+LEAVES: dict[Kind, str] = {"linear": "kernel", "embedding": "embedding", "norm": "scale", "bias": "bias"}
+
+for output_class in OUTPUTS:
+    jax.tree_util.register_dataclass(output_class)
+
+
+class PreTrainedModel:
+    """Base of every model here: a config, a Flax module and, in most uses, its parameters.
+
+    Args:
+        config: the model's config.
+        input_shape: taken for the sake of older code; no parameter's shape depends on it.
+        seed: initial weights are drawn from it, bit for bit the same as in the other frameworks.
+        dtype: what is computed in.
+        _do_init: False makes no parameters: pass `params` to each call, as `init_weights` or a checkpoint gives them.
+        param_dtype: of the parameters; default `dtype`, but at least float32.
+
+    Attributes:
+        config, dtype, param_dtype: as above.
+        module: the Flax module, whose `apply({"params": params}, ...)` is the model.
+        generation_config: the defaults of `generate`.
+
+    Raises:
+        ConfigError: the config is of another family, or float64 is asked for and JAX has it switched off.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    head: ClassVar[Head | None] = None
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        input_shape: tuple[int, ...] = (1, 1),
+        seed: int = 0,
+        dtype: Any = jnp.float32,
+        _do_init: bool = True,
+        *,
+        param_dtype: Any = None,
+    ) -> None:
+        if not isinstance(config, self.config_class):
+            raise ConfigError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, not {type(config).__name__}"
+            )
+        self.config = config
+        self.dtype = usable_dtype(dtype)
+        self.param_dtype = at_least_float32(self.dtype) if param_dtype is None else usable_dtype(param_dtype)
+        self.generation_config = GenerationConfig.from_model(config)
+        self.module = self.build()
+        self._params: dict[str, Any] | None = self.init_weights(seed) if _do_init else None
+
+    def build(self) -> nn.Module:
+        """The Flax module that `self.config` asks for."""
+        raise NotImplementedError
+
+    # -- parameters -----------------------------------------------------------------------------------------------
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The model's own parameters.
+
+        Setting them checks their names and shapes against the parameter table.
+
+        Raises:
+            InputError: there are none, or those given do not fit; every problem is named.
+        """
+        if self._params is None:
+            raise InputError(f"this {type(self).__name__} was made with _do_init=False: pass `params`")
+        return self._params
+
+    @params.setter
+    def params(self, params: Mapping[str, Any]) -> None:
+        self._params = self.checked(params)
+
+    @property
+    def params_shape_tree(self) -> dict[str, Any]:
+        """The parameters as `jax.ShapeDtypeStruct`s, in `param_dtype`."""
+        return self._bind((parameter, self._struct(parameter)) for parameter in self._table())
+
+    def init_weights(self, seed: int = 0) -> dict[str, Any]:
+        """Initial parameters in `param_dtype`, bit for bit the same as in the other frameworks.
+
+        Under `jax.eval_shape` and while jit traces, nothing is drawn or allocated.
+        """
+        traced = (seed,) if isinstance(seed, jax.Array) else ()
+
+        def draw(parameter: Parameter) -> jax.Array:
+            def initial(*seeds: Any) -> np.ndarray:
+                return oriented(parameter, parameter.initial(int(*seeds or (seed,)), self.param_dtype))
+
+            return jax.pure_callback(initial, self._struct(parameter), *traced)
+
+        return self._bind((parameter, draw(parameter)) for parameter in self._table())
+
+    def tree(self, params: Any = None) -> Any:
+        """The bare tree of `params`, which may be `{"params": tree}`; the model's own by default."""
+        if params is None:
+            return self.params
+        return params.get("params", params)
+
+    def checked(self, params: Any) -> dict[str, Any]:
+        """`tree(params)` as plain dicts, once its names and shapes are those of the parameter table.
+
+        Raises:
+            InputError: they are not; every problem is named.
+        """
+        params = unfreeze(self.tree(params))
+        found = {"/".join(path): np.shape(leaf) for path, leaf in flatten_dict(params).items()}
+        expected = {"/".join(path): leaf.shape for path, leaf in flatten_dict(self.params_shape_tree).items()}
+        problems = [f"missing: {name} {expected[name]}" for name in expected.keys() - found.keys()]
+        problems += [f"unexpected: {name} {found[name]}" for name in found.keys() - expected.keys()]
+        problems += [
+            f"wrong shape: {name} is {found[name]}, expected {expected[name]}"
+            for name in expected.keys() & found.keys()
+            if found[name] != expected[name]
+        ]
+        if problems:
+            raise InputError(
+                f"params do not fit {type(self).__name__}: {len(problems)} problem(s)\n"
+                + "\n".join(f"  - {problem}" for problem in sorted(problems))
+            )
+        return params
+
+    def _table(self) -> list[Parameter]:
+        return [parameter for parameter in self.config.parameters(self.head) if parameter.tied_to is None]
+
+    def _path(self, parameter: Parameter) -> tuple[str, ...]:
+        """Where a parameter is in the tree: its canonical name, the leaf renamed by kind.
+
+        In a base model it goes without the leading `model.`.
+        """
+        name = parameter.name if self.head else parameter.name.removeprefix(BASE_PREFIX)
+        return (*name.split(".")[:-1], LEAVES[parameter.kind])
+
+    def _struct(self, parameter: Parameter) -> jax.ShapeDtypeStruct:
+        shape = parameter.shape[::-1] if parameter.kind == "linear" else parameter.shape
+        return jax.ShapeDtypeStruct(shape, self.param_dtype)
+
+    def _bind(self, leaves: Iterable[tuple[Parameter, Any]]) -> dict[str, Any]:
+        return unflatten_dict({self._path(parameter): leaf for parameter, leaf in leaves})
+
+    # -- loading and saving ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        dtype: Any = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        _do_init: bool = True,
+        **config_overrides: Any,
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """A model with the weights of a checkpoint.
+
+        The file is mapped, and each tensor is read and copied once, so that the memory of one tensor is all that it
+        takes beyond the parameters themselves.
+
+        Args:
+            path_or_repo: a folder, or a repository on the hub.
+            revision: branch, tag or commit; default the repository's main branch.
+            subfolder: a folder inside either.
+            dtype: of the parameters and of what is computed; default the checkpoint's own.
+            token: for gated repositories; default the one of this machine's login.
+            cache_dir: where downloads are kept; default the hub's cache.
+            local_files_only: never go to the network.
+            ignore_mismatched_sizes: start tensors of a wrong shape anew, with a warning, rather than refuse.
+            _do_init: False returns `(model, params)`, the model without parameters of its own.
+            **config_overrides: fields of the config to change.
+
+        Raises:
+            HubError: the repository or a file cannot be had.
+            ConfigError: the config is of another family or has a bad value, or the dtype is float64 and JAX has it
+                switched off.
+            CheckpointError: the weights are broken or do not fit the config; every problem is named.
+        """
+        folder = resolve(
+            path_or_repo,
+            need="weights",
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        config = cls.config_class.from_folder(folder, **config_overrides)
+        checkpoint = Checkpoint(folder)
+        wanted = usable_dtype(checkpoint.dtype if dtype in (None, "auto") else dtype)
+        weights = load_weights(
+            checkpoint, config, cls.head, dtype=wanted, ignore_mismatched_sizes=ignore_mismatched_sizes
+        )
+        model = cls(config, dtype=wanted, param_dtype=wanted, _do_init=False)
+        params = model._bind((parameter, to_leaf(parameter, array)) for parameter, array in weights)
+        model.generation_config = GenerationConfig.from_folder(folder, config)
+        if not _do_init:
+            return model, params
+        model.params = params
+        return model
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB", *, params: Any = None
+    ) -> None:
+        """Write config.json, generation_config.json and safetensors into `folder`, in one step.
+
+        Args:
+            folder: made if need be; in an old one, other files are kept.
+            max_shard_size: bytes a file, as a number or as text such as "5GB".
+            params: default the model's own.
+
+        Raises:
+            InputError: there are no parameters, or they do not fit.
+            CheckpointError: the folder could not be written and is as it was before.
+        """
+        leaves = flatten_dict(self.checked(params))
+        save_checkpoint(
+            folder,
+            self.config,
+            self.head,
+            read=lambda parameter: to_array(parameter, leaves[self._path(parameter)]),
+            dtype=lambda parameter: leaves[self._path(parameter)].dtype,
+            generation_config=self.generation_config.to_dict(),
+            max_shard_size=max_shard_size,
+        )
+
+    # -- calling --------------------------------------------------------------------------------------------------
+
+    def apply(self, params: Any, dropout_rng: Any, return_dict: bool | None, **arguments: Any) -> Any:
+        """The module's answer to `arguments`, with the settings among them that are None resolved."""
+        for name, default in (("use_cache", True), ("output_attentions", False), ("output_hidden_states", False)):
+            arguments[name] = self.setting(name, arguments[name], default)
+        rngs = None if dropout_rng is None else {"dropout": dropout_rng}
+        output = self.module.apply({"params": self.tree(params)}, rngs=rngs, **arguments)
+        return output if self.setting("return_dict", return_dict, True) else output.to_tuple()
+
+    def setting(self, name: str, value: bool | None, default: bool) -> bool:
+        """A call's choice, else the config's, else the default."""
+        return getattr(self.config, name, default) if value is None else value
+
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
+        """An empty cache for `batch_size` rows of up to `max_length` positions; dtype by default the model's."""
+        return KVCache.create(self.config, batch_size, max_length, self.dtype if dtype is None else dtype)
+
+    # -- what users of Flax models ask for ------------------------------------------------------------------------
+
+    def num_parameters(self, exclude_embeddings: bool = False) -> int:
+        """The number of values in parameters; tied ones count once."""
+        left_out = self.config.embedding.name if exclude_embeddings else None
+        return sum(parameter.size for parameter in self._table() if parameter.name != left_out)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute blocks in the backward pass rather than keep what is inside them."""
+        self.module = self.module.clone(gradient_checkpointing=True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what is inside blocks for the backward pass."""
+        self.module = self.module.clone(gradient_checkpointing=False)
+
+    def to_bf16(self, params: Any, mask: Any = None) -> Any:
+        """`params` in bfloat16; with `mask`, a tree of bools of the same form, only where it is True."""
+        return cast(params, jnp.bfloat16, mask)
+
+    def to_fp16(self, params: Any, mask: Any = None) -> Any:
+        """`params` in float16; with `mask`, a tree of bools of the same form, only where it is True."""
+        return cast(params, jnp.float16, mask)
+
+    def to_fp32(self, params: Any, mask: Any = None) -> Any:
+        """`params` in float32; with `mask`, a tree of bools of the same form, only where it is True."""
+        return cast(params, jnp.float32, mask)
+
+
+def usable_dtype(dtype: Any) -> np.dtype[Any]:
+    """The dtype of that name.
+
+    Raises:
+        ConfigError: it is float64, which JAX would silently make float32 as long as it is not switched on.
+    """
+    dtype = dtype_of(dtype)
+    if dtype == np.float64 and not jax.config.jax_enable_x64:
+        raise ConfigError(
+            "dtype is float64, which JAX has switched off: call jax.config.update('jax_enable_x64', True) first, "
+            "or pass another dtype"
+        )
+    return dtype
+
+
+def oriented(parameter: Parameter, array: np.ndarray) -> np.ndarray:
+    """A view of the array as Flax has it, or back: linear weights are (in, out) here and (out, in) on disk."""
+    return array.T if parameter.kind == "linear" else array
+
+
+def to_leaf(parameter: Parameter, array: np.ndarray) -> jax.Array:
+    """The values on the default device, copied. JAX reads a transposed view three times as fast as NumPy copies it."""
+    return jax.device_put(oriented(parameter, array), may_alias=False)
+
+
+def to_array(parameter: Parameter, leaf: jax.Array) -> np.ndarray:
+    """The leaf as it is on disk, transposed the same way."""
+    array = np.asarray(leaf)
+    return np.asarray(jax.device_put(array.T)) if parameter.kind == "linear" else array
+
+
+def cast(params: Any, dtype: Any, mask: Any) -> Any:
+    """Floating leaves of a tree in another dtype, where `mask` is True."""
+
+    def one(leaf: Any, chosen: Any = True) -> Any:
+        return leaf.astype(dtype) if chosen and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(one, params) if mask is None else jax.tree.map(one, params, mask)

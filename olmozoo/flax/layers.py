@@ -1,0 +1,146 @@
+"""Blocks that families share: norm, rotary positions, masks, attention, gated MLP.
+
+Shapes in comments: b batch, s positions in this call, t positions with the cache, h query heads, g key/value heads,
+n = h / g query heads a key/value head, d head_dim, c hidden size, f MLP width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array, lax
+
+from olmozoo.errors import InputError
+from olmozoo.families.rope import Rope
+
+ACTIVATIONS = {
+    "relu": nn.relu,
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_new": partial(nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
+    "silu": nn.silu,
+    "swish": nn.silu,
+}
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class RMSNorm(nn.Module):
+    """`w * x / sqrt(mean(x^2) + eps)` in at least float32, cast back after the product (arXiv:1910.07467)."""
+
+    eps: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        wide = x.astype(at_least_float32(x.dtype))
+        wide = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        return (scale * wide).astype(x.dtype)
+
+
+def rotary(rope: Rope, positions: Array, dtype: Any) -> tuple[Array, Array]:
+    """Cosines and sines, each (b, 1, s, d), for positions (b, s), in at least float32."""
+    dtype = at_least_float32(dtype)
+    inv_freq = jnp.array(rope.inv_freq, dtype)
+    length = positions.max() + 1
+    if rope.growth is not None:
+        past = jnp.maximum(length - rope.length, 0).astype(dtype)
+        inv_freq = inv_freq * (1 + rope.factor * past / rope.length) ** -jnp.array(rope.growth, dtype)
+    elif rope.long_inv_freq is not None:
+        inv_freq = jnp.where(length > rope.length, jnp.array(rope.long_inv_freq, dtype), inv_freq)
+    angles = positions[:, None, :, None].astype(dtype) * inv_freq
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Turn each pair (i, i + d/2) of x (b, h, s, d) by its angle (arXiv:2104.09864, in the half-split layout)."""
+    wide = x.astype(cos.dtype)
+    first, second = jnp.split(wide, 2, axis=-1)
+    return (wide * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
+
+
+def causal_mask(attention_mask: Array | None, batch: int, length: int, past: Any, total: int) -> Array:
+    """Which of `total` keys each query sees: bool (b or 1, 1, s, t). `past`, the number of keys cached, may be traced.
+
+    A query sees the real keys up to its own place. One that would see none (padding on the left) sees itself, so that
+    no softmax is over nothing.
+
+    Raises:
+        InputError: attention_mask is not (batch, past + length); up to `total` columns will do, the rest being of
+            places in the cache that are not written yet.
+    """
+    query = past + jnp.arange(length)[:, None]
+    key = jnp.arange(total)[None, :]
+    causal = (key <= query)[None, None]
+    if attention_mask is None:
+        return causal
+    real = jnp.asarray(attention_mask).astype(bool)
+    least = length if isinstance(past, jax.core.Tracer) else int(past) + length
+    if real.ndim != 2 or real.shape[0] != batch or not least <= real.shape[1] <= total:
+        raise InputError(
+            f"attention_mask has shape {real.shape}, expected ({batch}, {least}"
+            f"{'' if least == total else f' to {total}'}), the cached positions and {length} new ones"
+        )
+    real = jnp.pad(real, ((0, 0), (0, total - real.shape[1])))
+    seen = causal & real[:, None, None, :]
+    return seen | (~seen.any(-1, keepdims=True) & (key == query))
+
+
+def split_heads(x: Array, head_dim: int) -> Array:
+    """(b, s, h * d) -> (b, h, s, d)."""
+    return x.reshape(*x.shape[:2], -1, head_dim).transpose(0, 2, 1, 3)
+
+
+def attention(
+    query: Array, key: Array, value: Array, mask: Array, scale: float, dropout: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    """Softmax attention of query (b, h, s, d) on key and value (b, g, t, d); key head i serves h/g query heads.
+
+    Returns:
+        The heads' outputs, side by side, (b, s, h * d); and the weights (b, h, s, t).
+    """
+    batch, heads, length, head_dim = query.shape
+    groups, total = key.shape[1:3]
+    wide = at_least_float32(query.dtype)
+    key, value = key.astype(query.dtype), value.astype(query.dtype)  # a cache may be of another dtype
+    query = query.reshape(batch, groups, heads // groups, length, head_dim)
+    scores = jnp.einsum("bgnsd,bgtd->bgnst", query, key, preferred_element_type=wide) * scale
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(wide).min)
+    weights = dropout(nn.softmax(scores).astype(query.dtype))
+    out = jnp.einsum("bgnst,bgtd->bsgnd", weights, value)
+    return out.reshape(batch, length, -1), weights.reshape(batch, heads, length, total)
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))` (arXiv:2002.05202), no biases."""
+
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    dtype: Any
+    param_dtype: Any
+
+    def setup(self) -> None:
+        dense = partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
+        self.gate_proj = dense(self.intermediate_size)
+        self.up_proj = dense(self.intermediate_size)
+        self.down_proj = dense(self.hidden_size)
+        self.act = ACTIVATIONS[self.activation]
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+def tied_head(hidden: Array, embedding: Array) -> Array:
+    """Logits (b, s, v) of hidden (b, s, c) by the token embedding (v, c), of which no transposed copy is made."""
+    return lax.dot_general(hidden, embedding.astype(hidden.dtype), (((2,), (1,)), ((), ())))
