@@ -91,4 +91,45 @@ class CausalLMOutput(ModelOutput):
     attentions: Any = None
 
 
-OUTPUTS: tuple[type[ModelOutput], ...] = (BaseModelOutput, CausalLMOutput)  # wings register these as pytrees
+@dataclass
+class SequenceClassifierOutput(ModelOutput):
+    """Output of a sequence classifier.
+
+    Attributes:
+        loss: of the kind that `problem_type` says; set where labels were given.
+        logits: (batch, num_labels).
+        past_key_values, hidden_states, attentions: as in `BaseModelOutput`.
+    """
+
+    loss: Any = None
+    logits: Any = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+
+
+@dataclass
+class QuestionAnsweringOutput(ModelOutput):
+    """Output of a question answerer.
+
+    Attributes:
+        loss: the mean of the cross-entropies of start and end, in nats; set where both were given.
+        start_logits: (batch, seq).
+        end_logits: (batch, seq).
+        past_key_values, hidden_states, attentions: as in `BaseModelOutput`.
+    """
+
+    loss: Any = None
+    start_logits: Any = None
+    end_logits: Any = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+
+
+OUTPUTS: tuple[type[ModelOutput], ...] = (  # wings register these as pytrees
+    BaseModelOutput,
+    CausalLMOutput,
+    SequenceClassifierOutput,
+    QuestionAnsweringOutput,
+)

@@ -186,6 +186,13 @@ class ModelConfig(ABC):
             yield Parameter(f"{module}.weight", (2, width), ("labels", "embed"), "linear", std)
             yield Parameter(f"{module}.bias", (2,), ("labels",), "bias")
 
+    def head_modules(self, head: Head | None) -> dict[str, list[Parameter]]:
+        """The parameters that `head` adds, by the name of the linear module that has them: weight, then bias if any."""
+        modules: dict[str, list[Parameter]] = {}
+        for parameter in self.head_parameters(head):
+            modules.setdefault(parameter.name.split(".")[0], []).append(parameter)
+        return modules
+
     def count_parameters(self, head: Head | None = "causal_lm") -> dict[str, int]:
         """The number of parameters by group; a tied tensor counts once."""
         counts: dict[str, int] = {}
@@ -394,6 +401,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a JSON {type(data).__name__}, expected an object")
     return data
+
+
+def infer_problem_type(num_labels: int, integers: bool) -> str:
+    """What a classification head learns where its config does not say: by the number and the dtype of labels."""
+    if num_labels == 1:
+        return "regression"
+    return "single_label_classification" if integers else "multi_label_classification"
 
 
 MODEL_TYPES: dict[str, type[ModelConfig]] = {}

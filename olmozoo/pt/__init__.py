@@ -9,6 +9,21 @@ except ImportError as error:
 
 from olmozoo.pt.auto import AutoModelForCausalLM
 from olmozoo.pt.cache import KVCache
-from olmozoo.pt.olmo2 import Olmo2ForCausalLM, Olmo2Model
+from olmozoo.pt.olmo import OlmoForCausalLM, OlmoForSequenceClassification, OlmoModel
+from olmozoo.pt.olmo2 import Olmo2ForCausalLM, Olmo2ForSequenceClassification, Olmo2Model
+from olmozoo.pt.opt import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, OPTModel
 
-__all__ = ["AutoModelForCausalLM", "KVCache", "Olmo2ForCausalLM", "Olmo2Model"]
+__all__ = [
+    "AutoModelForCausalLM",
+    "KVCache",
+    "OPTForCausalLM",
+    "OPTForQuestionAnswering",
+    "OPTForSequenceClassification",
+    "OPTModel",
+    "Olmo2ForCausalLM",
+    "Olmo2ForSequenceClassification",
+    "Olmo2Model",
+    "OlmoForCausalLM",
+    "OlmoForSequenceClassification",
+    "OlmoModel",
+]

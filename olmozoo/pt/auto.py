@@ -8,9 +8,13 @@ from typing import Any
 from olmozoo.families.base import ModelConfig
 from olmozoo.hub import HUB_ARGUMENTS
 from olmozoo.pt.decoder import CausalLM
+from olmozoo.pt.olmo import OlmoForCausalLM
 from olmozoo.pt.olmo2 import Olmo2ForCausalLM
+from olmozoo.pt.opt import OPTForCausalLM
 
-CAUSAL_LM: dict[str, type[CausalLM]] = {cls.config_class.model_type: cls for cls in (Olmo2ForCausalLM,)}
+CAUSAL_LM: dict[str, type[CausalLM]] = {
+    cls.config_class.model_type: cls for cls in (OlmoForCausalLM, Olmo2ForCausalLM, OPTForCausalLM)
+}
 
 
 class AutoModelForCausalLM:

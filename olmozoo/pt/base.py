@@ -181,11 +181,11 @@ class PreTrainedModel(nn.Module):
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding."""
-        return self.base_model.embed_tokens
+        return self.base_model.parts.embed_tokens
 
     def set_input_embeddings(self, embedding: nn.Embedding) -> None:
         """Replace the token embedding (and with it a tied head)."""
-        self.base_model.embed_tokens = embedding
+        self.base_model.parts.embed_tokens = embedding
         self.tie_weights()
 
     def get_output_embeddings(self) -> nn.Linear | None:

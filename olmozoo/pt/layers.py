@@ -47,6 +47,18 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+class LayerNorm(nn.LayerNorm):
+    """`w * (x - mean) / sqrt(var + 1e-5) + b` in at least float32, cast back (arXiv:1607.06450); w, b if `affine`."""
+
+    def __init__(self, size: int, affine: bool) -> None:
+        super().__init__(size, eps=1e-5, elementwise_affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x.dtype)
+        weight, bias = (None if p is None else p.to(wide) for p in (self.weight, self.bias))
+        return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
 def rotary(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (b, 1, s, d), for positions (b, s), in at least float32."""
     dtype = at_least_float32(dtype)
@@ -98,21 +110,35 @@ def causal_mask(
     return seen | (~seen.any(-1, keepdim=True) & (key == query))
 
 
+def clip(x: Tensor, limit: float | None) -> Tensor:
+    """Clamp x to [-limit, limit]; as it is for None."""
+    return x if limit is None else x.clamp(-limit, limit)
+
+
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """(b, s, h * d) -> (b, h, s, d)."""
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float, want_weights: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float,
+    want_weights: bool,
+    head_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of query (b, h, s, d) on key and value (b, g, t, d); key head i serves h/g query heads.
+
+    A head_mask (h,) multiplies each head's weights.
 
     Returns:
         The heads' outputs, side by side, (b, s, h * d); and the weights (b, h, s, t) where they are wanted.
     """
     weights = None
-    if want_weights:
+    if want_weights or head_mask is not None:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         wide = at_least_float32(query.dtype)
@@ -121,6 +147,8 @@ def attention(
             mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
         weights = scores.masked_fill(~mask, torch.finfo(wide).min).softmax(-1).to(query.dtype)
         weights = F.dropout(weights, dropout)
+        if head_mask is not None:
+            weights = weights * head_mask[:, None, None].to(weights.dtype)
         out = weights @ value
     else:
         causal = mask is None and query.shape[2] > 1

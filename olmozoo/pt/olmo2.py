@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from olmozoo.families.olmo2 import Olmo2Config
-from olmozoo.pt.decoder import CausalLM, Decoder
+from olmozoo.pt.decoder import CausalLM, Decoder, SequenceClassifier
 from olmozoo.pt.layers import GatedMLP, RMSNorm, attention, rotate, split_heads
 
 
@@ -83,6 +83,13 @@ class Olmo2Model(Decoder):
 
 class Olmo2ForCausalLM(CausalLM):
     """The OLMo 2 decoder with its language-model head."""
+
+    config_class = Olmo2Config
+    base_class = Olmo2Model
+
+
+class Olmo2ForSequenceClassification(SequenceClassifier):
+    """The OLMo 2 decoder with a classification head."""
 
     config_class = Olmo2Config
     base_class = Olmo2Model

@@ -1,0 +1,152 @@
+"""OPT in PyTorch (arXiv:2205.01068).
+
+    x ─┬─ norm ─ attention ─ + ─┬─ norm ─ MLP ─ + ─       do_layer_norm_before
+       └─────────────────────┘  └───────────────┘
+    x ─┬─ attention ─ + ─ norm ─┬─ MLP ─ + ─ norm ─       otherwise (350m)
+       └──────────────┘         └────────┘
+
+Shapes: b batch, s positions in this call, t positions with the cache, h heads, d head_dim, c hidden size, e width of
+the token embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olmozoo.families.opt import POSITION_OFFSET, OPTConfig
+from olmozoo.pt.decoder import CausalLM, Decoder, QuestionAnswerer, SequenceClassifier
+from olmozoo.pt.layers import ACTIVATIONS, LayerNorm, attention, split_heads
+
+
+class OPTAttention(nn.Module):
+    """Multi-head attention; queries are scaled before the heads are split, their bias included."""
+
+    def __init__(self, config: OPTConfig, layer: int) -> None:
+        super().__init__()
+        c, bias = config.hidden_size, config.enable_bias
+        self.q_proj = nn.Linear(c, c, bias=bias)
+        self.k_proj = nn.Linear(c, c, bias=bias)
+        self.v_proj = nn.Linear(c, c, bias=bias)
+        self.out_proj = nn.Linear(c, c, bias=bias)
+        self.head_dim = config.head_dim
+        self.dropout = config.attention_dropout
+        self.layer = layer
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, head_mask: Tensor | None, cache: Any, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        query = split_heads(self.q_proj(x) * self.head_dim**-0.5, self.head_dim)  # (b, h, s, d)
+        key = split_heads(self.k_proj(x), self.head_dim)
+        value = split_heads(self.v_proj(x), self.head_dim)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer)  # (b, h, t, d)
+        dropout = self.dropout if self.training else 0.0
+        out, weights = attention(query, key, value, mask, 1.0, dropout, want_weights, head_mask)
+        return self.out_proj(out), weights
+
+
+class OPTBlock(nn.Module):
+    """One decoder block."""
+
+    def __init__(self, config: OPTConfig, layer: int) -> None:
+        super().__init__()
+        c, bias, affine = config.hidden_size, config.enable_bias, config.layer_norm_elementwise_affine
+        self.self_attn = OPTAttention(config, layer)
+        self.self_attn_layer_norm = LayerNorm(c, affine)
+        self.fc1 = nn.Linear(c, config.ffn_dim, bias=bias)
+        self.fc2 = nn.Linear(config.ffn_dim, c, bias=bias)
+        self.final_layer_norm = LayerNorm(c, affine)
+        self.act = ACTIVATIONS[config.activation_function]
+        self.dropout = config.dropout
+        self.norm_first = config.do_layer_norm_before
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, head_mask: Tensor | None, cache: Any, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        out = self.self_attn_layer_norm(x) if self.norm_first else x
+        out, weights = self.self_attn(out, mask, head_mask, cache, want_weights)
+        x = x + F.dropout(out, self.dropout, self.training)  # (b, s, c)
+        if not self.norm_first:
+            x = self.self_attn_layer_norm(x)
+        out = self.final_layer_norm(x) if self.norm_first else x
+        out = self.fc2(self.act(self.fc1(out)))
+        x = x + F.dropout(out, self.dropout, self.training)
+        if not self.norm_first:
+            x = self.final_layer_norm(x)
+        return x, weights
+
+
+class OPTModel(Decoder):
+    """The OPT decoder without a head."""
+
+    config_class = OPTConfig
+
+    def build(self) -> None:
+        config = self.config
+        c, e = config.hidden_size, config.embedding.shape[1]
+        self.decoder = nn.Module()
+        self.decoder.embed_tokens = nn.Embedding(config.vocab_size, e)
+        self.decoder.embed_positions = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, c)
+        self.decoder.project_in = nn.Linear(e, c, bias=False) if config.projects else None
+        self.decoder.project_out = nn.Linear(c, e, bias=False) if config.projects else None
+        self.decoder.layers = nn.ModuleList(OPTBlock(config, layer) for layer in range(config.num_hidden_layers))
+        affine = config.layer_norm_elementwise_affine
+        self.decoder.final_layer_norm = LayerNorm(c, affine) if config.has_final_norm else None
+        self.layerdrop = config.layerdrop
+
+    @property
+    def parts(self) -> nn.Module:
+        return self.decoder
+
+    def place(
+        self,
+        hidden: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past: int,
+        head_mask: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Add the learned positions; a head_mask (layers, heads) or (heads,) goes to the attentions."""
+        length = hidden.shape[1]
+        if position_ids is None and attention_mask is not None:  # pads count for nothing and are at -1
+            real = attention_mask.long()
+            position_ids = (real.cumsum(-1) * real - 1)[:, past:]
+        elif position_ids is None:
+            position_ids = torch.arange(past, past + length, device=hidden.device)[None]
+        if self.decoder.project_in is not None:
+            hidden = self.decoder.project_in(hidden)  # (b, s, c)
+        hidden = hidden + self.decoder.embed_positions(position_ids + POSITION_OFFSET)
+        layers = self.config.num_hidden_layers
+        if head_mask is None:
+            return hidden, [None] * layers
+        return hidden, list(head_mask.expand(layers, -1))
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        if self.decoder.final_layer_norm is not None:
+            hidden = self.decoder.final_layer_norm(hidden)
+        return hidden if self.decoder.project_out is None else self.decoder.project_out(hidden)  # (b, s, e)
+
+
+class OPTForCausalLM(CausalLM):
+    """The OPT decoder with its language-model head."""
+
+    config_class = OPTConfig
+    base_class = OPTModel
+
+
+class OPTForSequenceClassification(SequenceClassifier):
+    """The OPT decoder with a classification head."""
+
+    config_class = OPTConfig
+    base_class = OPTModel
+
+
+class OPTForQuestionAnswering(QuestionAnswerer):
+    """The OPT decoder with a head for the start and the end of an answer."""
+
+    config_class = OPTConfig
+    base_class = OPTModel
