@@ -27,7 +27,7 @@ from olmozoo.pt import Olmo2ForCausalLM
 
 FOLDER = Path("demo-output/model")
 PROMPT = "The class statement defines"
-SEQUENCE, BATCH, STEPS, PEAK_RATE = 128, 16, 420, 4e-3
+SEQUENCE, BATCH, STEPS, PEAK_RATE = 128, 4, 1500, 6e-3
 console = Console()
 
 
@@ -86,11 +86,11 @@ def train_model(tokens: torch.Tensor, vocab_size: int) -> Olmo2ForCausalLM:
     """A model of a few million parameters, trained for about a minute and a half on two cores."""
     config = olmozoo.Olmo2Config(
         vocab_size=vocab_size,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
         max_position_embeddings=512,
         eos_token_id=0,
         pad_token_id=1,

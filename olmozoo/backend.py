@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from olmozoo.checkpoint import Checkpoint
 from olmozoo.errors import InputError
+from olmozoo.hub import resolve
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -90,7 +92,7 @@ class TensorFlow(Backend):
 
 
 class Flax(Backend):
-    """A model of `olmozoo.flax`; float64 is enabled in JAX for its calls alone."""
+    """A model of `olmozoo.flax`; where it is in float64, that is enabled in JAX for its calls alone."""
 
     framework, wing = "flax", "flax"
 
@@ -99,7 +101,8 @@ class Flax(Backend):
 
         from olmozoo.flax import FlaxAutoModelForCausalLM
 
-        self._scope = (lambda: jax.enable_x64(True)) if dtype == "float64" else contextlib.nullcontext
+        own = dtype or Checkpoint(resolve(path_or_repo, need="weights", **hub)).dtype
+        self._scope = (lambda: jax.enable_x64(True)) if own == "float64" else contextlib.nullcontext
         with self._scope():
             self.model = FlaxAutoModelForCausalLM.from_pretrained(path_or_repo, dtype=dtype, **hub)
 

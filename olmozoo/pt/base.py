@@ -14,6 +14,7 @@ from olmozoo.errors import ConfigError
 from olmozoo.families.base import BASE_PREFIX, Head, ModelConfig, Parameter
 from olmozoo.generation import GenerationConfig
 from olmozoo.hub import resolve
+from olmozoo.pt.cache import KVCache
 
 
 class PreTrainedModel(nn.Module):
@@ -150,6 +151,10 @@ class PreTrainedModel(nn.Module):
             if parameter.tied_to is not None:
                 module, _, leaf = self._path(parameter).rpartition(".")
                 setattr(self.get_submodule(module), leaf, self.get_parameter(parameter.tied_to))
+
+    def init_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `batch_size` rows of up to `max_length` positions; dtype by default the model's."""
+        return KVCache(self.config, batch_size, max_length, self.dtype if dtype is None else dtype, self.device)
 
     # -- what users of PyTorch models ask for ---------------------------------------------------------------------
 

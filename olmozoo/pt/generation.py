@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from olmozoo.generation import GenerationConfig, plan, prompt_mask
-from olmozoo.pt.cache import KVCache
 
 
 class GenerationMixin:
@@ -61,7 +60,7 @@ class GenerationMixin:
         ids = torch.full((batch, total), rule.pad, dtype=torch.long, device=self.device)
         ids[:, :prompt] = input_ids
         done = torch.zeros(batch, dtype=torch.bool, device=self.device)
-        cache = KVCache(self.config, batch, total, self.dtype, self.device)
+        cache = self.init_cache(batch, total)
 
         start = 0
         for end in range(prompt, total):

@@ -1,0 +1,290 @@
+"""What users of PyTorch models expect beyond the numbers."""
+
+import copy
+import inspect
+import pickle
+
+import numpy as np
+import pytest
+from conftest import left_padded, write_checkpoint
+
+from olmozoo import ConfigError, InputError, Olmo2Config, OlmoConfig, OPTConfig
+from olmozoo.checkpoint import Checkpoint
+
+torch = pytest.importorskip("torch")
+
+from olmozoo import pt  # noqa: E402
+
+CONFIG = Olmo2Config(
+    vocab_size=61,
+    hidden_size=40,
+    intermediate_size=36,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    pad_token_id=0,
+    eos_token_id=3,
+)
+OPT = OPTConfig(
+    vocab_size=61,
+    hidden_size=40,
+    ffn_dim=36,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=40,
+    pad_token_id=0,
+    word_embed_proj_dim=24,
+    do_layer_norm_before=False,
+)
+OLMO = OlmoConfig(
+    vocab_size=61,
+    hidden_size=40,
+    intermediate_size=36,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    attention_bias=True,
+    tie_word_embeddings=True,
+    pad_token_id=0,
+)
+CLASSES = [getattr(pt, name) for name in pt.__all__ if hasattr(getattr(pt, name), "config_class")]
+
+
+def config_of(cls):
+    return next(config for config in (CONFIG, OPT, OLMO) if isinstance(config, cls.config_class))
+
+
+@pytest.fixture
+def model(tmp_path):
+    return pt.Olmo2ForCausalLM.from_pretrained(write_checkpoint(tmp_path / "m", CONFIG, dtype="float32"))
+
+
+@pytest.fixture
+def batch():
+    return tuple(torch.from_numpy(array) for array in left_padded(CONFIG))
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_state_dict_keys_are_the_table(cls):
+    config = config_of(cls)
+    model = cls(config)
+    state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    strip = "" if cls.head else "model."
+    assert state == {p.name.removeprefix(strip): p.shape for p in config.parameters(cls.head)}
+    tied = {p.name for p in config.parameters(cls.head) if p.tied_to}
+    assert len(list(model.parameters())) == len(state) - len(tied)
+    assert model.num_parameters() == sum(config.count_parameters(cls.head).values())
+
+
+def test_the_forward_contract_has_its_arguments():
+    wanted = [
+        *("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache"),
+        *("output_attentions", "output_hidden_states", "return_dict", "cache_position", "logits_to_keep"),
+    ]
+    assert list(inspect.signature(pt.Olmo2ForCausalLM.forward).parameters)[1 : len(wanted) + 1] == wanted
+
+
+def test_outputs_unpack_index_and_read_as_dicts(model, batch):
+    output = model(*batch, labels=batch[0])
+    assert output.keys() == ["loss", "logits", "past_key_values"]
+    loss, logits, cache = output
+    assert loss is output.loss is output[0] is output["loss"]
+    assert output[:2] == (loss, logits)
+    assert dict(output)["logits"] is logits
+    assert dict(**output).keys() == {"loss", "logits", "past_key_values"}
+    assert "hidden_states" not in output
+    with pytest.raises(KeyError):
+        output["hidden_states"]
+    plain = model(*batch, labels=batch[0], return_dict=False)
+    assert isinstance(plain, tuple)
+    assert torch.equal(plain[1], logits)
+    assert len(cache) == 2
+    assert cache[0][0].shape == (3, 2, 11, 10)
+    assert model(*batch, use_cache=False).past_key_values is None
+
+
+def test_what_cache_goes_in_comes_out(model, batch):
+    ids, mask = batch
+    first = model(ids[:, :6], mask[:, :6])
+    assert isinstance(first.past_key_values, tuple)
+    assert isinstance(model(ids[:, 6:], mask, past_key_values=first.past_key_values).past_key_values, tuple)
+    cache = model.init_cache(3, 11)
+    assert model(ids[:, :6], mask[:, :6], past_key_values=cache).past_key_values is cache
+    assert cache.get_seq_length() == 6
+    model(ids[:, 6:], mask, past_key_values=cache)
+    with pytest.raises(InputError, match="11 positions, 12"):
+        model(ids[:, :1], torch.ones(3, 12), past_key_values=cache)
+
+
+def test_a_cache_of_transformers_serves(model, batch):
+    transformers = pytest.importorskip("transformers")
+    ids, mask = batch
+    cache = transformers.DynamicCache()
+    model(ids[:, :6], mask[:, :6], past_key_values=cache)
+    output = model(ids[:, 6:], mask, past_key_values=cache)
+    assert output.past_key_values is cache
+    torch.testing.assert_close(output.logits, model(ids, mask).logits[:, 6:], rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_positions_and_kept_logits(model, batch):
+    ids, mask = batch
+    full = model(ids, mask).logits
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(attention_mask=mask, inputs_embeds=embeds).logits, full)
+    assert torch.equal(model(ids, mask, position_ids=torch.arange(11)[None]).logits, full)
+    shifted = model(ids, mask, cache_position=torch.arange(11) * 2).logits
+    assert not torch.allclose(shifted, full)
+    assert torch.equal(shifted, model(ids, mask, position_ids=torch.arange(11)[None] * 2).logits)
+    torch.testing.assert_close(model(ids, mask, logits_to_keep=2).logits, full[:, -2:])
+    torch.testing.assert_close(model(ids, mask, num_logits_to_keep=1).logits, full[:, -1:])
+    torch.testing.assert_close(model(ids, mask, logits_to_keep=torch.tensor([3, 5])).logits, full[:, [3, 5]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({}, "input_ids and inputs_embeds"),
+        ({"input_ids": torch.ones(1, 3, dtype=torch.long), "inputs_embeds": torch.ones(1, 3, 40)}, "exactly one"),
+        ({"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 4)}, r"\(2, 4\).*\(2, 3\)"),
+        ({"input_ids": torch.ones(1, 3, dtype=torch.long), "past_key_values": ((),)}, "1 layers, expected 2"),
+        ({"input_ids": torch.ones(1, 3, dtype=torch.long), "past_key_values": 3}, "int"),
+        (
+            {"input_ids": torch.ones(1, 3).long(), "labels": torch.ones(1, 3).long(), "logits_to_keep": 1},
+            "logits_to_keep",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(model, arguments, named):
+    with pytest.raises(InputError, match=named):
+        model(**arguments)
+
+
+def test_labels_that_are_all_ignored_give_no_loss_and_no_nan(model, batch):
+    assert model(*batch, labels=torch.full_like(batch[0], -100)).loss.item() == 0.0
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_gradient_checkpointing_changes_no_gradient(cls, batch):
+    grads = []
+    for enable in (False, True):
+        model = cls(
+            config_of(cls).replace(**({"dropout": 0.0} if cls.config_class is OPTConfig else {})), seed=1
+        ).train()
+        if enable:
+            model.gradient_checkpointing_enable()
+        output = model(*batch)
+        assert ("past_key_values" in output) != enable
+        output[0].square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("cls", [pt.Olmo2ForCausalLM, pt.OlmoForCausalLM, pt.OPTForCausalLM], ids=lambda c: c.__name__)
+def test_it_compiles_without_graph_breaks(cls, batch):
+    model = cls(config_of(cls), seed=1).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids, mask = batch
+    torch.testing.assert_close(compiled(ids, mask).logits, model(ids, mask).logits, rtol=1e-4, atol=1e-5)
+    loss = compiled(ids, mask, labels=ids).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("config", [CONFIG, OLMO, OPT], ids=lambda config: config.name)
+def test_resizing_the_vocabulary_keeps_rows_and_moves_head_config_and_tie(config, batch):
+    model = pt.AutoModelForCausalLM.from_config(config, seed=1).eval()
+    ids, mask = batch
+    before = model(ids, mask).logits
+    embedding = model.resize_token_embeddings(66, pad_to_multiple_of=8)
+    assert embedding is model.get_input_embeddings()
+    assert embedding.weight.shape[0] == embedding.num_embeddings == model.config.vocab_size == 72
+    assert model.model.config.vocab_size == 72
+    assert (model.lm_head.weight is embedding.weight) == config.tie_word_embeddings
+    after = model(ids, mask).logits
+    assert torch.equal(after[..., :61], before)
+    model.resize_token_embeddings(50)
+    assert model(ids.clamp(max=49), mask).logits.shape[-1] == 50
+
+
+def test_save_after_resize_loads(tmp_path):
+    model = pt.Olmo2ForCausalLM(CONFIG, seed=1)
+    model.resize_token_embeddings(70)
+    model.save_pretrained(tmp_path)
+    assert pt.Olmo2ForCausalLM.from_pretrained(tmp_path).config.vocab_size == 70
+
+
+def test_a_new_input_embedding_moves_a_tied_head():
+    model = pt.OlmoForCausalLM(OLMO)
+    new = torch.nn.Embedding(61, 40)
+    model.set_input_embeddings(new)
+    assert model.lm_head.weight is new.weight
+
+
+def test_copies_pickles_and_casts_answer_the_same(model, batch):
+    expected = model(*batch).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(*batch).logits, expected)
+        assert isinstance(other.config, Olmo2Config)
+    assert copy.deepcopy(model).to(torch.float64)(*batch).logits.dtype == torch.float64
+    assert copy.deepcopy(model).bfloat16().dtype == torch.bfloat16
+
+
+def test_it_is_made_without_memory_on_the_meta_device_and_in_any_dtype():
+    with torch.device("meta"):
+        assert pt.Olmo2ForCausalLM(Olmo2Config.from_preset("olmo2-32b")).device.type == "meta"
+    assert pt.Olmo2ForCausalLM(CONFIG, seed=None).device.type == "meta"
+    assert pt.Olmo2ForCausalLM(CONFIG, dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="takes a Olmo2Config, not OPTConfig"):
+        pt.Olmo2ForCausalLM(OPT)
+
+
+def test_the_weights_are_the_mapped_file_and_never_change_it(tmp_path):
+    folder = write_checkpoint(tmp_path / "m", CONFIG, dtype="bfloat16")
+    before = (folder / "model.safetensors").read_bytes()
+    model = pt.Olmo2ForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert np.any(np.asarray(Checkpoint(folder)["lm_head.weight"], np.float32))
+    assert pt.Olmo2ForCausalLM.from_pretrained(folder, dtype="float32").dtype == torch.float32
+
+
+def test_overrides_change_the_config_and_wrong_families_are_refused(tmp_path, batch):
+    folder = write_checkpoint(tmp_path / "m", CONFIG, dtype="float32")
+    assert pt.AutoModelForCausalLM.from_pretrained(folder, rms_norm_eps=0.5).config.rms_norm_eps == 0.5
+    chatty = pt.Olmo2ForCausalLM.from_pretrained(folder, output_hidden_states=True)
+    assert len(chatty(*batch).hidden_states) == 3
+    with pytest.raises(ConfigError, match="'olmo2', expected 'olmo'"):
+        pt.OlmoForCausalLM.from_pretrained(folder)
+    with pytest.raises(ConfigError, match="hiden_size"):
+        pt.Olmo2ForCausalLM.from_pretrained(folder, hiden_size=3)
+
+
+def test_generate_stops_pads_and_keeps_the_mode(model, batch):
+    ids, mask = batch
+    free = model.generate(ids, mask, max_new_tokens=6, eos_token_id=[])
+    assert free.shape == (3, 17)
+    assert torch.equal(free, model.generate(ids, mask, max_length=17, eos_token_id=[]))
+    ended = model.generate(ids, mask, max_new_tokens=6, eos_token_id=int(free[0, 11]), pad_token_id=9)
+    assert ended[0, :12].tolist() == free[0, :12].tolist()
+    assert (ended[0, 12:] == 9).all()
+    assert model.train().generate(ids, mask, max_new_tokens=1).shape == (3, 12)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"max_length": 11}, "no room"),
+        ({"max_new_tokens": 0}, "no room"),
+        ({"do_sample": True}, "do_sample"),
+        ({"num_beams": 4}, "num_beams"),
+        ({"temprature": 1.0}, "temprature"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_do(model, batch, settings, named):
+    with pytest.raises(InputError, match=named):
+        model.generate(*batch, **settings)

@@ -1,0 +1,72 @@
+"""What the parity suite asks of a wing beyond `olmozoo.backend`: gradients and cached decoding, in NumPy."""
+
+import contextlib
+
+import numpy as np
+
+from olmozoo.backend import load
+
+
+def gradients(wing: str, folder, ids, mask, labels) -> tuple[float, dict[str, np.ndarray]]:
+    """The float64 loss and its gradient by canonical name, each in the shape of the parameter table."""
+    model = load(folder, wing, "float64").model
+    table = [p for p in model.config.parameters("causal_lm") if p.tied_to is None]
+    if wing == "pt":
+        import torch
+
+        loss = model(torch.from_numpy(ids), torch.from_numpy(mask), labels=torch.from_numpy(labels)).loss
+        loss.backward()
+        return loss.item(), {p.name: model._find(p).grad.numpy() for p in table}
+    if wing == "tf":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        found = tape.gradient(loss, [model._find(p).value for p in table])
+        dense = [tf.convert_to_tensor(gradient).numpy() for gradient in found]
+    else:
+        import jax
+
+        with jax.enable_x64(True):
+            loss, tree = jax.value_and_grad(lambda params: model(ids, mask, params=params, labels=labels).loss)(
+                model.params
+            )
+            dense = []
+            for parameter in table:
+                leaf = tree
+                for part in model._path(parameter):
+                    leaf = leaf[part]
+                dense.append(np.asarray(leaf))
+    turned = {p.name: g.T if p.kind == "linear" else g for p, g in zip(table, dense, strict=True)}
+    return float(loss), turned
+
+
+def step_by_step(wing: str, folder, ids, mask, cache: str) -> np.ndarray:
+    """Float64 logits of a prefill of 4 positions and then one position at a time; cache is "tuple" or "object"."""
+    model = load(folder, wing, "float64").model
+    scope = contextlib.nullcontext()
+    convert = np.asarray
+    if wing == "pt":
+        import torch
+
+        scope, convert = torch.inference_mode(), torch.from_numpy
+    elif wing == "flax":
+        import jax
+
+        scope = jax.enable_x64(True)
+    logits = []
+    with scope:
+        past = None if cache == "tuple" else model.init_cache(len(ids), ids.shape[1] + 3)
+        start = 0
+        for end in range(4, ids.shape[1] + 1):
+            output = model(
+                input_ids=convert(ids[:, start:end].copy()),
+                attention_mask=convert(mask[:, :end].copy()),
+                past_key_values=past,
+                use_cache=True,
+            )
+            assert isinstance(output.past_key_values, tuple) == (cache == "tuple")
+            past = output.past_key_values
+            logits.append(np.asarray(output.logits))
+            start = end
+    return np.concatenate(logits, axis=1)
