@@ -9,6 +9,8 @@ from olmozoo.families.base import ModelConfig
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config
 from olmozoo.families.opt import OPTConfig
+from olmozoo.pipeline import pipeline
+from olmozoo.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
@@ -23,4 +25,6 @@ __all__ = [
     "Olmo2Config",
     "OlmoConfig",
     "OlmozooError",
+    "Tokenizer",
+    "pipeline",
 ]

@@ -288,3 +288,24 @@ def test_generate_stops_pads_and_keeps_the_mode(model, batch):
 def test_generate_refuses_what_it_cannot_do(model, batch, settings, named):
     with pytest.raises(InputError, match=named):
         model.generate(*batch, **settings)
+
+
+def test_pruned_heads_are_gone_from_weights_caches_and_checkpoints(tmp_path, batch):
+    ids, mask = batch
+    model = pt.OPTForCausalLM(OPT, seed=1).eval()
+    head_mask = torch.ones(2, 4)
+    head_mask[0, [1, 2]] = 0
+    head_mask[1, 3] = 0
+    expected = model(ids, mask, head_mask=head_mask).logits
+    assert not torch.allclose(expected, model(ids, mask).logits)
+    model.prune_heads({0: [2]})
+    model.prune_heads({0: [1], 1: [3]})
+    assert model.model.decoder.layers[0].self_attn.q_proj.weight.shape == (20, 40)
+    torch.testing.assert_close(model(ids, mask).logits, expected)
+    tokens = model.generate(ids, mask, max_new_tokens=5)
+    model.save_pretrained(tmp_path)
+    again = pt.OPTForCausalLM.from_pretrained(tmp_path)
+    assert again.config.pruned_heads == {0: [1, 2], 1: [3]}
+    assert torch.equal(again.generate(ids, mask, max_new_tokens=5), tokens)
+    with pytest.raises(ConfigError, match=r"prunes \[0, 1, 2, 3\] of layer 0"):
+        model.prune_heads({0: [0, 3]})

@@ -163,6 +163,10 @@ class ModelConfig(ABC):
         """The number of key/value heads."""
         return int(getattr(self, "num_key_value_heads", None) or self.num_attention_heads)
 
+    def kv_heads_in(self, layer: int) -> int:
+        """The number of key/value heads of one layer; where heads were pruned, it may have fewer."""
+        return self.kv_heads
+
     # -- the parameter table --------------------------------------------------------------------------------------
 
     def parameters(self, head: Head | None = None) -> tuple[Parameter, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from olmozoo.errors import ConfigError
 from olmozoo.families.base import ACTIVATIONS, Head, ModelConfig, Parameter, register
 
 POSITION_OFFSET = 2  # the first two rows of the position table belong to no position
@@ -46,6 +47,8 @@ class OPTConfig(ModelConfig):
         enable_bias: whether q, k, v, out, fc1 and fc2 have biases.
         layer_norm_elementwise_affine: whether the norms have parameters.
         tie_word_embeddings: whether the head is the token embedding.
+
+    A `pruned_heads` in the config.json, {layer: [heads]}, names heads that are gone from the weights.
     """
 
     model_type: ClassVar[str] = "opt"
@@ -91,6 +94,18 @@ class OPTConfig(ModelConfig):
         self._check_number("dropout", "attention_dropout", "layerdrop", below=1.0)
         self._check_number("init_std")
         self._check_choice("activation_function", ACTIVATIONS)
+        for layer, heads in self.pruned_heads.items():
+            if not set(heads) < set(range(self.num_attention_heads)) or not 0 <= layer < self.num_hidden_layers:
+                raise ConfigError(f"OPTConfig.pruned_heads prunes {heads} of layer {layer}: expected some of its heads")
+
+    @property
+    def pruned_heads(self) -> dict[int, list[int]]:
+        """The heads that are gone from each layer's weights; empty unless the config.json has some."""
+        return {int(layer): list(heads) for layer, heads in (self.extra.get("pruned_heads") or {}).items()}
+
+    def kv_heads_in(self, layer: int) -> int:
+        """See `ModelConfig.kv_heads_in`."""
+        return self.num_attention_heads - len(self.pruned_heads.get(layer, ()))
 
     @property
     def projects(self) -> bool:
@@ -127,9 +142,10 @@ class OPTConfig(ModelConfig):
             yield from self._linear(f"{decoder}.project_out", (width, hidden), ("embed", "embed"), bias=False)
         for layer in range(self.num_hidden_layers):
             block = f"{decoder}.layers.{layer}"
+            heads = self.kv_heads_in(layer) * self.head_dim
             for letter in ("q", "k", "v"):
-                yield from self._linear(f"{block}.self_attn.{letter}_proj", (hidden, hidden), ("heads", "embed"))
-            yield from self._linear(f"{block}.self_attn.out_proj", (hidden, hidden), ("embed", "heads"))
+                yield from self._linear(f"{block}.self_attn.{letter}_proj", (heads, hidden), ("heads", "embed"))
+            yield from self._linear(f"{block}.self_attn.out_proj", (hidden, heads), ("embed", "heads"))
             yield from self._norm(f"{block}.self_attn_layer_norm")
             yield from self._linear(f"{block}.fc1", (self.ffn_dim, hidden), ("mlp", "embed"))
             yield from self._linear(f"{block}.fc2", (hidden, self.ffn_dim), ("embed", "mlp"))

@@ -31,11 +31,11 @@ class KVCache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        shape = (batch_size, config.kv_heads, max_length, config.head_dim)
         layers = range(config.num_hidden_layers)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
-        self.lengths = [0 for _ in layers]
+        shapes = [(batch_size, config.kv_heads_in(layer), max_length, config.head_dim) for layer in layers]
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+        self.lengths = [0] * len(shapes)
         self.max_length = max_length
 
     def get_seq_length(self, layer: int = 0) -> int:

@@ -125,6 +125,11 @@ class HeadedModel(PreTrainedModel):
             labels, width = parameters[0].shape
             setattr(self, module, nn.Linear(width, labels, bias=len(parameters) > 1))
 
+    def prune_heads(self, heads_to_prune: dict[int, list[int]]) -> None:
+        """Take heads out of the decoder's weights, where its family offers that (OPT)."""
+        self.model.prune_heads(heads_to_prune)
+        self.config = self.model.config
+
 
 class CausalLM(HeadedModel, GenerationMixin):
     """A decoder with a language-model head."""

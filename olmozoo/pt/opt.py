@@ -28,10 +28,11 @@ class OPTAttention(nn.Module):
     def __init__(self, config: OPTConfig, layer: int) -> None:
         super().__init__()
         c, bias = config.hidden_size, config.enable_bias
-        self.q_proj = nn.Linear(c, c, bias=bias)
-        self.k_proj = nn.Linear(c, c, bias=bias)
-        self.v_proj = nn.Linear(c, c, bias=bias)
-        self.out_proj = nn.Linear(c, c, bias=bias)
+        heads = config.kv_heads_in(layer) * config.head_dim
+        self.q_proj = nn.Linear(c, heads, bias=bias)
+        self.k_proj = nn.Linear(c, heads, bias=bias)
+        self.v_proj = nn.Linear(c, heads, bias=bias)
+        self.out_proj = nn.Linear(heads, c, bias=bias)
         self.head_dim = config.head_dim
         self.dropout = config.attention_dropout
         self.layer = layer
@@ -124,6 +125,29 @@ class OPTModel(Decoder):
         if head_mask is None:
             return hidden, [None] * layers
         return hidden, list(head_mask.expand(layers, -1))
+
+    def prune_heads(self, heads_to_prune: dict[int, list[int]]) -> None:
+        """Take heads, {layer: [heads as first numbered]}, out of the weights; the config follows.
+
+        Raises:
+            ConfigError: there is no such layer or head, or a layer would have none left.
+        """
+        before = self.config.pruned_heads
+        pruned = {layer: sorted({*before.get(layer, ()), *heads}) for layer, heads in (before | heads_to_prune).items()}
+        self.config = self.config.replace(extra={**self.config.extra, "pruned_heads": pruned})
+        for layer, gone in pruned.items():
+            old = [head for head in range(self.config.num_attention_heads) if head not in before.get(layer, ())]
+            kept = torch.tensor([place for place, head in enumerate(old) if head not in gone], device=self.device)
+            attention = self.decoder.layers[layer].self_attn
+            places = (
+                kept[:, None] * attention.head_dim + torch.arange(attention.head_dim, device=self.device)
+            ).flatten()
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+                linear.weight = nn.Parameter(linear.weight.detach()[places])
+                linear.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach()[places])
+                linear.out_features = len(places)
+            attention.out_proj.weight = nn.Parameter(attention.out_proj.weight.detach()[:, places])
+            attention.out_proj.in_features = len(places)
 
     def finish(self, hidden: Tensor) -> Tensor:
         if self.decoder.final_layer_norm is not None:
