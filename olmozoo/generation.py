@@ -120,22 +120,31 @@ def plan(settings: GenerationConfig, config: ModelConfig, prompt_length: int, ch
     return Plan(max_new, ends, pad if pad is not None else ends[0] if ends else 0)
 
 
-def prompt_mask(input_ids: Any, attention_mask: Any, rule: Plan) -> np.ndarray[Any, Any]:
+def prompt_mask(
+    input_ids: Any, attention_mask: Any, rule: Plan, shape: tuple[int, int] | None = None
+) -> np.ndarray[Any, Any]:
     """The (batch, seq) bool mask of a prompt's real tokens.
 
     Where no mask is given, pad tokens in the prompt are taken for padding, unless pad is also a token that ends a row.
 
+    Args:
+        input_ids: (batch, seq) ids; None for a prompt of embeddings.
+        attention_mask: (batch, seq), 0 at padding, or None.
+        rule: says what pad is.
+        shape: (batch, seq), where there are no ids.
+
     Raises:
         InputError: the shapes differ or are not those of a batch.
     """
-    ids = np.asarray(input_ids)
-    if ids.ndim != 2 or ids.shape[1] == 0:
-        raise InputError(f"input_ids has shape {ids.shape}, expected (batch, seq) with at least one token")
+    ids = None if input_ids is None else np.asarray(input_ids)
+    shape = shape if ids is None else ids.shape
+    if shape is None or len(shape) != 2 or 0 in shape:
+        raise InputError(f"input_ids has shape {shape}, expected (batch, seq) with at least one row and one token")
     if attention_mask is None:
-        return np.ones(ids.shape, bool) if rule.pad in rule.eos else ids != rule.pad
+        return np.ones(shape, bool) if ids is None or rule.pad in rule.eos else ids != rule.pad
     mask = np.asarray(attention_mask).astype(bool)
-    if mask.shape != ids.shape:
-        raise InputError(f"attention_mask has shape {mask.shape}, expected that of input_ids, {ids.shape}")
+    if mask.shape != shape:
+        raise InputError(f"attention_mask has shape {mask.shape}, expected that of input_ids, {shape}")
     return mask
 
 

@@ -3,6 +3,9 @@
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,6 +278,15 @@ def test_generate_stops_pads_and_keeps_the_mode(model, batch):
     assert model.training
 
 
+def test_generate_takes_embeddings_and_returns_the_answer(model, batch):
+    ids, mask = batch
+    embeds = model.get_input_embeddings()(ids)
+    tokens = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=6)
+    assert torch.equal(tokens, model.generate(ids, mask, max_new_tokens=6)[:, 11:])
+    with pytest.raises(InputError, match="exactly one"):
+        model.generate(ids, inputs_embeds=embeds)
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -309,3 +321,90 @@ def test_pruned_heads_are_gone_from_weights_caches_and_checkpoints(tmp_path, bat
     assert torch.equal(again.generate(ids, mask, max_new_tokens=5), tokens)
     with pytest.raises(ConfigError, match=r"prunes \[0, 1, 2, 3\] of layer 0"):
         model.prune_heads({0: [0, 3]})
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_it_exports_for_any_batch_and_length(cls, batch):
+    model = cls(config_of(cls), seed=1).eval()
+    ids, mask = batch
+    rows, length = torch.export.Dim("rows", min=2, max=64), torch.export.Dim("length", min=2, max=32)
+    program = torch.export.export(
+        model, (ids, mask), {"use_cache": False}, dynamic_shapes=({0: rows, 1: length}, {0: rows, 1: length}, None)
+    )
+    ids, mask = (torch.cat([tensor, tensor])[:, 2:].contiguous() for tensor in batch)
+    exported, own = program.module()(ids, mask, use_cache=False), model(ids, mask, use_cache=False)
+    assert type(exported) is type(own)
+    torch.testing.assert_close(exported[0], own[0])
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_autocast_computes_in_bfloat16_and_stays_near(cls, batch):
+    model = cls(config_of(cls), seed=1).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(*batch)[0]
+    real = batch[1].bool() if low.ndim == 3 else slice(None)
+    torch.testing.assert_close(low.float()[real], model(*batch)[0][real], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_the_safetensors_library_saves_and_loads_the_model(cls, batch, tmp_path):
+    from safetensors.torch import load_model, save_model
+
+    model, other = cls(config_of(cls), seed=1).eval(), cls(config_of(cls), seed=2).eval()
+    save_model(model, tmp_path / "model.safetensors")
+    assert not torch.equal(other(*batch)[0], model(*batch)[0])
+    load_model(other, tmp_path / "model.safetensors")
+    assert torch.equal(other(*batch)[0], model(*batch)[0])
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [pt.Olmo2ForCausalLM, pt.OlmoForCausalLM, pt.OPTForCausalLM, pt.OPTForSequenceClassification],
+    ids=lambda cls: cls.__name__,
+)
+def test_peft_adds_trains_saves_loads_and_merges_adapters(cls, batch, tmp_path):
+    peft = pytest.importorskip("peft")
+    ids, mask = batch
+    causal = cls.head == "causal_lm"
+    config = peft.LoraConfig(task_type="CAUSAL_LM" if causal else "SEQ_CLS", target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(cls(config_of(cls), seed=1), config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    labels = ids if causal else torch.tensor([0, 1, 1])
+    for _ in range(3):
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tuned = model.eval()(input_ids=ids, attention_mask=mask).logits
+    plain = cls(config_of(cls), seed=1).eval()
+    assert not torch.allclose(plain(ids, mask).logits, tuned)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
+    assert torch.equal(again(input_ids=ids, attention_mask=mask).logits, tuned)
+    if causal:
+        tokens = again.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4)
+        assert torch.equal(tokens, again.merge_and_unload().generate(ids, mask, max_new_tokens=4))
+
+
+def test_two_processes_under_torchrun_get_the_gradient_of_the_whole_batch(tmp_path):
+    program = tmp_path / "train.py"
+    program.write_text(f"""
+import sys
+import torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_pt import CONFIG, OLMO, OPT, left_padded, pt
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+ids, mask = (torch.from_numpy(array) for array in left_padded(CONFIG, batch=4))
+mine = slice(2 * rank, 2 * rank + 2)
+for config in (CONFIG, OLMO, OPT.replace(dropout=0.0)):
+    model = torch.nn.parallel.DistributedDataParallel(pt.AutoModelForCausalLM.from_config(config, seed=1))
+    model(input_ids=ids[mine], attention_mask=mask[mine], labels=ids[mine]).loss.backward()
+    whole = pt.AutoModelForCausalLM.from_config(config, seed=1)
+    sum(whole(ids[i : i + 2], mask[i : i + 2], labels=ids[i : i + 2]).loss / 2 for i in (0, 2)).backward()
+    for ours, expected in zip(model.parameters(), whole.parameters()):
+        torch.testing.assert_close(ours.grad, expected.grad)
+print("agreed")
+""")
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(program)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count("agreed") == 2, done.stderr

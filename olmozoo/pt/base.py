@@ -14,7 +14,11 @@ from olmozoo.errors import ConfigError
 from olmozoo.families.base import BASE_PREFIX, Head, ModelConfig, Parameter
 from olmozoo.generation import GenerationConfig
 from olmozoo.hub import resolve
+from olmozoo.outputs import OUTPUTS
 from olmozoo.pt.cache import KVCache
+
+for output_class in OUTPUTS:  # so that torch.export and DDP see the tensors in them
+    torch.export.register_dataclass(output_class, serialized_type_name=f"olmozoo.{output_class.__name__}")
 
 
 class PreTrainedModel(nn.Module):
