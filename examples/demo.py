@@ -27,7 +27,8 @@ from olmozoo.pt import Olmo2ForCausalLM
 
 FOLDER = Path("demo-output/model")
 PROMPT = "The class statement defines"
-SEQUENCE, BATCH, STEPS, PEAK_RATE = 128, 4, 1500, 6e-3
+SEQUENCE, BATCH, PEAK_RATE = 128, 4, 6e-3
+STEPS, SECONDS = 1500, 90  # whichever ends first
 console = Console()
 
 
@@ -83,7 +84,7 @@ def train_tokenizer(text: str) -> tokenizers.Tokenizer:
 
 
 def train_model(tokens: torch.Tensor, vocab_size: int) -> Olmo2ForCausalLM:
-    """A model of a few million parameters, trained for about a minute and a half on two cores."""
+    """A model of a few million parameters, trained for a minute and a half at most."""
     config = olmozoo.Olmo2Config(
         vocab_size=vocab_size,
         hidden_size=192,
@@ -99,32 +100,30 @@ def train_model(tokens: torch.Tensor, vocab_size: int) -> Olmo2ForCausalLM:
     model = Olmo2ForCausalLM(config, seed=0)
     console.print(f"{model.num_parameters():,} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     stream = np.random.default_rng(0)
     columns = (
-        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("step {task.fields[step]}"),
         BarColumn(),
         TextColumn("loss {task.fields[loss]:.3f}"),
         TimeElapsedColumn(),
     )
+    started, done, step, average = time.monotonic(), 0.0, 0, math.log(vocab_size)
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=STEPS, loss=math.log(vocab_size))
-        for _ in range(STEPS):
+        task = progress.add_task("training", total=1.0, step=0, loss=average)
+        while done < 1:
+            optimizer.param_groups[0]["lr"] = PEAK_RATE * min((step + 1) / 20, 0.5 + 0.5 * math.cos(math.pi * done))
             starts = stream.integers(0, len(tokens) - SEQUENCE, BATCH)
             batch = torch.stack([tokens[start : start + SEQUENCE] for start in starts])
             loss = model(batch, labels=batch, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
-            progress.update(task, advance=1, loss=loss.item())
+            step += 1
+            average += 0.05 * (loss.item() - average)
+            done = max(step / STEPS, (time.monotonic() - started) / SECONDS)
+            progress.update(task, completed=done, step=step, loss=average)
     return model
-
-
-def rate(step: int) -> float:
-    """The share of the peak learning rate: up for 20 steps, then down along a cosine."""
-    return min((step + 1) / 20, 0.5 + 0.5 * math.cos(math.pi * step / STEPS))
 
 
 def escape(text: str) -> str:

@@ -10,6 +10,26 @@ except ImportError as error:
 
 from olmozoo.flax.auto import FlaxAutoModelForCausalLM
 from olmozoo.flax.cache import KVCache
-from olmozoo.flax.olmo2 import FlaxOlmo2ForCausalLM, FlaxOlmo2Model
+from olmozoo.flax.olmo import FlaxOlmoForCausalLM, FlaxOlmoForSequenceClassification, FlaxOlmoModel
+from olmozoo.flax.olmo2 import FlaxOlmo2ForCausalLM, FlaxOlmo2ForSequenceClassification, FlaxOlmo2Model
+from olmozoo.flax.opt import (
+    FlaxOPTForCausalLM,
+    FlaxOPTForQuestionAnswering,
+    FlaxOPTForSequenceClassification,
+    FlaxOPTModel,
+)
 
-__all__ = ["FlaxAutoModelForCausalLM", "FlaxOlmo2ForCausalLM", "FlaxOlmo2Model", "KVCache"]
+__all__ = [
+    "FlaxAutoModelForCausalLM",
+    "FlaxOPTForCausalLM",
+    "FlaxOPTForQuestionAnswering",
+    "FlaxOPTForSequenceClassification",
+    "FlaxOPTModel",
+    "FlaxOlmo2ForCausalLM",
+    "FlaxOlmo2ForSequenceClassification",
+    "FlaxOlmo2Model",
+    "FlaxOlmoForCausalLM",
+    "FlaxOlmoForSequenceClassification",
+    "FlaxOlmoModel",
+    "KVCache",
+]

@@ -7,10 +7,14 @@ from typing import Any
 
 from olmozoo.families.base import ModelConfig
 from olmozoo.flax.decoder import CausalLM
+from olmozoo.flax.olmo import FlaxOlmoForCausalLM
 from olmozoo.flax.olmo2 import FlaxOlmo2ForCausalLM
+from olmozoo.flax.opt import FlaxOPTForCausalLM
 from olmozoo.hub import HUB_ARGUMENTS
 
-CAUSAL_LM: dict[str, type[CausalLM]] = {cls.config_class.model_type: cls for cls in (FlaxOlmo2ForCausalLM,)}
+CAUSAL_LM: dict[str, type[CausalLM]] = {
+    cls.config_class.model_type: cls for cls in (FlaxOlmoForCausalLM, FlaxOlmo2ForCausalLM, FlaxOPTForCausalLM)
+}
 
 
 class FlaxAutoModelForCausalLM:

@@ -33,8 +33,9 @@ class KVCache:
     @classmethod
     def create(cls, config: ModelConfig, batch_size: int, max_length: int, dtype: Any = jnp.float32) -> Self:
         """An empty cache for `batch_size` rows of up to `max_length` positions."""
-        shape = (batch_size, config.kv_heads, max_length, config.head_dim)
-        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)) for _ in range(2))
+        layers = range(config.num_hidden_layers)
+        shapes = [(batch_size, config.kv_heads_in(layer), max_length, config.head_dim) for layer in layers]
+        keys, values = (tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2))
         return cls(keys, values, jnp.zeros((), jnp.int32))
 
     @property
@@ -83,10 +84,9 @@ def update(past: Any, key: Array, value: Array) -> tuple[Array, Array]:
     old_key, old_value, start = past
     if start is None:
         return jnp.concatenate([old_key, key], axis=2), jnp.concatenate([old_value, value], axis=2)
-    at = (0, 0, start, 0)
     return (
-        lax.dynamic_update_slice(old_key, key.astype(old_key.dtype), at),
-        lax.dynamic_update_slice(old_value, value.astype(old_value.dtype), at),
+        lax.dynamic_update_slice_in_dim(old_key, key.astype(old_key.dtype), start, axis=2),
+        lax.dynamic_update_slice_in_dim(old_value, value.astype(old_value.dtype), start, axis=2),
     )
 
 

@@ -100,7 +100,7 @@ class GenerationMixin:
         )
         # In NumPy: JAX would compile a program for each new pair of lengths.
         answer = np.asarray(result.tokens)[:, : int(result.count)]
-        return GenerateOutput(jnp.asarray(np.concatenate([ids, answer.astype(ids.dtype)], axis=1)))
+        return GenerateOutput(jax.device_put(np.concatenate([ids, answer.astype(ids.dtype)], axis=1)))
 
     @cached_property
     def _compiled(self) -> Any:
@@ -122,7 +122,7 @@ class GenerationMixin:
         def write(progress: Progress, logits: Array, cache: KVCache) -> Progress:
             token = jnp.where(progress.done, pad, choose(logits))
             return Progress(
-                lax.dynamic_update_slice(progress.tokens, token[:, None], (0, progress.count)),
+                lax.dynamic_update_slice_in_dim(progress.tokens, token[:, None], progress.count, axis=1),
                 progress.count + 1,
                 progress.done | jnp.isin(token, ends),
                 cache,
@@ -143,8 +143,8 @@ class GenerationMixin:
         return lax.while_loop(lambda now: (now.count < max_new) & ~now.done.all(), step, first)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the compiled loop, which belongs to this object and process."""
-        return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
+        """All but the compiled loop and its count, which belong to this object and process."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "trace_count")}
 
 
 def stop_rule(rule: Plan) -> tuple[np.ndarray, np.int32, np.int32]:

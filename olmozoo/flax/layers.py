@@ -47,6 +47,24 @@ class RMSNorm(nn.Module):
         return (scale * wide).astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """`w * (x - mean) / sqrt(var + 1e-5) + b` in at least float32, cast back (arXiv:1607.06450); w, b if `affine`."""
+
+    affine: bool
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(at_least_float32(x.dtype))
+        wide = wide - wide.mean(-1, keepdims=True)
+        wide = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-5)
+        if self.affine:
+            scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+            bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+            wide = scale * wide + bias
+        return wide.astype(x.dtype)
+
+
 def rotary(rope: Rope, positions: Array, dtype: Any) -> tuple[Array, Array]:
     """Cosines and sines, each (b, 1, s, d), for positions (b, s), in at least float32."""
     dtype = at_least_float32(dtype)
@@ -96,15 +114,28 @@ def causal_mask(attention_mask: Array | None, batch: int, length: int, past: Any
     return seen | (~seen.any(-1, keepdims=True) & (key == query))
 
 
+def clip(x: Array, limit: float | None) -> Array:
+    """Clamp x to [-limit, limit]; as it is for None."""
+    return x if limit is None else x.clip(-limit, limit)
+
+
 def split_heads(x: Array, head_dim: int) -> Array:
     """(b, s, h * d) -> (b, h, s, d)."""
     return x.reshape(*x.shape[:2], -1, head_dim).transpose(0, 2, 1, 3)
 
 
 def attention(
-    query: Array, key: Array, value: Array, mask: Array, scale: float, dropout: Callable[[Array], Array]
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array,
+    scale: float,
+    dropout: Callable[[Array], Array],
+    head_mask: Array | None = None,
 ) -> tuple[Array, Array]:
     """Softmax attention of query (b, h, s, d) on key and value (b, g, t, d); key head i serves h/g query heads.
+
+    A head_mask (h,) multiplies each head's weights.
 
     Returns:
         The heads' outputs, side by side, (b, s, h * d); and the weights (b, h, s, t).
@@ -117,7 +148,9 @@ def attention(
     scores = jnp.einsum("bgnsd,bgtd->bgnst", query, key, preferred_element_type=wide) * scale
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(wide).min)
     weights = dropout(nn.softmax(scores).astype(query.dtype))
-    out = jnp.einsum("bgnst,bgtd->bsgnd", weights, value)
+    if head_mask is not None:
+        weights = weights * head_mask.reshape(groups, -1, 1, 1).astype(weights.dtype)
+    out = jnp.einsum("bgnst,bgtd->bgnsd", weights, value).transpose(0, 3, 1, 2, 4)  # (b, s, g, n, d)
     return out.reshape(batch, length, -1), weights.reshape(batch, heads, length, total)
 
 

@@ -17,7 +17,7 @@ from jax import Array
 
 from olmozoo.families.olmo2 import Olmo2Config
 from olmozoo.flax.cache import update
-from olmozoo.flax.decoder import CausalLM, Decoder, DecoderModule, Layers
+from olmozoo.flax.decoder import CausalLM, Decoder, DecoderModule, Layers, SequenceClassifier
 from olmozoo.flax.layers import GatedMLP, RMSNorm, attention, rotate, split_heads
 
 
@@ -97,6 +97,13 @@ class FlaxOlmo2Model(Decoder):
 
 class FlaxOlmo2ForCausalLM(CausalLM):
     """The OLMo 2 decoder with its language-model head."""
+
+    config_class = Olmo2Config
+    base_class = FlaxOlmo2Model
+
+
+class FlaxOlmo2ForSequenceClassification(SequenceClassifier):
+    """The OLMo 2 decoder with a classification head."""
 
     config_class = Olmo2Config
     base_class = FlaxOlmo2Model
