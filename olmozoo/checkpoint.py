@@ -463,7 +463,7 @@ def write_safetensors(file: Path, outputs: list[Output]) -> None:
         }
         offset = ends[1]
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % 64)  # the first tensor lies aligned when the file is mapped
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for output in outputs:

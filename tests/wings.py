@@ -70,3 +70,29 @@ def step_by_step(wing: str, folder, ids, mask, cache: str) -> np.ndarray:
             logits.append(np.asarray(output.logits))
             start = end
     return np.concatenate(logits, axis=1)
+
+
+def call(wing: str, cls, folder, ids, mask, **inputs) -> dict:
+    """What a class loaded in float64 answers, in NumPy."""
+    if wing == "pt":
+        import torch
+
+        tensors = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in inputs.items()}
+        with torch.inference_mode():
+            output = cls.from_pretrained(folder)(torch.from_numpy(ids), torch.from_numpy(mask), **tensors)
+        return to_numpy(output)
+    if wing == "tf":
+        return to_numpy(cls.from_pretrained(folder)(input_ids=ids, attention_mask=mask, **inputs))
+    import jax
+
+    with jax.enable_x64(True):
+        return to_numpy(cls.from_pretrained(folder)(ids, mask, **inputs))
+
+
+def to_numpy(output) -> dict:
+    """An output's fields as arrays, those that are tuples as tuples of arrays; without the cache."""
+    return {
+        name: tuple(np.asarray(part) for part in value) if isinstance(value, tuple) else np.asarray(value)
+        for name, value in output.items()
+        if name != "past_key_values"
+    }

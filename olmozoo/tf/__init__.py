@@ -1,0 +1,38 @@
+"""The Keras wing: Keras 3 on TensorFlow."""
+
+import os
+
+from olmozoo.errors import MissingBackendError
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+try:
+    import keras
+    import tensorflow  # noqa: F401
+except ImportError as error:
+    raise MissingBackendError("olmozoo.tf needs TensorFlow and Keras 3: pip install 'olmozoo[tf]'") from error
+if keras.backend.backend() != "tensorflow":
+    raise MissingBackendError(
+        f"olmozoo.tf needs Keras on TensorFlow, and here Keras runs on {keras.backend.backend()}: set the environment "
+        "variable KERAS_BACKEND=tensorflow before Keras is imported"
+    )
+
+from olmozoo.tf.auto import TFAutoModelForCausalLM
+from olmozoo.tf.cache import KVCache
+from olmozoo.tf.olmo import TFOlmoForCausalLM, TFOlmoForSequenceClassification, TFOlmoModel
+from olmozoo.tf.olmo2 import TFOlmo2ForCausalLM, TFOlmo2ForSequenceClassification, TFOlmo2Model
+from olmozoo.tf.opt import TFOPTForCausalLM, TFOPTForQuestionAnswering, TFOPTForSequenceClassification, TFOPTModel
+
+__all__ = [
+    "KVCache",
+    "TFAutoModelForCausalLM",
+    "TFOPTForCausalLM",
+    "TFOPTForQuestionAnswering",
+    "TFOPTForSequenceClassification",
+    "TFOPTModel",
+    "TFOlmo2ForCausalLM",
+    "TFOlmo2ForSequenceClassification",
+    "TFOlmo2Model",
+    "TFOlmoForCausalLM",
+    "TFOlmoForSequenceClassification",
+    "TFOlmoModel",
+]

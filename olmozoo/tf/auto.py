@@ -1,0 +1,33 @@
+"""Pick the class from config.json."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from olmozoo.families.base import ModelConfig
+from olmozoo.hub import HUB_ARGUMENTS
+from olmozoo.tf.decoder import CausalLM
+from olmozoo.tf.olmo import TFOlmoForCausalLM
+from olmozoo.tf.olmo2 import TFOlmo2ForCausalLM
+from olmozoo.tf.opt import TFOPTForCausalLM
+
+CAUSAL_LM: dict[str, type[CausalLM]] = {
+    cls.config_class.model_type: cls for cls in (TFOlmoForCausalLM, TFOlmo2ForCausalLM, TFOPTForCausalLM)
+}
+
+
+class TFAutoModelForCausalLM:
+    """The causal language model of whatever family a checkpoint is of."""
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **options: Any) -> CausalLM:
+        """See `PreTrainedModel.from_pretrained`; the class is picked by `model_type`."""
+        where = {name: value for name, value in options.items() if name in HUB_ARGUMENTS}
+        config = ModelConfig.from_pretrained(path_or_repo, **where)
+        return CAUSAL_LM[config.model_type].from_pretrained(path_or_repo, **options)
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, **options: Any) -> CausalLM:
+        """A model with initial weights; `options` as in `PreTrainedModel`."""
+        return CAUSAL_LM[config.model_type](config, **options)

@@ -1,0 +1,357 @@
+"""Making, loading and saving Keras models: canonical parameters bound to a model's own variables."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+import keras
+import numpy as np
+import optree
+import tensorflow as tf
+
+from olmozoo.checkpoint import Checkpoint, initial_weights, load_weights, save_checkpoint
+from olmozoo.errors import ConfigError, InputError
+from olmozoo.families.base import BASE_PREFIX, Head, ModelConfig, Parameter
+from olmozoo.generation import GenerationConfig
+from olmozoo.hub import resolve
+from olmozoo.outputs import OUTPUTS, ModelOutput
+from olmozoo.tf.cache import KVCache
+from olmozoo.tf.layers import Tensor, embedding, linear
+
+ALIGNMENT = 64  # bytes: a cache line, and what TensorFlow and XLA ask of memory they did not set aside themselves
+LEAVES = {"linear": "kernel", "embedding": "embeddings", "norm": "scale", "bias": "bias"}  # what layers call them
+
+
+class PreTrainedModel(keras.Model):
+    """Base of every model here. All variables exist once a model is made.
+
+    Args:
+        config: the model's config.
+        seed: initial weights are drawn from it, bit for bit the same as in the other frameworks; None leaves them
+            unset, for whoever sets them next.
+        dtype: a Keras dtype policy or its name, such as "bfloat16" or "mixed_bfloat16", or a dtype; default Keras's
+            global policy.
+        name: of the model, in the paths of its variables.
+        nested: whether this model is a part of another, which makes its variables.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    head: ClassVar[Head | None] = None
+    gradient_checkpointing = False
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        seed: int | None = 0,
+        dtype: Any = None,
+        name: str | None = None,
+        nested: bool = False,
+    ) -> None:
+        if not isinstance(config, self.config_class):
+            raise ConfigError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, not {type(config).__name__}"
+            )
+        super().__init__(name=name, dtype=dtype, autocast=False)
+        self.config = config
+        self.generation_config = GenerationConfig.from_model(config)
+        with global_policy(self.dtype_policy):
+            self.make_layers()
+        self.built = True
+        if not nested:
+            self(keras.KerasTensor((1, 1), "int32"))  # each layer meets its input and makes its variables
+            if seed is not None:
+                for parameter, array in initial_weights(config, self.head, seed=seed, dtype=self.variable_dtype):
+                    self._bind(parameter, array)
+
+    def make_layers(self) -> None:
+        """Make the layers from `self.config`."""
+        raise NotImplementedError
+
+    # -- loading and saving ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        dtype: Any = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **config_overrides: Any,
+    ) -> Self:
+        """A model with the weights of a checkpoint.
+
+        Args:
+            path_or_repo: a folder, or a repository on the hub.
+            revision: branch, tag or commit; default the repository's main branch.
+            subfolder: a folder inside either.
+            dtype: a dtype or a Keras dtype policy, such as "mixed_bfloat16"; default the checkpoint's own dtype.
+            token: for gated repositories; default the one of this machine's login.
+            cache_dir: where downloads are kept; default the hub's cache.
+            local_files_only: never go to the network.
+            ignore_mismatched_sizes: start tensors of a wrong shape anew, with a warning, rather than refuse.
+            **config_overrides: fields of the config to change.
+
+        Raises:
+            HubError: the repository or a file cannot be had.
+            ConfigError: the config is of another family or has a bad value.
+            CheckpointError: the weights are broken or do not fit the config; every problem is named.
+        """
+        folder = resolve(
+            path_or_repo,
+            need="weights",
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        config = cls.config_class.from_folder(folder, **config_overrides)
+        checkpoint = Checkpoint(folder)
+        model = cls(config, seed=None, dtype=checkpoint.dtype.name if dtype in (None, "auto") else dtype)
+        weights = load_weights(
+            checkpoint,
+            config,
+            cls.head,
+            dtype=np.dtype(model.variable_dtype),
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+        )
+        for parameter, array in weights:
+            model._bind(parameter, array)
+        model.generation_config = GenerationConfig.from_folder(folder, config)
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
+        """Write config.json, generation_config.json and safetensors into `folder`, in one step.
+
+        Args:
+            folder: made if need be; in an old one, other files are kept.
+            max_shard_size: bytes a file, as a number or as text such as "5GB".
+
+        Raises:
+            CheckpointError: the folder could not be written and is as it was before.
+        """
+        save_checkpoint(
+            folder,
+            self.config,
+            self.head,
+            read=self._read,
+            dtype=lambda parameter: self._find(parameter).dtype,
+            generation_config=self.generation_config.to_dict(),
+            max_shard_size=max_shard_size,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """What `model.save("m.keras")` writes beside the weights."""
+        return {
+            "config": self.config.to_dict(),
+            "generation_config": self.generation_config.to_dict(),
+            "name": self.name,
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """The model that `get_config` describes, with initial weights."""
+        policy = keras.dtype_policies.deserialize(config["dtype"])
+        model = cls(cls.config_class.from_dict(config["config"]), name=config["name"], dtype=policy)
+        model.generation_config = GenerationConfig.from_dict(config["generation_config"])
+        return model
+
+    def _find(self, parameter: Parameter) -> keras.Variable:
+        """A parameter's variable: the canonical path walked by attribute, the leaf under the name that Keras gives it.
+
+        Two names differ on the way: a Keras model's `layers` are all its layers, so the blocks are in `blocks`; and a
+        base model has no leading `model.`.
+        """
+        name = parameter.name if self.head else parameter.name.removeprefix(BASE_PREFIX)
+        layer: Any = self
+        for step in name.split(".")[:-1]:
+            layer = layer[int(step)] if step.isdigit() else getattr(layer, "blocks" if step == "layers" else step)
+        return getattr(layer, LEAVES[parameter.kind])
+
+    def _bind(self, parameter: Parameter, array: np.ndarray) -> None:
+        self._find(parameter).assign(to_tensor(copied(array, transposed=parameter.kind == "linear")))
+
+    def _read(self, parameter: Parameter) -> np.ndarray:
+        tensor = tf.convert_to_tensor(self._find(parameter))
+        return (tf.transpose(tensor) if parameter.kind == "linear" else tensor).numpy()
+
+    # -- what users of Keras models ask for -----------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model on ids, on a list of arguments in order, on a dict of them, or on keywords; see `call`."""
+        return super().__call__(**self.as_keywords(*args), **kwargs)
+
+    def as_keywords(self, *args: Any) -> dict[str, Any]:
+        """The arguments of `call` in any of the forms that Keras users give them."""
+        if len(args) == 1 and isinstance(args[0], Mapping):
+            return dict(args[0])
+        if len(args) == 1 and isinstance(args[0], (list, tuple)):
+            args = tuple(args[0])
+        names = [name for name, p in inspect.signature(self.call).parameters.items() if p.kind is not p.VAR_KEYWORD]
+        if len(args) > len(names):
+            raise InputError(f"{len(args)} arguments, expected at most {len(names)}: {', '.join(names)}")
+        return dict(zip(names, args, strict=False))
+
+    def predict_step(self, data: Any) -> ModelOutput:
+        """One batch of `predict`: the output without loss and cache, which cannot be joined over batches."""
+        inputs, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        keywords = self.as_keywords(inputs)
+        keywords.pop("labels", None)
+        return self(**{**keywords, "use_cache": False, "return_dict": True}, training=False)
+
+    def __dir__(self) -> list[str]:
+        """Without the two properties that lead back to the model: Keras saves all it finds here, and all in that."""
+        return [name for name in super().__dir__() if name not in ("base_model", "parts")]
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The decoder without its head; itself for a base model."""
+        return self.model if self.head else self
+
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
+        """An empty cache for `batch_size` rows of up to `max_length` positions; dtype by default the model's."""
+        return KVCache.empty(self.config, batch_size, max_length, self.compute_dtype if dtype is None else dtype)
+
+    def setting(self, name: str, value: bool | None, default: bool) -> bool:
+        """A call's choice, else the config's, else the default."""
+        return getattr(self.config, name, default) if value is None else value
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """The number of values in variables; tied ones count once."""
+        left_out = {id(v) for v in self.get_input_embeddings().weights} if exclude_embeddings else set()
+        weights = self.trainable_weights if only_trainable else self.weights
+        return sum(int(np.prod(v.shape)) for v in weights if id(v) not in left_out)
+
+    def get_input_embeddings(self) -> keras.layers.Embedding:
+        """The token embedding."""
+        return self.base_model.parts.embed_tokens
+
+    def set_input_embeddings(self, layer: keras.layers.Embedding) -> None:
+        """Replace the token embedding (and with it a tied head). Its variables are new ones: compile the model anew."""
+        replace_layer(self.base_model.parts, "embed_tokens", layer)
+
+    def get_output_embeddings(self) -> keras.layers.Layer | None:
+        """The language-model head, if there is one: a `Dense`, or the token embedding where it is tied."""
+        return getattr(self, "lm_head", None) or (self.get_input_embeddings() if self.head == "causal_lm" else None)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute blocks in the backward pass rather than keep what is inside them."""
+        self.base_model.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what is inside blocks for the backward pass."""
+        self.base_model.gradient_checkpointing = False
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> keras.layers.Embedding:
+        """Change the number of rows of the token embedding and of the language-model head; the config follows.
+
+        New rows get initial values, the same in every framework. The variables are new ones: compile the model anew.
+
+        Args:
+            new_num_tokens: rows; default as many as there are.
+            pad_to_multiple_of: round that up to a multiple.
+        """
+        rows = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
+        config = self.config.replace(vocab_size=rows)
+        resized = [p for p in config.parameters(self.head) if "vocab" in p.axes and p.tied_to is None]
+        values = {}
+        for parameter in resized:
+            kept = self._read(parameter)[:rows]
+            values[parameter] = np.concatenate([kept, parameter.initial(0, kept.dtype)[len(kept) :]])
+        self.config = self.base_model.config = config
+        with global_policy(self.dtype_policy):
+            replace_layer(
+                self.base_model.parts, "embed_tokens", embedding(*config.embedding.shape, name="embed_tokens")
+            )
+            if getattr(self, "lm_head", None) is not None:
+                replace_layer(self, "lm_head", linear(rows, False, name="lm_head"))
+        self(keras.KerasTensor((1, 1), "int32"))
+        for parameter, array in values.items():
+            self._bind(parameter, array)
+        return self.get_input_embeddings()
+
+
+@contextmanager
+def global_policy(policy: keras.DTypePolicy) -> Iterator[None]:
+    """Make `policy` that of every layer made meanwhile."""
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(previous)
+
+
+def copied(array: np.ndarray, transposed: bool) -> np.ndarray:
+    """A copy of an array, or of its transpose: one pass over it, on all cores, into memory aligned for any framework.
+
+    A transpose goes along the columns of the result, a cache line wide: so each line is read once and written once.
+    """
+    memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    shape = array.shape[::-1] if transposed else array.shape
+    result = memory[start : start + array.nbytes].view(array.dtype).reshape(shape)
+    width = ALIGNMENT // array.itemsize
+
+    def fill(rows: slice) -> None:
+        if not transposed:
+            result[rows] = array[rows]
+            return
+        for column in range(0, len(array), width):
+            result[rows, column : column + width] = array[column : column + width, rows].T
+
+    threads = (os.cpu_count() or 1) if array.nbytes > 1 << 20 else 1
+    part = -(-len(result) // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill, (slice(row, row + part) for row in range(0, len(result), part))))
+    return result
+
+
+def to_tensor(array: np.ndarray) -> Tensor:
+    """The array as a tensor, sharing its memory."""
+    if array.dtype.name == "bfloat16":  # DLPack takes NumPy's own dtypes only
+        return tf.bitcast(to_tensor(array.view(np.uint16)), tf.bfloat16)
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
+def replace_layer(parent: keras.Layer, name: str, layer: keras.Layer) -> None:
+    """Put `layer` in the place of an attribute of `parent`; Keras alone would go on counting the old one in."""
+    parent._tracker.untrack(getattr(parent, name))
+    setattr(parent, name, layer)
+
+
+def register_outputs() -> None:
+    """Make outputs structures: of `keras.tree` (as in `predict`) and of `tf.nest` (as in `tf.function`).
+
+    Their parts are the fields that are set.
+    """
+
+    def flatten(output: ModelOutput) -> tuple[tuple[Any, ...], tuple[type[ModelOutput], tuple[str, ...]]]:
+        return output.to_tuple(), (type(output), tuple(output.keys()))
+
+    def unflatten(kind: tuple[type[ModelOutput], tuple[str, ...]], values: Any) -> ModelOutput:
+        return kind[0](**dict(zip(kind[1], values, strict=True)))
+
+    for output in OUTPUTS:
+        optree.register_pytree_node(output, flatten, unflatten, namespace="keras")
+        output.__tf_flatten__ = lambda self: flatten(self)[::-1]
+        output.__tf_unflatten__ = staticmethod(unflatten)
+
+
+register_outputs()

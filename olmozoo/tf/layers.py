@@ -1,0 +1,247 @@
+"""Blocks that families share: norm, rotary positions, masks, attention, gated MLP.
+
+Shapes in comments: b batch, s positions in this call, t positions with the cache, h query heads, g key/value heads,
+d head_dim, c hidden size, f MLP width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from olmozoo.errors import InputError
+from olmozoo.families.rope import Rope
+
+Tensor = tf.Tensor
+
+
+def at_least_float32(dtype: Any) -> str:
+    """float32, or float64 for float64."""
+    return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`x * P(normal <= x)` (arXiv:1606.08415). Written out, since TensorFlow's own rounds its constants to float32."""
+    return 0.5 * x * (1 + ops.erf(x * 0.5**0.5))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The approximation of `gelu` by a tanh."""
+    return 0.5 * x * (1 + ops.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x)))
+
+
+def in_wide(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function in at least float32, rounded once at its end, as PyTorch's are."""
+    return lambda x: ops.cast(function(ops.cast(x, at_least_float32(x.dtype))), x.dtype)
+
+
+ACTIVATIONS = {
+    "relu": ops.relu,
+    "gelu": in_wide(gelu),
+    "gelu_new": in_wide(gelu_tanh),
+    "gelu_pytorch_tanh": in_wide(gelu_tanh),
+    "silu": in_wide(ops.silu),
+    "swish": in_wide(ops.silu),
+}
+
+
+def static(value: Any) -> int | None:
+    """The whole number that a scalar is, where it is known before a graph runs."""
+    known = tf.get_static_value(value)
+    return None if known is None else int(known)
+
+
+def unset(shape: Any, dtype: Any = None) -> Tensor:
+    """An initializer that sets nothing: values come from the parameter table or from a checkpoint, for every model."""
+    return tf.raw_ops.Empty(shape=shape, dtype=tf.as_dtype(dtype))
+
+
+def linear(size: int, bias: bool, name: str) -> keras.layers.Dense:
+    """Keras's own `Dense`, from whatever comes in to `size`."""
+    return keras.layers.Dense(size, use_bias=bias, kernel_initializer=unset, bias_initializer=unset, name=name)
+
+
+def embedding(rows: int, size: int, name: str) -> keras.layers.Embedding:
+    """Keras's own `Embedding`."""
+    return keras.layers.Embedding(rows, size, embeddings_initializer=unset, name=name)
+
+
+class Layer(keras.layers.Layer):
+    """A layer of layers.
+
+    It has no variables of its own and so nothing to build. It takes arguments as they are: under a mixed policy Keras
+    would cast every float argument to the compute dtype, and rotary tables must stay as wide as they are.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, autocast=False)
+        self.built = True
+
+
+class RMSNorm(keras.layers.Layer):
+    """`w * x / sqrt(mean(x^2) + eps)` in at least float32, cast back after the product (arXiv:1910.07467)."""
+
+    def __init__(self, eps: float, name: str) -> None:
+        super().__init__(name=name)
+        self.eps = eps
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.scale = self.add_weight(name="scale", shape=input_shape[-1:], initializer=unset, autocast=False)
+
+    def call(self, x: Tensor) -> Tensor:
+        wide = ops.cast(x, at_least_float32(x.dtype))
+        wide = wide * ops.rsqrt(ops.mean(ops.square(wide), -1, keepdims=True) + self.eps)
+        return ops.cast(ops.cast(self.scale, wide.dtype) * wide, x.dtype)
+
+
+class LayerNorm(keras.layers.Layer):
+    """`w * (x - mean) / sqrt(var + 1e-5) + b` in at least float32, cast back (arXiv:1607.06450); w, b if `affine`."""
+
+    def __init__(self, affine: bool, name: str) -> None:
+        super().__init__(name=name)
+        self.affine = affine
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        if self.affine:
+            self.scale = self.add_weight(name="scale", shape=input_shape[-1:], initializer=unset, autocast=False)
+            self.bias = self.add_weight(name="bias", shape=input_shape[-1:], initializer=unset, autocast=False)
+
+    def call(self, x: Tensor) -> Tensor:
+        wide = ops.cast(x, at_least_float32(x.dtype))
+        wide = wide - ops.mean(wide, -1, keepdims=True)
+        wide = wide * ops.rsqrt(ops.mean(ops.square(wide), -1, keepdims=True) + 1e-5)
+        if self.affine:
+            wide = wide * ops.cast(self.scale, wide.dtype) + ops.cast(self.bias, wide.dtype)
+        return ops.cast(wide, x.dtype)
+
+
+def rotary(rope: Rope, positions: Tensor, dtype: Any) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (b, 1, s, d), for positions (b, s), in at least float32."""
+    dtype = at_least_float32(dtype)
+    inv_freq = tf.constant(rope.inv_freq, dtype)
+    length = ops.max(positions) + 1
+    if rope.growth is not None:
+        past = ops.cast(ops.maximum(length - rope.length, 0), dtype)
+        inv_freq = inv_freq * (1 + rope.factor * past / rope.length) ** -tf.constant(rope.growth, dtype)
+    elif rope.long_inv_freq is not None:
+        inv_freq = ops.where(length > rope.length, tf.constant(rope.long_inv_freq, dtype), inv_freq)
+    angles = ops.cast(positions, dtype)[:, None, :, None] * inv_freq
+    angles = ops.concatenate([angles, angles], -1)
+    return ops.cos(angles) * rope.scale, ops.sin(angles) * rope.scale
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + d/2) of x (b, h, s, d) by its angle (arXiv:2104.09864, in the half-split layout)."""
+    wide = ops.cast(x, cos.dtype)
+    first, second = ops.split(wide, 2, -1)
+    return ops.cast(wide * cos + ops.concatenate([-second, first], -1) * sin, x.dtype)
+
+
+def causal_mask(attention_mask: Tensor | None, batch: Any, length: Any, past: Any, keys: Any) -> Tensor:
+    """Which keys each query sees: bool (b or 1, 1, s, t).
+
+    A query sees the real keys up to its own place. One that would see none (padding on the left) sees itself, so that
+    no softmax is over nothing. Places of a `KVCache` not written yet are past every query's own, so nothing sees them.
+
+    Args:
+        attention_mask: (b, past + s); or (b, t), of which what is past each query's place does not matter.
+        batch: b.
+        length: s.
+        past: positions in the cache before this call.
+        keys: t; past + s, but for a `KVCache`, where it is all the places there are.
+
+    Raises:
+        InputError: attention_mask has another shape.
+    """
+    query = past + ops.arange(length)[:, None]
+    key = ops.arange(keys)[None, :]
+    causal = (key <= query)[None, None]
+    if attention_mask is None:
+        return causal
+    real = ops.cast(attention_mask, "bool")
+    rows, width = (*real.shape, None)[:2]
+    held = static(past + length)
+    wrong_rows = None not in (rows, static(batch)) and rows != static(batch)
+    wrong_width = None not in (width, held) and width not in (held, static(keys))
+    if len(real.shape) != 2 or wrong_rows or wrong_width:
+        raise InputError(
+            f"attention_mask has shape {tuple(real.shape)}, expected {(static(batch), held)}: "
+            f"{static(past)} cached and {static(length)} new positions"
+        )
+    unwritten = keys - ops.shape(real)[1]
+    if static(unwritten) != 0:
+        real = tf.pad(real, [[0, 0], [0, unwritten]])
+    seen = causal & real[:, None, None, :]
+    return seen | (~ops.any(seen, -1, keepdims=True) & (key == query))
+
+
+def clip(x: Tensor, limit: float | None) -> Tensor:
+    """Clamp x to [-limit, limit]; as it is for None."""
+    return x if limit is None else ops.clip(x, -limit, limit)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(b, s, h * d) -> (b, h, s, d)."""
+    b, s, width = ops.shape(x)
+    return ops.transpose(ops.reshape(x, (b, s, width // head_dim, head_dim)), (0, 2, 1, 3))
+
+
+def dropout(x: Tensor, rate: float, seed: Tensor | None) -> Tensor:
+    """Dropout that is a function of its seed, so that a block computed again drops the same; no seed, no dropout."""
+    return x if seed is None or rate == 0 else tf.nn.experimental.stateless_dropout(x, rate, seed)
+
+
+def split_seed(seed: Tensor | None, count: int) -> list[Tensor | None]:
+    """Seeds for `count` draws, from one; none from none."""
+    return [None] * count if seed is None else tf.unstack(tf.random.split(ops.cast(seed, "int32"), count))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    rate: float,
+    seed: Tensor | None,
+    head_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of query (b, h, s, d) on key and value (b, g, t, d); key head i serves h/g query heads.
+
+    A head_mask (h,) multiplies each head's weights.
+
+    Returns:
+        The heads' outputs, side by side, (b, s, h * d); and the weights (b, h, s, t).
+    """
+    b, h, s, d = ops.shape(query)
+    g, t = ops.shape(key)[1:3]
+    wide = at_least_float32(query.dtype)
+    # Queries that share a key head lie one after another: to see them as one longer run of queries costs nothing.
+    query = ops.cast(ops.reshape(query, (b * g, h // g * s, d)), wide)
+    key, value = ops.reshape(key, (b * g, t, d)), ops.reshape(value, (b * g, t, d))
+    scores = tf.matmul(query, ops.cast(key, wide), transpose_b=True) * scale
+    scores = ops.where(mask, ops.reshape(scores, (b, h, s, t)), scores.dtype.min)
+    weights = dropout(ops.cast(tf.nn.softmax(scores), value.dtype), rate, seed)
+    if head_mask is not None:
+        weights = weights * ops.cast(head_mask, weights.dtype)[:, None, None]
+    out = ops.reshape(tf.matmul(ops.reshape(weights, (b * g, h // g * s, t)), value), (b, h, s, d))
+    return ops.reshape(ops.transpose(out, (0, 2, 1, 3)), (b, s, h * d)), weights
+
+
+class GatedMLP(Layer):
+    """`down(act(gate(x)) * up(x))` (arXiv:2002.05202), no biases."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str, name: str) -> None:
+        super().__init__(name)
+        self.gate_proj = linear(intermediate_size, False, name="gate_proj")
+        self.up_proj = linear(intermediate_size, False, name="up_proj")
+        self.down_proj = linear(hidden_size, False, name="down_proj")
+        self.act = ACTIVATIONS[activation]
+
+    def call(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
