@@ -274,8 +274,9 @@ def load_weights(
     ignore_mismatched_sizes: bool = False,
     seed: int = 0,
 ) -> Iterator[tuple[Parameter, Array]]:
-    """Every parameter of the table with its values, in the table's order; tied ones are left out.
+    """Every parameter of the table with its values, the largest first; tied ones are left out.
 
+    The order keeps the peak of memory low: where values are copied, the largest are there twice while little else is.
     All checks come before the first tensor is read. A base model's checkpoint and one with another head both serve.
     Where such a checkpoint has nothing for this head, the head starts from its initial values (`seed`) and a warning
     says so.
@@ -296,7 +297,7 @@ def load_weights(
         warnings.warn(
             f"{checkpoint.folder}: started anew, for training: {', '.join(sorted(fresh.values()))}", stacklevel=3
         )
-    for parameter in config.parameters(head):
+    for parameter in sorted(config.parameters(head), key=lambda parameter: -parameter.size):
         if parameter.tied_to is None:
             if parameter.name in sources:
                 yield parameter, checkpoint[sources[parameter.name]].astype(dtype, copy=False)

@@ -55,7 +55,8 @@ def rewrite(folder: Path, change) -> None:
 def test_what_is_written_is_read_back_bit_for_bit(tmp_path, dtype, shard):
     write_checkpoint(tmp_path / "a", CONFIG, dtype=dtype, max_shard_size=shard)
     found = load(tmp_path / "a", dtype=dtype_of(dtype))
-    assert list(found) == [p.name for p in CONFIG.parameters("causal_lm")]
+    assert sorted(found) == sorted(p.name for p in CONFIG.parameters("causal_lm"))
+    assert next(iter(found)) in ("model.embed_tokens.weight", "lm_head.weight")  # the largest first
     for parameter in CONFIG.parameters("causal_lm"):
         expected = random_values(parameter).astype(dtype_of(dtype))
         assert found[parameter.name].dtype == dtype_of(dtype)

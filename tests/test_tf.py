@@ -140,9 +140,8 @@ def test_norm_scales_stay_wide_under_a_mixed_policy():
     assert np.any(norm(x) != tf.cast(wide, tf.bfloat16) * tf.cast(norm.scale, tf.bfloat16))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_keras_file_round_trip(tmp_path, tied):
-    model = zoo.TFOlmo2ForCausalLM(CONFIG.replace(tie_word_embeddings=tied), seed=5, name="zoo", dtype="mixed_bfloat16")
+def test_keras_file_round_trip(tmp_path):
+    model = zoo.TFOlmo2ForCausalLM(CONFIG.replace(tie_word_embeddings=True), seed=5, name="zoo", dtype="mixed_bfloat16")
     model.compile(keras.optimizers.AdamW(1e-3))
     model.fit(IDS, IDS, verbose=0)
     model.generation_config = model.generation_config.replace(max_new_tokens=2)
@@ -156,7 +155,7 @@ def test_keras_file_round_trip(tmp_path, tied):
         assert again.dtype_policy.name == "mixed_bfloat16"
         assert [v.path for v in again.weights] == [v.path for v in model.weights]
         for ours, theirs in zip(model.weights, again.weights, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+            np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
     assert loaded.optimizer.iterations == 1
     base = zoo.TFOlmo2Model(CONFIG, seed=6)
     base.save(tmp_path / "base.keras")
@@ -323,7 +322,7 @@ def test_fit_evaluate_and_predict_with_the_models_own_loss():
         model.evaluate(inputs, LABELS, sample_weight=np.ones(4), verbose=0)
 
     expected = model(IDS, MASK).logits.numpy()
-    for data in (within.unbatch().batch(3), inputs, [IDS, MASK]):
+    for data in (within.rebatch(3), inputs, [IDS, MASK]):
         output = model.predict(data, verbose=0)
         assert output.keys() == ["logits"]
         assert isinstance(output.logits, np.ndarray)
@@ -360,15 +359,14 @@ def test_attention_dropout_is_alive_in_training_alone():
     assert abs((weights[seen] == 0).mean() - 0.3) < 0.01
     survivors = seen & (weights != 0)
     np.testing.assert_allclose(weights[survivors], kept[survivors] / 0.7, rtol=1e-4)
-    assert np.any(first.attentions[0] != first.attentions[1])  # layers do not drop alike
+    dropped = [seen & (layer.numpy() == 0) for layer in model(longer, training=True, output_attentions=True).attentions]
+    assert np.any(dropped[0] != dropped[1])
 
 
 def test_recomputing_gives_the_same_gradients():
     model = make("float64", CONFIG.replace(attention_dropout=0.3))
-    runs = []
 
     def gradients():
-        runs.append(None)
         with tf.GradientTape() as tape:
             loss = model(IDS, MASK, labels=LABELS, training=True).loss
         return [tf.convert_to_tensor(g) for g in tape.gradient(loss, model.trainable_weights)]

@@ -221,9 +221,16 @@ class CausalLMModule(HeadedModule):
 
     head = "causal_lm"
 
-    def __call__(self, labels: Array | None, logits_to_keep: int | Array, **inputs: Any) -> CausalLMOutput:
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        labels: Array | None = None,
+        logits_to_keep: int | Array = 0,
+        **inputs: Any,
+    ) -> CausalLMOutput:
         """Run the decoder and the head; see `CausalLM.__call__`."""
-        output = self.model(**inputs)
+        output = self.model(input_ids, attention_mask, **inputs)
         hidden = output.last_hidden_state
         places = jnp.ndim(logits_to_keep) > 0
         if places or logits_to_keep:
@@ -307,11 +314,16 @@ class SequenceClassifierModule(HeadedModule):
 
     head = "sequence_classification"
 
-    def __call__(self, labels: Array | None, **inputs: Any) -> SequenceClassifierOutput:
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        labels: Array | None = None,
+        **inputs: Any,
+    ) -> SequenceClassifierOutput:
         """Run the decoder and the head; see `SequenceClassifier.__call__`."""
-        output = self.model(**inputs)
-        hidden, input_ids = output.last_hidden_state, inputs["input_ids"]
-        pad = self.config.pad_token_id
+        output = self.model(input_ids, attention_mask, **inputs)
+        hidden, pad = output.last_hidden_state, self.config.pad_token_id
         if pad is None and hidden.shape[0] > 1:
             raise InputError("config.pad_token_id is None: without it the last token of several rows is not known")
         if pad is None or input_ids is None:
@@ -391,10 +403,15 @@ class QuestionAnswererModule(HeadedModule):
     head = "question_answering"
 
     def __call__(
-        self, start_positions: Array | None, end_positions: Array | None, **inputs: Any
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        start_positions: Array | None = None,
+        end_positions: Array | None = None,
+        **inputs: Any,
     ) -> QuestionAnsweringOutput:
         """Run the decoder and the head; see `QuestionAnswerer.__call__`."""
-        output = self.model(**inputs)
+        output = self.model(input_ids, attention_mask, **inputs)
         logits = self.qa_outputs(output.last_hidden_state)
         start, end = logits[..., 0], logits[..., 1]  # (b, s) each
         loss = None

@@ -66,9 +66,27 @@ def linear(size: int, bias: bool, name: str) -> keras.layers.Dense:
     return keras.layers.Dense(size, use_bias=bias, kernel_initializer=unset, bias_initializer=unset, name=name)
 
 
-def embedding(rows: int, size: int, name: str) -> keras.layers.Embedding:
-    """Keras's own `Embedding`."""
-    return keras.layers.Embedding(rows, size, embeddings_initializer=unset, name=name)
+class Embedding(keras.layers.Embedding):
+    """Keras's own `Embedding` with a dense gradient.
+
+    A gathered row's own gradient comes as slices, one for each time that it was gathered, and Keras's optimizers square
+    those before they add them up: with Adam, a token that is there twice would be learned otherwise than in PyTorch.
+    """
+
+    def call(self, ids: Tensor) -> Tensor:
+        table = with_dense_gradient(tf.convert_to_tensor(self.embeddings))
+        return ops.cast(ops.take(table, ops.cast(ids, "int32"), axis=0), self.compute_dtype)
+
+
+@tf.custom_gradient
+def with_dense_gradient(table: Tensor) -> tuple[Tensor, Any]:
+    """The table as it is, whose gradient is one tensor."""
+    return tf.identity(table), tf.convert_to_tensor
+
+
+def embedding(rows: int, size: int, name: str) -> Embedding:
+    """An `Embedding`."""
+    return Embedding(rows, size, embeddings_initializer=unset, name=name)
 
 
 class Layer(keras.layers.Layer):
