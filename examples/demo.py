@@ -6,11 +6,14 @@ The text is what `help()` shows on Python's topics; it ships with every CPython.
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve one another on a busy machine
 
 import numpy as np
 import tokenizers

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import ABC, abstractmethod
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -77,6 +76,7 @@ class TensorFlow(Backend):
     framework, wing = "tensorflow", "tf"
 
     def __init__(self, path_or_repo: str | os.PathLike[str], dtype: str | None = None, **hub: Any) -> None:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow greets on standard error otherwise
         from olmozoo.tf import TFAutoModelForCausalLM
 
         self.model = TFAutoModelForCausalLM.from_pretrained(path_or_repo, dtype=dtype, **hub)
@@ -137,7 +137,6 @@ def load(
     name = backend or next(iter(installed()), "pt")
     if name not in BACKENDS:
         raise InputError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
-    import_module(f"olmozoo.{name}")
     return BACKENDS[name](path_or_repo, dtype, **hub)
 
 

@@ -308,7 +308,11 @@ def test_fit_evaluate_and_predict_with_the_models_own_loss():
     model = make()
     model.compile(keras.optimizers.Adam(1e-2))
     inputs = {"input_ids": IDS, "attention_mask": MASK}
-    loss = model(IDS, MASK, labels=LABELS).loss.numpy()
+    logits, targets = model(IDS, MASK).logits.numpy()[:, :-1], LABELS[:, 1:]
+    log_sum = np.log(np.exp(logits).sum(-1))
+    losses = log_sum - np.take_along_axis(logits, np.maximum(targets, 0)[..., None], -1)[..., 0]
+    loss = losses[targets != -100].mean()
+    np.testing.assert_allclose(model(IDS, MASK, labels=LABELS).loss, loss, rtol=1e-5)
     within, beside = dataset({**inputs, "labels": LABELS}), dataset(inputs, LABELS)
     for data in (within, beside):
         np.testing.assert_allclose(model.evaluate(data, verbose=0), loss, rtol=1e-5)
