@@ -18,6 +18,7 @@ import shutil
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+ALIGNMENT = 64  # bytes: a cache line, and what TensorFlow and XLA ask of memory they did not set aside themselves
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 WEIGHT_FILES = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
@@ -364,6 +366,31 @@ def _match(
     return {name: source for name, source in sources.items() if name in wanted and name not in fresh}, fresh
 
 
+def aligned_copy(array: Array, transposed: bool) -> Array:
+    """A copy of an array, or of its transpose: one pass over it, on all cores, into memory aligned for any framework.
+
+    A transpose goes along the columns of the result, a cache line wide: so each line is read once and written once.
+    """
+    memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    shape = array.shape[::-1] if transposed else array.shape
+    result = memory[start : start + array.nbytes].view(array.dtype).reshape(shape)
+    width = ALIGNMENT // array.itemsize
+
+    def fill(rows: slice) -> None:
+        if not transposed:
+            result[rows] = array[rows]
+            return
+        for column in range(0, len(array), width):
+            result[rows, column : column + width] = array[column : column + width, rows].T
+
+    threads = (os.cpu_count() or 1) if array.nbytes > 1 << 20 else 1
+    part = -(-len(result) // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill, (slice(row, row + part) for row in range(0, len(result), part))))
+    return result
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -464,7 +491,7 @@ def write_safetensors(file: Path, outputs: list[Output]) -> None:
         }
         offset = ends[1]
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % 64)  # the first tensor lies aligned when the file is mapped
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)  # the first tensor lies aligned when the file is mapped
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for output in outputs:

@@ -45,15 +45,15 @@ class PreTrainedModel(nn.Module):
         self.generation_config = GenerationConfig.from_model(config)
         device = torch.get_default_device()
         with torch.device("meta"):
-            self.build()
+            self.make_layers()
         if seed is not None and device.type != "meta":
             dtype_name = dtype_of(dtype or torch.get_default_dtype())
             for parameter, array in initial_weights(config, self.head, seed=seed, dtype=dtype_name):
                 self._bind(parameter, to_tensor(array).to(device))
             self.tie_weights()
 
-    def build(self) -> None:
-        """Make the submodules from `self.config`."""
+    def make_layers(self) -> None:
+        """Make the layers from `self.config`."""
         raise NotImplementedError
 
     # -- loading and saving ---------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ class HeadedModel(PreTrainedModel):
 
     base_class: ClassVar[type[Decoder]]
 
-    def build(self) -> None:
+    def make_layers(self) -> None:
         self.model = self.base_class(self.config, seed=None)
         for module, parameters in self.config.head_modules(self.head).items():
             labels, width = parameters[0].shape

@@ -72,7 +72,7 @@ class OlmoModel(Decoder):
 
     config_class = OlmoConfig
 
-    def build(self) -> None:
+    def make_layers(self) -> None:
         config = self.config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(OlmoBlock(config, layer) for layer in range(config.num_hidden_layers))

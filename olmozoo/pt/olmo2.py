@@ -73,7 +73,7 @@ class Olmo2Model(Decoder):
 
     config_class = Olmo2Config
 
-    def build(self) -> None:
+    def make_layers(self) -> None:
         config = self.config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Olmo2Block(config, layer) for layer in range(config.num_hidden_layers))

@@ -86,7 +86,7 @@ class OPTModel(Decoder):
 
     config_class = OPTConfig
 
-    def build(self) -> None:
+    def make_layers(self) -> None:
         config = self.config
         c, e = config.hidden_size, config.embedding.shape[1]
         self.decoder = nn.Module()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
@@ -14,7 +13,7 @@ import numpy as np
 import optree
 import tensorflow as tf
 
-from olmozoo.checkpoint import Checkpoint, initial_weights, load_weights, save_checkpoint
+from olmozoo.checkpoint import Checkpoint, aligned_copy, initial_weights, load_weights, save_checkpoint
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.base import BASE_PREFIX, Head, ModelConfig, Parameter
 from olmozoo.generation import GenerationConfig
@@ -23,7 +22,6 @@ from olmozoo.outputs import OUTPUTS, ModelOutput
 from olmozoo.tf.cache import KVCache
 from olmozoo.tf.layers import Tensor, embedding, linear
 
-ALIGNMENT = 64  # bytes: a cache line, and what TensorFlow and XLA ask of memory they did not set aside themselves
 LEAVES = {"linear": "kernel", "embedding": "embeddings", "norm": "scale", "bias": "bias"}  # what layers call them
 
 
@@ -181,7 +179,7 @@ class PreTrainedModel(keras.Model):
         return getattr(layer, LEAVES[parameter.kind])
 
     def _bind(self, parameter: Parameter, array: np.ndarray) -> None:
-        self._find(parameter).assign(to_tensor(copied(array, transposed=parameter.kind == "linear")))
+        self._find(parameter).assign(to_tensor(aligned_copy(array, transposed=parameter.kind == "linear")))
 
     def _read(self, parameter: Parameter) -> np.ndarray:
         tensor = tf.convert_to_tensor(self._find(parameter))
@@ -296,31 +294,6 @@ def global_policy(policy: keras.DTypePolicy) -> Iterator[None]:
         yield
     finally:
         keras.config.set_dtype_policy(previous)
-
-
-def copied(array: np.ndarray, transposed: bool) -> np.ndarray:
-    """A copy of an array, or of its transpose: one pass over it, on all cores, into memory aligned for any framework.
-
-    A transpose goes along the columns of the result, a cache line wide: so each line is read once and written once.
-    """
-    memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    shape = array.shape[::-1] if transposed else array.shape
-    result = memory[start : start + array.nbytes].view(array.dtype).reshape(shape)
-    width = ALIGNMENT // array.itemsize
-
-    def fill(rows: slice) -> None:
-        if not transposed:
-            result[rows] = array[rows]
-            return
-        for column in range(0, len(array), width):
-            result[rows, column : column + width] = array[column : column + width, rows].T
-
-    threads = (os.cpu_count() or 1) if array.nbytes > 1 << 20 else 1
-    part = -(-len(result) // threads)
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(fill, (slice(row, row + part) for row in range(0, len(result), part))))
-    return result
 
 
 def to_tensor(array: np.ndarray) -> Tensor:
