@@ -53,7 +53,7 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 ALIGNMENT = 64  # bytes: a cache line, and what TensorFlow and XLA ask of memory they did not set aside themselves
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 WEIGHT_FILES = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # a table that older programs saved; it is made from the config
 
 
 def dtype_of(name: Any) -> np.dtype[Any]:
@@ -109,7 +109,7 @@ class Checkpoint:
                 problems += [
                     f"{name} is in {file.name}, where the index has no such tensor" for name in found.keys() - names
                 ]
-            self.tensors.update(found)
+            self.tensors.update({name: info for name, info in found.items() if not IGNORED.search(name)})
         fail(f"{self.folder} is broken", problems)
 
     def _files(self, problems: list[str]) -> dict[Path, set[str] | None]:
@@ -254,7 +254,7 @@ def _read_pickled(file: Path) -> dict[str, TensorInfo]:
 
         return TensorInfo(file, dtype, tuple(tensor.shape), read)
 
-    return {name: info(tensor) for name, tensor in state.items() if not IGNORED.search(name)}
+    return {name: info(tensor) for name, tensor in state.items()}
 
 
 # -- the checkpoint against the parameter table -----------------------------------------------------------------------
@@ -328,8 +328,6 @@ def _match(
     problems: list[str] = []
     for name in checkpoint.tensors:
         canonical = name if name in prefixed or name in table else BASE_PREFIX + name
-        if IGNORED.search(name):
-            continue
         if canonical not in table:
             problems.append(f"unexpected: {name} {list(checkpoint.tensors[name].shape)}")
         elif canonical in sources:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import random_values, write_checkpoint
 
-from olmozoo import CheckpointError, Olmo2Config
+from olmozoo import CheckpointError, Olmo2Config, OPTConfig
 from olmozoo.checkpoint import (
     Checkpoint,
     dtype_of,
@@ -155,6 +155,32 @@ def test_one_error_lists_every_problem(tmp_path):
         "duplicate: ",
     ):
         assert part in text
+
+
+def test_a_saved_rotary_table_is_passed_over_and_has_no_say_in_the_dtype(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", CONFIG, dtype="float16")
+    rewrite(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)}))
+    assert Checkpoint(folder).dtype == np.float16
+    assert len(load(folder, dtype="float16")) == len(CONFIG.parameters("causal_lm"))
+
+
+@pytest.mark.parametrize("head_on_disk", [False, True])
+def test_opt_loads_with_either_prefix_and_with_its_tied_head_or_without(tmp_path, head_on_disk):
+    config = OPTConfig(vocab_size=37, hidden_size=24, ffn_dim=20, num_hidden_layers=2, num_attention_heads=4)
+    folder = write_checkpoint(tmp_path / "a", config)
+    expected = load(folder, config)
+
+    def respell(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+        if head_on_disk:
+            tensors["lm_head.weight"] = tensors["decoder.embed_tokens.weight"].copy()
+
+    rewrite(folder, respell)
+    assert all(name.startswith(("decoder.", "lm_head.")) for name in Checkpoint(folder).tensors)
+    found = load(folder, config)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_square_matrix_is_not_transposed_and_a_transposed_one_is_refused(tmp_path):
