@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from olmozoo.backend import BACKENDS, installed
 from olmozoo.checkpoint import save_checkpoint
@@ -54,3 +55,18 @@ def left_padded(config: ModelConfig, batch: int = 3, length: int = 11, seed: int
         mask[row, : 2 * row] = 0
         ids[row, : 2 * row] = config.pad_token_id or 0
     return ids, mask
+
+
+def train_tokenizer(folder: Path, text: str) -> None:
+    """Put a byte-level BPE tokenizer of 300 tokens, trained on `text`, into a checkpoint folder."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))

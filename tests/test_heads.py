@@ -5,10 +5,11 @@ from importlib import import_module
 import numpy as np
 import pytest
 from conftest import WINGS, left_padded, write_checkpoint
-from test_parity import CONFIGS
+from test_parity import CONFIGS, OTHERS, REFERENCE
 from wings import call
 
 from olmozoo import InputError
+from olmozoo.families.base import ARCHITECTURES
 
 BOUND = 1e-9
 CLASSIFIERS = ["olmo2-mqa-bias-tied", "olmo-clip-tied", "opt-projected-post-norm"]
@@ -58,6 +59,33 @@ def test_classifiers_pool_and_lose_as_transformers_does(tmp_path, name, problem,
             wing, model_class(wing, config.name, "ForSequenceClassification"), folder, padded, mask, labels=labels
         )
         assert again["loss"] == found["loss"]
+
+
+@pytest.mark.parametrize("wing", OTHERS)
+@pytest.mark.parametrize("name", ["olmo2", *CLASSIFIERS, "opt", "olmo-bias"])
+def test_heads_agree_between_the_wings(tmp_path, name, wing):
+    config = CONFIGS[name].replace(num_labels=3, id2label=None, label2id=None)
+    ids, mask = left_padded(config)
+    ids = np.where(mask == 1, np.where(ids == 0, 7, ids), 0)
+    inputs = {"sequence_classification": {"labels": LABELS["multi_label_classification"]}}
+    if config.name == "OPT":
+        inputs["question_answering"] = {"start_positions": np.array([6, 7, 8]), "end_positions": np.array([7, 10, 40])}
+    for head, labels in inputs.items():
+        folder = write_checkpoint(tmp_path / head, config, head)
+        options = {"output_hidden_states": True, "output_attentions": True, **labels}
+        expected, found = (
+            call(each, model_class(each, config.name, ARCHITECTURES[head]), folder, ids, mask, **options)
+            for each in (REFERENCE, wing)
+        )
+        assert found.keys() == expected.keys()
+        for key in ("loss", "logits"):
+            if key in expected:
+                assert np.abs(found[key] - expected[key]).max() <= BOUND, key
+        for key in ("start_logits", "end_logits"):
+            if key in expected:
+                assert np.abs(found[key] - expected[key])[mask == 1].max() <= BOUND, key
+        for ours, theirs in zip(found["hidden_states"], expected["hidden_states"], strict=True):
+            assert np.abs(ours - theirs)[mask == 1].max() <= BOUND
 
 
 @pytest.mark.parametrize("wing", WINGS)

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tokenizers
-from conftest import WINGS, write_checkpoint
+from conftest import WINGS, train_tokenizer, write_checkpoint
 from hub_server import HubServer
 
 from olmozoo import Olmo2Config
@@ -34,17 +33,7 @@ def hub_environment(tmp_path_factory):
         eos_token_id=0,
     )
     folder = write_checkpoint(tmp_path_factory.mktemp("readme"), config, dtype="float32")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>", "<|padding|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([README], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    train_tokenizer(folder, README)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     with HubServer() as hub:
         hub.add_repo(REPO, {"main": files})

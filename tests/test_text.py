@@ -7,8 +7,7 @@ import time
 
 import numpy as np
 import pytest
-import tokenizers
-from conftest import WINGS, write_checkpoint
+from conftest import WINGS, train_tokenizer, write_checkpoint
 
 from olmozoo import CheckpointError, InputError, Olmo2Config
 from olmozoo.checkpoint import Checkpoint
@@ -32,17 +31,7 @@ CONFIG = Olmo2Config(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = write_checkpoint(tmp_path_factory.mktemp("text"), CONFIG, dtype="float32")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>", "<|padding|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    train_tokenizer(folder, TEXT)
     return folder
 
 
