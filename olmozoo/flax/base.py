@@ -22,6 +22,7 @@ from olmozoo.generation import GenerationConfig
 from olmozoo.hub import resolve
 from olmozoo.outputs import OUTPUTS
 
+DROPOUTS = ("dropout", "attention_dropout", "layerdrop")  # what a config may have that draws random numbers in training
 LEAVES: dict[Kind, str] = {"linear": "kernel", "embedding": "embedding", "norm": "scale", "bias": "bias"}
 
 for output_class in OUTPUTS:
@@ -88,7 +89,7 @@ class PreTrainedModel:
             InputError: there are none, or those given do not fit; every problem is named.
         """
         if self._params is None:
-            raise InputError(f"this {type(self).__name__} was made with _do_init=False: pass `params`")
+            raise InputError(f"this {type(self).__name__} was made with _do_init=False: pass or set `params`")
         return self._params
 
     @params.setter
@@ -256,6 +257,10 @@ class PreTrainedModel:
         """The module's answer to `arguments`, with the settings among them that are None resolved."""
         for name, default in (("use_cache", True), ("output_attentions", False), ("output_hidden_states", False)):
             arguments[name] = self.setting(name, arguments[name], default)
+        if dropout_rng is None and not arguments["deterministic"]:
+            for name in DROPOUTS:
+                if getattr(self.config, name, 0):
+                    raise InputError(f"{name} is {getattr(self.config, name)}: pass `dropout_rng` in training")
         rngs = None if dropout_rng is None else {"dropout": dropout_rng}
         output = self.module.apply({"params": self.tree(params)}, rngs=rngs, **arguments)
         return output if self.setting("return_dict", return_dict, True) else output.to_tuple()
@@ -274,6 +279,52 @@ class PreTrainedModel:
         """The number of values in parameters; tied ones count once."""
         left_out = self.config.embedding.name if exclude_embeddings else None
         return sum(parameter.size for parameter in self._table() if parameter.name != left_out)
+
+    def get_input_embeddings(self) -> Any:
+        """The token embedding among the model's own parameters, (vocab, width)."""
+        return flatten_dict(self.params)[self._path(self.config.embedding)]
+
+    def set_input_embeddings(self, embedding: Any) -> None:
+        """Replace the token embedding (and with it a tied head) in the model's own parameters.
+
+        Raises:
+            InputError: it has another shape, or there are no parameters.
+        """
+        self.params = unflatten_dict(flatten_dict(self.params) | {self._path(self.config.embedding): embedding})
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> jax.Array:
+        """Change the number of rows of the token embedding and of the language-model head; the config follows.
+
+        New rows get initial values, the same in every framework. What was compiled for the old module does not follow.
+
+        Args:
+            new_num_tokens: rows; default as many as there are.
+            pad_to_multiple_of: round that up to a multiple.
+
+        Returns:
+            The new token embedding, as it is in `params`.
+
+        Raises:
+            InputError: the model has no parameters of its own.
+            ConfigError: there is no such number of rows.
+        """
+        rows = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
+        config, leaves = self.config.replace(vocab_size=rows), flatten_dict(self.params)
+        for parameter in config.parameters(self.head):
+            if "vocab" in parameter.axes and parameter.tied_to is None:
+                old = leaves[self._path(parameter)]
+                axis = 1 if parameter.kind == "linear" else 0
+                kept = min(rows, old.shape[axis])
+                added = oriented(parameter, parameter.initial(0, old.dtype)[kept:])
+                leaves[self._path(parameter)] = jnp.concatenate([old.take(np.arange(kept), axis), added], axis)
+        self.config = config
+        self.module = self.module.clone(config=config)
+        self.params = unflatten_dict(leaves)
+        return self.get_input_embeddings()
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute blocks in the backward pass rather than keep what is inside them."""

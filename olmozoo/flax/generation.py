@@ -26,7 +26,7 @@ class GenerateOutput(ModelOutput):
     """Output of `generate`.
 
     Attributes:
-        sequences: (batch, prompt + new) ids.
+        sequences: (batch, prompt + new) ids; the answer alone where the prompt was embeddings.
     """
 
     sequences: Any = None
@@ -54,17 +54,20 @@ class GenerationMixin:
 
     Attributes:
         trace_count: how often the decoding loop has been traced, and so compiled: once for each (batch, prompt, total)
-            shape, lengths being rounded up to `olmozoo.generation.BUCKET`, and once for each dtype of the parameters.
+            shape, lengths being rounded up to `olmozoo.generation.BUCKET`, once for each dtype of the parameters, and
+            once each for ids and embeddings.
     """
 
     trace_count = 0
 
     def generate(
         self,
-        input_ids: Any,
+        input_ids: Any = None,
         attention_mask: Any = None,
         generation_config: GenerationConfig | None = None,
         params: Any = None,
+        *,
+        inputs_embeds: Any = None,
         **settings: Any,
     ) -> GenerateOutput:
         """Continue each row of a batch, greedily: at each step the likeliest token.
@@ -74,49 +77,68 @@ class GenerationMixin:
             attention_mask: (batch, seq), 0 at padding; default as in `olmozoo.generation.prompt_mask`.
             generation_config: default the model's own.
             params: default the model's own.
+            inputs_embeds: (batch, seq, hidden) prompts as embeddings, in place of `input_ids`.
             **settings: single settings of `GenerationConfig`, such as `max_new_tokens`.
 
         Returns:
-            `GenerateOutput`, whose `sequences` are (batch, seq + new) ids of prompt and answer. A row that has ended
-            holds pad tokens; the call ends with its longest row.
+            `GenerateOutput`, whose `sequences` are (batch, seq + new) ids of prompt and answer; of the answer alone for
+            `inputs_embeds`. A row that has ended holds pad tokens; the call ends with its longest row.
 
         Raises:
             InputError: a setting is unknown or impossible, or shapes do not fit.
         """
-        if isinstance(input_ids, jax.core.Tracer):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("expected exactly one of input_ids and inputs_embeds")
+        if isinstance(input_ids, jax.core.Tracer) or isinstance(inputs_embeds, jax.core.Tracer):
             raise InputError("generate is compiled itself and gives as many tokens as it takes: call it outside of jit")
-        ids = np.asarray(input_ids)
-        rule = plan(generation_config or self.generation_config, self.config, ids.shape[-1], settings)
-        real = prompt_mask(ids, attention_mask, rule)
-        prompt = ids.shape[1]
-        room = bucket(prompt)
-        left = ((0, 0), (room - prompt, 0))
+        ids = None if input_ids is None else np.asarray(input_ids)
+        embeds = None if inputs_embeds is None else np.asarray(inputs_embeds).astype(self.dtype)
+        if embeds is not None and embeds.ndim != 3:
+            raise InputError(f"inputs_embeds has shape {embeds.shape}, expected (batch, seq, hidden)")
+        shape = embeds.shape[:2] if ids is None else ids.shape
+        rule = plan(generation_config or self.generation_config, self.config, shape[-1], settings)
+        real = prompt_mask(ids, attention_mask, rule, shape)
+        room = bucket(shape[1])
+        left = ((0, 0), (room - shape[1], 0))
         result = self._compiled(
             self.tree(params),
-            np.pad(ids, left).astype(np.int32),
+            None if ids is None else np.pad(ids, left).astype(np.int32),
+            None if embeds is None else np.pad(embeds, (*left, (0, 0))),
             np.pad(real, left),
             *stop_rule(rule),
             total=bucket(room + rule.max_new),
         )
         # In NumPy: JAX would compile a program for each new pair of lengths.
         answer = np.asarray(result.tokens)[:, : int(result.count)]
-        return GenerateOutput(jax.device_put(np.concatenate([ids, answer.astype(ids.dtype)], axis=1)))
+        return GenerateOutput(
+            jax.device_put(answer if ids is None else np.concatenate([ids, answer.astype(ids.dtype)], axis=1))
+        )
 
     @cached_property
     def _compiled(self) -> Any:
         return jax.jit(self._decode, static_argnames="total")
 
     def _decode(
-        self, params: Any, ids: Array, real: Array, ends: Array, pad: Array, max_new: Array, total: int
+        self,
+        params: Any,
+        ids: Array | None,
+        embeds: Array | None,
+        real: Array,
+        ends: Array,
+        pad: Array,
+        max_new: Array,
+        total: int,
     ) -> Progress:
-        """Decode from ids and real (batch, prompt) over a cache of `total` positions."""
+        """Decode from ids or embeds, real (batch, prompt) at what is no padding, over a cache of `total` positions."""
         self.trace_count += 1
-        batch, prompt = ids.shape
+        batch, prompt = real.shape
         mask = jnp.pad(real, ((0, 0), (0, total - prompt)), constant_values=True)
         positions = jnp.where(mask, jnp.cumsum(mask, axis=-1) - 1, 0)
 
-        def predict(ids: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
-            output = self(ids, mask, positions, params, cache, logits_to_keep=1, return_dict=True)
+        def predict(
+            ids: Array | None, positions: Array, cache: KVCache, embeds: Array | None = None
+        ) -> tuple[Array, KVCache]:
+            output = self(ids, mask, positions, params, cache, embeds, logits_to_keep=1, return_dict=True)
             return output.logits[:, -1], output.past_key_values
 
         def write(progress: Progress, logits: Array, cache: KVCache) -> Progress:
@@ -139,7 +161,7 @@ class GenerationMixin:
             done=jnp.zeros(batch, bool),
             cache=self.init_cache(batch, total),
         )
-        first = write(start, *predict(ids, positions[:, :prompt], start.cache))
+        first = write(start, *predict(ids, positions[:, :prompt], start.cache, embeds))
         return lax.while_loop(lambda now: (now.count < max_new) & ~now.done.all(), step, first)
 
     def __getstate__(self) -> dict[str, Any]:

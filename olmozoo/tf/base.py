@@ -40,6 +40,7 @@ class PreTrainedModel(keras.Model):
 
     config_class: ClassVar[type[ModelConfig]]
     head: ClassVar[Head | None] = None
+    label_names: ClassVar[tuple[str, ...]] = ()  # the arguments of `call` that give a loss
     gradient_checkpointing = False
 
     def __init__(
@@ -149,6 +150,54 @@ class PreTrainedModel(keras.Model):
             max_shard_size=max_shard_size,
         )
 
+    def export(
+        self,
+        filepath: str | os.PathLike[str],
+        format: str = "tf_saved_model",
+        verbose: bool | None = None,
+        input_signature: Any = None,
+        **options: Any,
+    ) -> None:
+        """Write the forward call in a format that serves without this library.
+
+        By default a TensorFlow SavedModel whose `serve(input_ids, attention_mask)`, of any batch and length and of
+        int32 or int64, returns a plain dict of the output without its cache. Its `serving_default` signature, which
+        TensorFlow Serving takes, is that of int32.
+
+        Args:
+            filepath: the folder or file to write.
+            format: as in `keras.Model.export`.
+            verbose: whether to print what was written.
+            input_signature: of another call than that; as in `keras.Model.export`, as all that follows.
+            **options: of the format.
+        """
+        if format != "tf_saved_model" or input_signature is not None:
+            super().export(filepath, format=format, verbose=verbose, input_signature=input_signature, **options)
+            return
+
+        def forward(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+            output = self(
+                input_ids,
+                attention_mask,
+                use_cache=False,
+                output_attentions=False,
+                output_hidden_states=False,
+                return_dict=True,
+                training=False,
+            )
+            return dict(output.items())
+
+        serve = tf.function(forward, autograph=False)
+        for dtype in (tf.int32, tf.int64):
+            shape = (None, None)
+            serve.get_concrete_function(
+                tf.TensorSpec(shape, dtype, "input_ids"), tf.TensorSpec(shape, dtype, "attention_mask")
+            )
+        archive = keras.export.ExportArchive()
+        archive.track(self)
+        archive.add_endpoint("serve", serve)
+        archive.write_out(os.fspath(filepath), verbose=verbose is not False, **options)
+
     def get_config(self) -> dict[str, Any]:
         """What `model.save("m.keras")` writes beside the weights."""
         return {
@@ -205,8 +254,7 @@ class PreTrainedModel(keras.Model):
     def predict_step(self, data: Any) -> ModelOutput:
         """One batch of `predict`: the output without loss and cache, which cannot be joined over batches."""
         inputs, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        keywords = self.as_keywords(inputs)
-        keywords.pop("labels", None)
+        keywords = {name: x for name, x in self.as_keywords(inputs).items() if name not in self.label_names}
         return self(**{**keywords, "use_cache": False, "return_dict": True}, training=False)
 
     def __dir__(self) -> list[str]:

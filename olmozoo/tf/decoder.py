@@ -133,6 +133,7 @@ class HeadedModel(PreTrainedModel):
     """A decoder with a head on top; subclasses say which."""
 
     base_class: ClassVar[type[Decoder]]
+    label_names = ("labels",)
 
     def make_layers(self) -> None:
         self.model = self.base_class(self.config, name="model", nested=True)
@@ -149,8 +150,12 @@ class HeadedModel(PreTrainedModel):
         return output.logits
 
     def labels_among(self, x: Any) -> Any:
-        """The labels among the inputs; None if there are none."""
-        return self.as_keywords(x).get("labels")
+        """The labels among the inputs, a list if they are several; None if they are not all there."""
+        inputs = self.as_keywords(x)
+        labels = [inputs.get(name) for name in self.label_names]
+        if any(part is None for part in labels):
+            return None
+        return labels if len(labels) > 1 else labels[0]
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
@@ -332,6 +337,7 @@ class QuestionAnswerer(HeadedModel):
     """A decoder with a head for the first and the last token of an answer in the text."""
 
     head = "question_answering"
+    label_names = ("start_positions", "end_positions")
 
     def call(
         self,
@@ -390,11 +396,6 @@ class QuestionAnswerer(HeadedModel):
 
     def predictions(self, output: QuestionAnsweringOutput) -> Any:
         return [output.start_logits, output.end_logits]
-
-    def labels_among(self, x: Any) -> Any:
-        inputs = self.as_keywords(x)
-        both = [inputs.get("start_positions"), inputs.get("end_positions")]
-        return None if None in both else both
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignored: Any) -> Tensor:
