@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve one another on a busy machine
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # threads that spin for long starve one another on a busy machine
 
 import numpy as np
 import tokenizers
