@@ -5,10 +5,11 @@ from importlib import import_module
 import numpy as np
 import pytest
 from conftest import WINGS, left_padded, write_checkpoint
-from test_parity import CONFIGS, OTHERS, REFERENCE
-from wings import call
+from test_parity import CONFIGS, GRADIENT_BOUND, OTHERS, REFERENCE
+from wings import call, gradients, scope
 
 from olmozoo import InputError
+from olmozoo.backend import load
 from olmozoo.families.base import ARCHITECTURES
 
 BOUND = 1e-9
@@ -86,6 +87,48 @@ def test_heads_agree_between_the_wings(tmp_path, name, wing):
                 assert np.abs(found[key] - expected[key])[mask == 1].max() <= BOUND, key
         for ours, theirs in zip(found["hidden_states"], expected["hidden_states"], strict=True):
             assert np.abs(ours - theirs)[mask == 1].max() <= BOUND
+
+
+@pytest.mark.parametrize("wing", OTHERS)
+@pytest.mark.parametrize("problem", [*LABELS, "question_answering"])
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_gradients_of_heads_agree_between_the_wings(tmp_path, name, problem, wing):
+    config = CONFIGS[name].replace(num_labels=1 if problem == "regression" else 3, id2label=None, label2id=None)
+    head, labels = "sequence_classification", {"labels": LABELS.get(problem)}
+    if problem == "question_answering":
+        if config.name != "OPT":
+            pytest.skip("only OPT has this head")
+        head, labels = problem, {"start_positions": np.array([6, 7, 8]), "end_positions": np.array([7, 10, 40])}
+    folder = write_checkpoint(tmp_path, config, head)
+    ids, mask = left_padded(config)
+    ids = np.where(mask == 1, np.where(ids == 0, 7, ids), 0)
+    results = []
+    for each in (REFERENCE, wing):
+        with scope(each):
+            model = model_class(each, config.name, ARCHITECTURES[head]).from_pretrained(folder)
+        results.append(gradients(each, model, ids, mask, **labels))
+    (loss, expected), (other_loss, found) = results
+    assert abs(loss - other_loss) <= BOUND
+    assert found.keys() == expected.keys()
+    for key in expected:
+        assert np.abs(expected[key]).max() > 0, key
+        assert np.abs(found[key] - expected[key]).max() <= GRADIENT_BOUND, key
+
+
+@pytest.mark.parametrize("wing", OTHERS)
+def test_pruned_heads_load_in_the_other_wings(tmp_path, wing):
+    pytest.importorskip("torch")
+    from olmozoo import pt
+
+    config = CONFIGS["opt"]
+    model = pt.OPTForCausalLM.from_pretrained(write_checkpoint(tmp_path / "whole", config))
+    model.prune_heads({0: [1], 1: [0, 3]})
+    model.save_pretrained(tmp_path / "pruned")
+    ids, mask = left_padded(config)
+    expected, found = (load(tmp_path / "pruned", each).forward(ids, mask)["logits"] for each in ("pt", wing))
+    assert np.abs(found - expected)[mask == 1].max() <= BOUND
+    expected, found = (load(tmp_path / "pruned", each).generate(ids, mask, max_new_tokens=9) for each in ("pt", wing))
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("wing", WINGS)

@@ -97,7 +97,7 @@ def test_fit_evaluate_and_predict_with_the_own_loss_and_every_callback(family, h
     model.compile(keras.optimizers.Adam(3e-3))
     loss = float(model(**INPUTS, **LABELS[head]).loss)
     within, beside = dataset({**INPUTS, **LABELS[head]}), dataset(INPUTS, own_labels(head))
-    for data in (within, beside):
+    for data in (within, beside, dataset(INPUTS, LABELS[head])):
         np.testing.assert_allclose(model.evaluate(data, verbose=0), loss, rtol=1e-5)
     callbacks = [
         keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}.weights.h5"), save_weights_only=True),

@@ -124,8 +124,8 @@ def test_loss_and_gradients_agree(folder, wing):
     ids, mask = left_padded(load(folder, REFERENCE).model.config, length=12)
     labels = np.where(mask == 1, ids, -100)
     labels[0, 5] = -100
-    loss, expected = gradients(REFERENCE, folder, ids, mask, labels)
-    other_loss, found = gradients(wing, folder, ids, mask, labels)
+    loss, expected = gradients(REFERENCE, load(folder, REFERENCE, "float64").model, ids, mask, labels=labels)
+    other_loss, found = gradients(wing, load(folder, wing, "float64").model, ids, mask, labels=labels)
     assert abs(loss - other_loss) <= BOUND
     assert found.keys() == expected.keys()
     for name in expected:

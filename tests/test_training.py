@@ -2,7 +2,7 @@
 
 What makes the three optimizers one: the same learning rate, betas and decoupled weight decay on every parameter (all
 three decay all of them unless told), and a small epsilon. Keras folds the bias correction into the step size, so that
-its epsilon weighs 1 / sqrt(1 - beta_2 ** step) times that of the others: at 1e-12 that is nothing, and still enough to
+its epsilon weighs 1 / sqrt(1 - beta_2 ** step) times that of the others: at 5e-12 that is nothing, and still enough to
 keep gradients that are zero but for rounding (a key's bias has them) from being blown up. Keras also rounds Python
 floats to float32, and the learning rate to `keras.config.floatx()`: give it NumPy's float64 and set that to float64.
 """
@@ -15,7 +15,7 @@ from test_parity import CONFIGS
 
 PRESENT = [param.values[0] for param in WINGS if not param.marks[0].args[0]]
 STEPS = 20
-SETTINGS = {"learning_rate": 3e-3, "beta_1": 0.9, "beta_2": 0.95, "epsilon": 1e-12, "weight_decay": 0.1}
+SETTINGS = {"learning_rate": 3e-4, "beta_1": 0.9, "beta_2": 0.95, "epsilon": 5e-12, "weight_decay": 0.1}
 EXACT = {name: np.float64(value) for name, value in SETTINGS.items()}
 
 
@@ -128,10 +128,6 @@ def test_twenty_steps_of_adamw_agree(name):
         other_losses, other_weights = TRAIN[wing](config)
         assert np.abs(np.subtract(losses, other_losses)).max() <= 1e-8, wing
         for key, value in weights.items():
-            if key.endswith(
-                "k_proj.bias"
-            ):  # the softmax does not see it: its gradient is rounding, which Adam enlarges
-                assert np.abs(value - other_weights[key]).max() <= 1e-5, (wing, key)
-                continue
-            assert np.abs(value - table[key].initial(3, "float64")).max() > 1e-3, key
+            if not key.endswith("k_proj.bias"):  # the softmax does not see that one: its gradient is zero
+                assert np.abs(value - table[key].initial(3, "float64")).max() > 1e-3, key
             assert np.abs(value - other_weights[key]).max() <= 1e-7, (wing, key)

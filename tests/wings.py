@@ -7,30 +7,37 @@ import numpy as np
 from olmozoo.backend import load
 
 
-def gradients(wing: str, folder, ids, mask, labels) -> tuple[float, dict[str, np.ndarray]]:
-    """The float64 loss and its gradient by canonical name, each in the shape of the parameter table."""
-    model = load(folder, wing, "float64").model
-    table = [p for p in model.config.parameters("causal_lm") if p.tied_to is None]
+def scope(wing: str):
+    """Float64 enabled where a wing has to be told."""
+    if wing == "flax":
+        import jax
+
+        return jax.enable_x64(True)
+    return contextlib.nullcontext()
+
+
+def gradients(wing: str, model, ids, mask, **labels) -> tuple[float, dict[str, np.ndarray]]:
+    """The loss and its gradient by canonical name, each in the shape of the parameter table."""
+    table = [p for p in model.config.parameters(model.head) if p.tied_to is None]
     if wing == "pt":
         import torch
 
-        loss = model(torch.from_numpy(ids), torch.from_numpy(mask), labels=torch.from_numpy(labels)).loss
+        labels = {name: torch.from_numpy(value) for name, value in labels.items()}
+        loss = model(torch.from_numpy(ids), torch.from_numpy(mask), **labels).loss
         loss.backward()
         return loss.item(), {p.name: model._find(p).grad.numpy() for p in table}
     if wing == "tf":
         import tensorflow as tf
 
         with tf.GradientTape() as tape:
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            loss = model(input_ids=ids, attention_mask=mask, **labels).loss
         found = tape.gradient(loss, [model._find(p).value for p in table])
         dense = [tf.convert_to_tensor(gradient).numpy() for gradient in found]
     else:
         import jax
 
         with jax.enable_x64(True):
-            loss, tree = jax.value_and_grad(lambda params: model(ids, mask, params=params, labels=labels).loss)(
-                model.params
-            )
+            loss, tree = jax.value_and_grad(lambda params: model(ids, mask, params=params, **labels).loss)(model.params)
             dense = []
             for parameter in table:
                 leaf = tree

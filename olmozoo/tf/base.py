@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Self
 
 import keras
@@ -63,7 +63,7 @@ class PreTrainedModel(keras.Model):
             self.make_layers()
         self.built = True
         if not nested:
-            self(keras.KerasTensor((1, 1), "int32"))  # each layer meets its input and makes its variables
+            self.make_variables()
             if seed is not None:
                 for parameter, array in initial_weights(config, self.head, seed=seed, dtype=self.variable_dtype):
                     self._bind(parameter, array)
@@ -71,6 +71,19 @@ class PreTrainedModel(keras.Model):
     def make_layers(self) -> None:
         """Make the layers from `self.config`."""
         raise NotImplementedError
+
+    def make_variables(self) -> None:
+        """Build each layer that has a parameter in the table: so they are all there before the first call."""
+        for parameter in self.config.parameters(self.head):
+            if parameter.tied_to is None and parameter.kind != "bias":  # a bias comes with its weight
+                layer, path = self._layer(parameter)
+                if not layer.built:
+                    with ExitStack() as scopes:
+                        for step in (self.name, *path[:-1]):
+                            scopes.enter_context(keras.name_scope(step))
+                        layer.build(
+                            (None, None) if parameter.kind == "embedding" else (None, None, parameter.shape[-1])
+                        )
 
     # -- loading and saving ---------------------------------------------------------------------------------------
 
@@ -215,17 +228,22 @@ class PreTrainedModel(keras.Model):
         model.generation_config = GenerationConfig.from_dict(config["generation_config"])
         return model
 
-    def _find(self, parameter: Parameter) -> keras.Variable:
-        """A parameter's variable: the canonical path walked by attribute, the leaf under the name that Keras gives it.
+    def _layer(self, parameter: Parameter) -> tuple[keras.layers.Layer, list[str]]:
+        """The layer that has a parameter's variable, and the path to it: the canonical one, walked by attribute.
 
         Two names differ on the way: a Keras model's `layers` are all its layers, so the blocks are in `blocks`; and a
         base model has no leading `model.`.
         """
         name = parameter.name if self.head else parameter.name.removeprefix(BASE_PREFIX)
+        path = name.split(".")[:-1]
         layer: Any = self
-        for step in name.split(".")[:-1]:
+        for step in path:
             layer = layer[int(step)] if step.isdigit() else getattr(layer, "blocks" if step == "layers" else step)
-        return getattr(layer, LEAVES[parameter.kind])
+        return layer, path
+
+    def _find(self, parameter: Parameter) -> keras.Variable:
+        """A parameter's variable, under the name that Keras gives the leaf."""
+        return getattr(self._layer(parameter)[0], LEAVES[parameter.kind])
 
     def _bind(self, parameter: Parameter, array: np.ndarray) -> None:
         self._find(parameter).assign(to_tensor(aligned_copy(array, transposed=parameter.kind == "linear")))
@@ -327,7 +345,7 @@ class PreTrainedModel(keras.Model):
             )
             if getattr(self, "lm_head", None) is not None:
                 replace_layer(self, "lm_head", linear(rows, False, name="lm_head"))
-        self(keras.KerasTensor((1, 1), "int32"))
+        self.make_variables()
         for parameter, array in values.items():
             self._bind(parameter, array)
         return self.get_input_embeddings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import keras
@@ -149,10 +150,12 @@ class HeadedModel(PreTrainedModel):
         """What of an output a user's own loss and metrics are given."""
         return output.logits
 
-    def labels_among(self, x: Any) -> Any:
-        """The labels among the inputs, a list if they are several; None if they are not all there."""
-        inputs = self.as_keywords(x)
-        labels = [inputs.get(name) for name in self.label_names]
+    def labels_of(self, x: Any, y: Any) -> Any:
+        """The labels: `y`, or those among the inputs; a list if they are several, None if they are not all there."""
+        if y is not None and not isinstance(y, Mapping):
+            return y
+        named = self.as_keywords(x) if y is None else y
+        labels = [named.get(name) for name in self.label_names]
         if any(part is None for part in labels):
             return None
         return labels if len(labels) > 1 else labels[0]
@@ -162,12 +165,12 @@ class HeadedModel(PreTrainedModel):
     ) -> Tensor:
         """The loss of `fit` and `evaluate`: the one given to `compile`, on the logits; else the model's own.
 
-        Labels come as `y`, or among the inputs as `labels`.
+        Labels come as `y` (several as a list or by name), or among the inputs as `labels`.
 
         Raises:
             InputError: there are no labels for the model's own loss, or sample weights, which it does not take.
         """
-        labels = self.labels_among(x) if y is None else y
+        labels = self.labels_of(x, y)
         if self.loss is not None:
             return super().compute_loss(x, labels, self.predictions(y_pred), sample_weight, training)
         if labels is None:
@@ -179,7 +182,7 @@ class HeadedModel(PreTrainedModel):
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         """The metrics given to `compile`, on labels and logits."""
-        labels = self.labels_among(x) if y is None else y
+        labels = self.labels_of(x, y)
         return super().compute_metrics(x, labels, self.predictions(y_pred), sample_weight)
 
 

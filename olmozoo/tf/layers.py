@@ -123,6 +123,7 @@ class LayerNorm(keras.layers.Layer):
     def __init__(self, affine: bool, name: str) -> None:
         super().__init__(name=name)
         self.affine = affine
+        self.built = not affine  # then there is nothing to build
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         if self.affine:
