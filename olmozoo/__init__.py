@@ -10,6 +10,7 @@ from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config
 from olmozoo.families.opt import OPTConfig
 from olmozoo.pipeline import pipeline
+from olmozoo.streaming import TextIteratorStreamer, TextStreamer
 from olmozoo.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -25,6 +26,8 @@ __all__ = [
     "Olmo2Config",
     "OlmoConfig",
     "OlmozooError",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "Tokenizer",
     "pipeline",
 ]

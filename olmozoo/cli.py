@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from olmozoo.errors import OlmozooError
+from olmozoo.errors import InputError, OlmozooError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,26 +27,217 @@ err = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A folder, or a repository on the hub such as allenai/OLMo-2-0425-1B.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")]
+Backend = Annotated[str | None, typer.Option(help="pt, tf or flax; default the first that is installed.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON.")]
+MaxNewTokens = Annotated[int, typer.Option(help="The most tokens to write.")]
+Sample = Annotated[bool | None, typer.Option(help="Draw tokens, or take the likeliest; default the model's own way.")]
+Temperature = Annotated[float | None, typer.Option(help="Sample with scores divided by this.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from so many of the likeliest tokens; 0 for all.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the fewest tokens that make up this probability.")]
+MinP = Annotated[float | None, typer.Option(help="Sample from tokens at least so probable beside the likeliest.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1, tokens of the text so far become rarer.")]
+Seed = Annotated[int | None, typer.Option(help="Of sampling; the same gives the same text on every backend.")]
 Dtype = Annotated[str | None, typer.Option(help="float64, float32, bfloat16 or float16; default the checkpoint's own.")]
 
 
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    backend: Annotated[str | None, typer.Option(help="pt, tf or flax; default the first that is installed.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write.")] = 64,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to continue; - or nothing reads standard input.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Read the prompt from a file; a .jsonl has a prompt or messages in each line.")
+    ] = None,
+    backend: Backend = None,
+    max_new_tokens: MaxNewTokens = 64,
+    stream: Annotated[bool, typer.Option(help="Write the answer while it is made.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write a line of JSON for each answer: prompt, text, tokens, prompt_tokens.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Prompts that run at once.")] = 8,
+    sample: Sample = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    no_repeat_ngram_size: Annotated[int | None, typer.Option(help="No run of so many tokens comes twice.")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beams of beam search.")] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="Above 0, beam search prefers longer answers.")] = None,
+    num_return_sequences: Annotated[int, typer.Option(help="Answers to each prompt.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; give it several times.")] = None,
+    seed: Seed = None,
     dtype: Dtype = None,
     revision: Revision = None,
 ) -> None:
-    """Continue a prompt, greedily, and print the prompt and its continuation."""
+    """Continue a prompt, and print the prompt and its continuation.
+
+    Decoding is greedy unless the model's generation_config.json or an option says otherwise.
+    """
     from olmozoo.pipeline import pipeline
 
+    prompts = _prompts(prompt, file)
+    if stream and (as_json or num_return_sequences > 1 or num_beams not in (None, 1)):
+        raise InputError("--stream writes one answer as text: leave out --json, --num-return-sequences and --num-beams")
+    settings = _settings(
+        max_new_tokens=max_new_tokens,
+        do_sample=sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        num_return_sequences=num_return_sequences if num_return_sequences != 1 else None,
+        stop_strings=stop or None,
+        seed=seed,
+    )
     with err.status(f"loading {model}"):
         write = pipeline("text-generation", model, backend=backend, dtype=dtype, revision=revision)
+    if stream:
+        for n, text in enumerate(prompts):
+            _write(text if isinstance(text, str) else "")
+            for piece in write.stream(text, stream_index=n, **settings):
+                _write(piece)
+            _write("\n")
+        return
     with err.status("writing"):
-        answer = write(prompt, max_new_tokens=max_new_tokens)
-    sys.stdout.write(f"{prompt}{answer}\n")
+        answers = write.answers(prompts, batch_size=batch_size, **settings)
+    for answer in (one for several in answers for one in several):
+        if as_json:
+            _write(f"{json.dumps(vars(answer), ensure_ascii=False)}\n")
+        else:
+            _write(f"{answer.full if isinstance(answer.prompt, str) else answer.text}\n")
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the chat.")] = None,
+    backend: Backend = None,
+    max_new_tokens: MaxNewTokens = 512,
+    sample: Sample = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+) -> None:
+    """Talk with a model that has a chat template. Ctrl-C stops an answer, Ctrl-D leaves."""
+    from olmozoo.pipeline import pipeline
+
+    settings = _settings(
+        max_new_tokens=max_new_tokens,
+        do_sample=sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    with err.status(f"loading {model}"):
+        write = pipeline("text-generation", model, backend=backend, dtype=dtype, revision=revision)
+    if "default" not in write.tokenizer.chat_templates:
+        # A made-up format would look like a chat, and the model was never trained on it.
+        raise InputError(
+            f"{model} has no chat template, so it is no chat model: continue texts with `olmozoo generate`"
+        )
+    _talk(write, [] if system is None else [{"role": "system", "content": system}], settings)
+
+
+def _talk(write: Any, opening: list[dict[str, str]], settings: dict[str, Any]) -> None:
+    """Read lines and answer them, until /exit or the input's end."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history for `input`)
+
+    _write("/reset forgets the chat, /exit or Ctrl-D leaves, Ctrl-C stops an answer\n")
+    messages = list(opening)
+    for turn in itertools.count():
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            _write("\n")
+            return
+        except KeyboardInterrupt:
+            _write("\n")
+            continue
+        if line == "/exit":
+            return
+        if line == "/reset":
+            messages = list(opening)
+            _write("the chat is forgotten\n")
+        elif line.startswith("/"):
+            _write(f"there is no {line.split()[0]}: /reset or /exit\n")
+        elif line:
+            messages = _answer(write, [*messages, {"role": "user", "content": line}], turn, settings)
+
+
+def _answer(write: Any, messages: list[dict[str, str]], turn: int, settings: dict[str, Any]) -> list[dict[str, str]]:
+    """Write the answer to a chat, and return the chat with it; without the question too, if nothing was written."""
+    pieces: list[str] = []
+    try:
+        with contextlib.closing(write.stream(messages, stream_index=turn, **settings)) as answer:
+            for piece in answer:
+                pieces.append(piece)
+                _write(piece)
+    except KeyboardInterrupt:
+        _write(" [stopped]")
+    except OlmozooError as error:  # such as a chat that has grown too long
+        _write(f"olmozoo: {error}")
+    _write("\n")
+    return [*messages, {"role": "assistant", "content": "".join(pieces)}] if pieces else messages[:-1]
+
+
+def _prompts(prompt: str | None, file: Path | None) -> list[Any]:
+    """What `generate` is to continue: texts and chats."""
+    if prompt is not None and file is not None:
+        raise InputError("a prompt and --file: expected one of them")
+    if file is None and prompt not in (None, "-"):
+        return [prompt]
+    if file is None and prompt is None and sys.stdin.isatty():
+        raise InputError("no prompt: give one, or --file, or pipe a text in")
+    try:
+        data = sys.stdin.buffer.read() if file is None else file.read_bytes()
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file or 'standard input'} is not UTF-8 at byte {error.start}") from error
+    if file is None or file.suffix != ".jsonl":
+        return [text.removesuffix("\n")]  # editors end a file so, and the model would read it
+    return [_prompt(line, f"{file}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _prompt(line: str, where: str) -> Any:
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON: {error}") from error
+    if isinstance(data, dict) and isinstance(data.get("prompt"), str):
+        return data["prompt"]
+    if isinstance(data, dict) and isinstance(data.get("messages"), list):
+        return data["messages"]
+    raise InputError(f"{where}: expected an object with a prompt, or with messages")
+
+
+def _settings(**given: Any) -> dict[str, Any]:
+    """The options that were given. One of sampling turns sampling on."""
+    settings = {name: value for name, value in given.items() if value is not None}
+    if "do_sample" not in settings and settings.keys() & {"temperature", "top_k", "top_p", "min_p"}:
+        settings["do_sample"] = True
+    return settings
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 @app.command()
@@ -119,6 +314,111 @@ def verify(
     out.print("[green]all backends agree[/]" if report.ok else "[bold red]the backends do not agree[/]")
     if not report.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def diff(
+    a: Model,
+    b: Annotated[str, typer.Argument(help="The folder or repository to compare it with.")],
+    every: Annotated[bool, typer.Option("--all", help="List every tensor, also those that are the same.")] = False,
+    as_json: AsJson = False,
+    revision_a: Annotated[str | None, typer.Option(help="Branch, tag or commit of repository A.")] = None,
+    revision_b: Annotated[str | None, typer.Option(help="Branch, tag or commit of repository B.")] = None,
+) -> None:
+    """Compare the configs and weights of two checkpoints, with no framework. Exit code 1 where something differs."""
+    from olmozoo import diff as room
+
+    with err.status("comparing") as status:
+        found = room.diff(
+            a, b, revision_a=revision_a, revision_b=revision_b, progress=lambda text: status.update(escape(text))
+        )
+    if as_json:
+        _write(f"{json.dumps(found.to_dict(every), default=str)}\n")
+    else:
+        _show_diff(found, found.tensors if every else found.differing[:LISTED])
+    if not found.same:
+        raise typer.Exit(1)
+
+
+LISTED = 30  # tensors that `diff` and `verify` list unless told otherwise
+
+
+def _show_diff(found: Any, tensors: list[Any]) -> None:
+    """Write a `Diff` as tables, with these of its tensors."""
+    if found.config:
+        fields = Table("field", "A", "B", title="config")
+        for entry in found.config:
+            fields.add_row(entry.name, escape(str(entry.a)), escape(str(entry.b)))
+        out.print(fields)
+    if tensors:
+        table = Table("tensor", "A", "B", title="weights")
+        for column in ("differing", "largest", "relative", "NaN A/B", "inf A/B"):
+            table.add_column(column, justify="right")
+        for row in tensors:
+            numbers = ["", "", "", "", ""]
+            if row.a and row.b and row.a.partition(" ")[2] == row.b.partition(" ")[2]:
+                share = f"{row.differing / max(row.elements, 1):.1%}"
+                numbers = [f"{row.differing:,} ({share})", f"{row.largest:.2e}", f"{row.relative:.2e}"]
+                numbers += [f"{row.nan_a:,}/{row.nan_b:,}", f"{row.inf_a:,}/{row.inf_b:,}"]
+            sides = [escape(side or "(absent)") for side in (row.a, row.b)]
+            table.add_row(escape(row.name), *sides, *numbers, style=None if row.same else "bold")
+        Console(width=max(out.width, 140) if not out.is_terminal else None).print(table)
+    if len(found.differing) > len(tensors):
+        out.print(f"... and {len(found.differing) - len(tensors):,} more that differ: --all lists them")
+    count = f"different: {len(found.differing):,} of {len(found.tensors):,} tensors, {len(found.config)} in the config"
+    out.print("[green]the same config and the same weights[/]" if found.same else f"[bold red]{count}[/]")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    file: Annotated[Path, typer.Argument(help="A .txt, or a .jsonl of texts or of multiple-choice questions.")],
+    backend: Backend = None,
+    window: Annotated[int | None, typer.Option(help="Tokens a window; default the model's most, up to 1024.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens from window to window; default half a window.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows that run at once.")] = 4,
+    as_json: AsJson = False,
+    dtype: Dtype = None,
+    revision: Revision = None,
+) -> None:
+    """Measure perplexity and bits per byte of texts, or accuracy on multiple-choice questions.
+
+    A line of a .jsonl is {"text": ...}, or {"context": ..., "choices": [...], "answer": ...}.
+    """
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from olmozoo import evaluate as room
+
+    columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(f"loading {model}", total=None)
+        result = room.evaluate(
+            model,
+            file,
+            backend=backend,
+            dtype=dtype,
+            window=window,
+            stride=stride,
+            batch_size=batch_size,
+            progress=lambda done, total: bar.update(task, description="scoring", completed=done, total=total),
+            revision=revision,
+        )
+    if as_json:
+        sys.stdout.write(f"{json.dumps(result.to_dict())}\n")
+        return
+    table = Table("measure", "value", title=file.name)
+    table.columns[1].justify = "right"
+    if isinstance(result, room.Perplexity):
+        table.add_row("perplexity", f"{result.perplexity:.4f}")
+        table.add_row("bits per byte", f"{result.bits_per_byte:.4f}")
+        table.add_row("texts", f"{result.documents:,}")
+        table.add_row("tokens scored", f"{result.tokens:,}")
+        table.add_row("bytes", f"{result.bytes:,}")
+    else:
+        table.add_row("accuracy", f"{result.accuracy:.2%}")
+        table.add_row("accuracy, length-normalized", f"{result.accuracy_normalized:.2%}")
+        table.add_row("questions", f"{len(result.answers):,}")
+    out.print(table)
 
 
 def _bytes(count: int) -> str:

@@ -1,52 +1,97 @@
-"""Settings and rules of text generation that no framework is needed for."""
+"""Settings of text generation, and what of a call is worked out before any framework is needed."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from olmozoo.decoding import NEVER, Beams, Rules, State
 from olmozoo.errors import InputError
 from olmozoo.families.base import ModelConfig, read_json
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
 NEW_TOKENS = 20  # where neither max_length nor max_new_tokens is given
-BUCKET = 64  # compiled loops pad prompts and caches to multiples of this, so that one program serves many lengths
+BUCKET = 64  # compiled loops pad prompts and answers to multiples of this, so that one program serves many lengths
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "stream_index")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """Settings of `generate`, as in a generation_config.json.
+    """Settings of `generate`, as in a generation_config.json. Names and defaults are those of Transformers.
 
     Attributes:
         max_length: the most tokens of prompt and answer together.
         max_new_tokens: the most tokens of the answer; goes before `max_length`. Default, where neither is given: 20.
-        do_sample: False; decoding is greedy.
-        num_beams: 1; decoding is greedy.
+        min_new_tokens: no row ends before so many tokens of answer.
+        do_sample: draw tokens rather than take the likeliest.
+        temperature: scores are divided by it, for sampling.
+        top_k: sample from so many of the likeliest tokens; 0 for all. Default 50.
+        top_p: sample from the fewest tokens whose probabilities reach this.
+        min_p: sample from tokens at least so probable, as a share of the likeliest's probability.
+        repetition_penalty: scores of tokens that are in the text already are divided by it (multiplied if negative).
+        no_repeat_ngram_size: no run of so many tokens comes twice; 0 for no such rule.
+        bad_words_ids: runs of tokens that never come.
+        num_beams: beams of beam search; 1 for none.
+        length_penalty: a beam's score is its summed log-probability over its length to this power.
+        early_stopping: whether beam search ends as soon as there are `num_beams` ended beams: True, False (ends where
+            better ones are unlikely) or "never" (where they are impossible).
+        num_return_sequences: answers for each row.
         eos_token_id: the token or tokens that end a row.
         pad_token_id: what rows hold after their end; default the first eos token.
-        bos_token_id: kept for other programs.
+        bos_token_id: the prompt where none is given.
+        stop_strings: texts that end a row, with the token that completes one. They need `tokenizer`.
+        seed: of sampling; None draws one. See `uniforms`.
+        stream_index: the number of the first row's random stream, or each row's; default 0.
+        return_dict_in_generate: return a `GenerateOutput` and not the ids alone.
+        output_scores: with `scores` in it.
+        prefill_chunk_size: positions of the prompt to read at a time, to bound memory; None reads all at once.
+        prompt_lookup_num_tokens: tokens to guess ahead from the text itself, for greedy decoding; None guesses none.
+            The answer is the same; what repeats its prompt comes faster.
+        max_matching_ngram_size: the longest run of tokens that a guess is made by.
         extra: keys that no field has; kept and written back.
     """
 
     max_length: int | None = None
     max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
     do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: list[list[int]] | None = None
     num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    num_return_sequences: int = 1
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
+    stop_strings: str | list[str] | None = None
+    seed: int | None = None
+    stream_index: int | Sequence[int] = 0
+    return_dict_in_generate: bool = False
+    output_scores: bool = False
+    prefill_chunk_size: int | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int = 2
     extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The settings in the contents of a generation_config.json."""
+        """The settings in the contents of a generation_config.json; null means the default."""
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
-        fields = {key: value for key, value in data.items() if key in names}
+        fields = {key: value for key, value in data.items() if key in names and value is not None}
         return cls(**fields, extra={key: value for key, value in data.items() if key not in names})
 
     @classmethod
@@ -76,78 +121,436 @@ class GenerationConfig:
         unknown = sorted(set(changes) - names)
         if unknown:
             raise InputError(f"generate has no setting {', '.join(unknown)}; it has {', '.join(sorted(names))}")
-        return dataclasses.replace(self, **changes)
+        defaults = type(self)()
+        return dataclasses.replace(self, **{k: getattr(defaults, k) if v is None else v for k, v in changes.items()})
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a row."""
+        eos = self.eos_token_id
+        return tuple(int(i) for i in eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),)
+
+    def check(self) -> None:
+        """Refuse settings that are wrong by themselves or cannot go together.
+
+        Raises:
+            InputError: one error lists every problem.
+        """
+        problems = [
+            f"{name} is {getattr(self, name)!r}, expected {expected}"
+            for name, expected, fits in CHECKS
+            if not fits(getattr(self, name))
+        ]
+        if not problems:
+            problems = [reason for clash, reason in CLASHES if clash(self)]
+        if problems:
+            raise InputError("; ".join(problems))
+
+
+def _whole(least: int, optional: bool = False) -> Callable[[Any], bool]:
+    return lambda x: (
+        (optional and x is None) or (isinstance(x, (int, np.integer)) and not isinstance(x, bool) and bool(x >= least))
+    )
+
+
+def _real(fits: Callable[[Any], bool], optional: bool = False) -> Callable[[Any], bool]:
+    numbers = (int, float, np.integer, np.floating)
+    return lambda x: (optional and x is None) or (isinstance(x, numbers) and not isinstance(x, bool) and bool(fits(x)))
+
+
+def _tokens(ids: Any) -> bool:
+    return isinstance(ids, (list, tuple)) and len(ids) > 0 and all(_whole(0)(i) for i in ids)
+
+
+def _texts(texts: Any) -> bool:
+    return isinstance(texts, (list, tuple)) and len(texts) > 0 and all(isinstance(t, str) and t for t in texts)
+
+
+CHECKS: list[tuple[str, str, Callable[[Any], bool]]] = [
+    ("max_length", "a whole number above 0", _whole(1, optional=True)),
+    ("max_new_tokens", "a whole number above 0", _whole(1, optional=True)),
+    ("min_new_tokens", "a whole number", _whole(0, optional=True)),
+    ("do_sample", "True or False", lambda x: isinstance(x, bool)),
+    ("temperature", "a number above 0 (do_sample=False takes the likeliest token)", _real(lambda x: 0 < x < np.inf)),
+    ("top_k", "a whole number; 0 for all tokens", _whole(0)),
+    ("top_p", "a number above 0 and up to 1", _real(lambda x: 0 < x <= 1)),
+    ("min_p", "a number from 0 to 1", _real(lambda x: 0 <= x <= 1, optional=True)),
+    ("repetition_penalty", "a number above 0", _real(lambda x: 0 < x < np.inf)),
+    ("no_repeat_ngram_size", "a whole number", _whole(0)),
+    (
+        "bad_words_ids",
+        "lists of token ids",
+        lambda x: x is None or (isinstance(x, (list, tuple)) and all(_tokens(word) for word in x)),
+    ),
+    ("num_beams", "a whole number above 0", _whole(1)),
+    ("length_penalty", "a number", _real(np.isfinite)),
+    ("early_stopping", "True, False or 'never'", lambda x: isinstance(x, bool) or x == "never"),
+    ("num_return_sequences", "a whole number above 0", _whole(1)),
+    (
+        "eos_token_id",
+        "a token id or a list of them",
+        lambda x: _whole(0, optional=True)(x) or _tokens(x) or x in ([], ()),
+    ),
+    ("pad_token_id", "a token id", _whole(0, optional=True)),
+    ("stop_strings", "a text or a list of them", lambda x: x is None or (isinstance(x, str) and x != "") or _texts(x)),
+    ("seed", "a whole number below 2**64", lambda x: _whole(0, optional=True)(x) and (x or 0) < 1 << 64),
+    (
+        "stream_index",
+        "a whole number, or one for each row",
+        lambda x: _whole(0)(x) or (isinstance(x, (list, tuple, np.ndarray)) and all(_whole(0)(i) for i in x)),
+    ),
+    ("prefill_chunk_size", "a whole number above 0", _whole(1, optional=True)),
+    ("prompt_lookup_num_tokens", "a whole number above 0", _whole(1, optional=True)),
+    ("max_matching_ngram_size", "a whole number above 0", _whole(1)),
+]
+CLASHES: list[tuple[Callable[[GenerationConfig], bool], str]] = [
+    (
+        lambda c: c.do_sample and c.num_beams > 1,
+        "do_sample=True and num_beams > 1: beam search looks for the likeliest answer and draws nothing",
+    ),
+    (
+        lambda c: 1 < c.num_beams < c.num_return_sequences,
+        "num_return_sequences is larger than num_beams: beam search has no more answers than beams",
+    ),
+    (
+        lambda c: c.num_return_sequences > 1 and c.num_beams == 1 and not c.do_sample,
+        "num_return_sequences > 1 with greedy decoding, which has one answer: set do_sample or num_beams",
+    ),
+    (
+        lambda c: c.prompt_lookup_num_tokens is not None and (c.do_sample or c.num_beams > 1),
+        "prompt_lookup_num_tokens is for greedy decoding: leave out do_sample and num_beams",
+    ),
+]
+
+
+def uniforms(seed: int, streams: Sequence[int], count: int) -> Array:
+    """The random numbers of sampling: one for each row and step, in [0, 1), float32 (rows, count).
+
+    Row by row they are NumPy's `Generator(Philox(key=[seed, stream])).random(count, float32)`: so a row's numbers
+    depend on the seed and its stream alone, whatever the batch, the framework and the answer's length.
+    """
+    keys = [np.array([seed, stream], np.uint64) for stream in streams]
+    return np.stack([np.random.Generator(np.random.Philox(key=key)).random(count, np.float32) for key in keys])
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One call of `generate`, resolved.
+class Call:
+    """One call of `generate`, resolved, in NumPy.
 
     Attributes:
-        max_new: the number of tokens to write at most.
-        eos: the tokens that end a row; may be empty.
-        pad: what a row holds after its end.
+        settings: all of them.
+        rules: what decides which program runs.
+        knobs: the numbers of the rules.
+        state: where decoding starts.
+        prompt: positions of the prompt, as it was given.
+        ids: (batch, room) the tokens to read, padded on the left; None where the prompt is embeddings.
+        mask: (batch, places) bool, which places of the cache hold real tokens: those held before, the prompt's, and the
+            answer's, of which all are.
+        held: positions that the given cache holds.
+        past: places of the cache for those, padded on the left.
+        room: places for the rest of the prompt, after that.
+        shift: how many of `room`'s places, from the left, are there only to round it up.
     """
 
-    max_new: int
-    eos: tuple[int, ...]
-    pad: int
+    settings: GenerationConfig
+    rules: Rules
+    knobs: dict[str, Array]
+    state: State
+    prompt: int
+    ids: Array | None
+    mask: Array
+    held: int
+    past: int
+    room: int
+    shift: int
 
-
-def plan(settings: GenerationConfig, config: ModelConfig, prompt_length: int, changes: Mapping[str, Any]) -> Plan:
-    """Resolve a call's settings: `changes` go before `settings`, and those before the model's config.
-
-    Raises:
-        InputError: a setting is unknown, impossible, or leaves no room for a token.
-    """
-    settings = settings.replace(**changes)
-    if settings.do_sample or settings.num_beams != 1:
-        name = "do_sample" if settings.do_sample else "num_beams"
-        raise InputError(
-            f"{name} is {getattr(settings, name)}, expected {GenerationConfig.__dict__[name]}: greedy only"
-        )
-    max_new = settings.max_new_tokens
-    if max_new is None or ("max_length" in changes and "max_new_tokens" not in changes):
-        max_new = NEW_TOKENS if settings.max_length is None else settings.max_length - prompt_length
-    if not isinstance(max_new, int) or max_new < 1:
-        raise InputError(
-            f"max_new_tokens is {settings.max_new_tokens} and max_length {settings.max_length}: no room for a token "
-            f"after a prompt of {prompt_length}"
-        )
-    eos = config.eos_token_id if settings.eos_token_id is None else settings.eos_token_id
-    ends = tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,)
-    pad = config.pad_token_id if settings.pad_token_id is None else settings.pad_token_id
-    return Plan(max_new, ends, pad if pad is not None else ends[0] if ends else 0)
-
-
-def prompt_mask(
-    input_ids: Any, attention_mask: Any, rule: Plan, shape: tuple[int, int] | None = None
-) -> np.ndarray[Any, Any]:
-    """The (batch, seq) bool mask of a prompt's real tokens.
-
-    Where no mask is given, pad tokens in the prompt are taken for padding, unless pad is also a token that ends a row.
-
-    Args:
-        input_ids: (batch, seq) ids; None for a prompt of embeddings.
-        attention_mask: (batch, seq), 0 at padding, or None.
-        rule: says what pad is.
-        shape: (batch, seq), where there are no ids.
-
-    Raises:
-        InputError: the shapes differ or are not those of a batch.
-    """
-    ids = None if input_ids is None else np.asarray(input_ids)
-    shape = shape if ids is None else ids.shape
-    if shape is None or len(shape) != 2 or 0 in shape:
-        raise InputError(f"input_ids has shape {shape}, expected (batch, seq) with at least one row and one token")
-    if attention_mask is None:
-        return np.ones(shape, bool) if ids is None or rule.pad in rule.eos else ids != rule.pad
-    mask = np.asarray(attention_mask).astype(bool)
-    if mask.shape != shape:
-        raise InputError(f"attention_mask has shape {mask.shape}, expected that of input_ids, {shape}")
-    return mask
+    @property
+    def end(self) -> int:
+        """The first place of the answer in the cache."""
+        return self.past + self.room
 
 
 def bucket(length: int) -> int:
     """The next multiple of `BUCKET`."""
     return -(-length // BUCKET) * BUCKET
+
+
+def prepare(
+    defaults: GenerationConfig,
+    config: ModelConfig,
+    changes: Mapping[str, Any],
+    *,
+    input_ids: Any,
+    attention_mask: Any,
+    inputs_embeds: Any = None,
+    held: int = 0,
+    tokenizer: Any = None,
+    streamer: Any = None,
+    compiled: bool = False,
+) -> Call:
+    """Resolve a call of `generate`: `changes` go before `defaults`, and those before the model's config.
+
+    Args:
+        defaults: the model's own settings, or those given.
+        config: the model's config.
+        changes: settings of this call.
+        input_ids: (batch, seq) tokens; those that the cache holds already included.
+        attention_mask: (batch, seq), 0 at padding; default all but pad tokens, unless pad is also a token that ends a
+            row.
+        inputs_embeds: (batch, seq, hidden), in place of ids.
+        held: positions in the cache that was given.
+        tokenizer: an `olmozoo.Tokenizer`, for stop strings.
+        streamer: whether there is one.
+        compiled: whether lengths are rounded up to `BUCKET`.
+
+    Raises:
+        InputError: a setting is unknown, wrong or clashes with another; shapes do not fit.
+    """
+    settings = defaults.replace(**changes)
+    settings.check()
+    if settings.num_beams > 1 and streamer is not None:
+        raise InputError("a streamer cannot show beam search, which settles on its tokens at the end alone")
+    if not settings.do_sample and (idle := [name for name in SAMPLING if changes.get(name) is not None]):
+        warnings.warn(f"{', '.join(idle)} has no effect without do_sample=True", stacklevel=3)
+    ends = settings.ends if settings.eos_token_id is not None else GenerationConfig.from_model(config).ends
+    pad = config.pad_token_id if settings.pad_token_id is None else settings.pad_token_id
+    pad = pad if pad is not None else ends[0] if ends else 0
+    ids, real = _prompt(settings, input_ids, attention_mask, inputs_embeds, None if pad in ends else pad, held)
+    batch, prompt = real.shape
+    max_new = _answer_length(settings, changes, prompt)
+    longest = int(real.sum(1).max()) + max_new
+    if config.position_limit is not None and longest > config.position_limit:
+        raise InputError(
+            f"{longest - max_new} tokens and {max_new} new ones are {longest}, and the model has "
+            f"{config.position_limit} positions"
+        )
+
+    round_up = bucket if compiled else int
+    past, chunk = round_up(held), settings.prefill_chunk_size or 0
+    room = round_up(prompt - held)
+    if compiled and chunk:
+        room = -(-room // chunk) * chunk
+    answer = round_up(max_new)
+    lookup = settings.prompt_lookup_num_tokens or 0
+    text = 0 if ids is None else round_up(prompt)
+    shift = room - (prompt - held)
+    rules = Rules(
+        text=text,
+        beams=settings.num_beams,
+        copies=settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences,
+        sample=settings.do_sample,
+        temperature=settings.do_sample and settings.temperature != 1,
+        top_k=settings.do_sample and 0 < settings.top_k < config.vocab_size,
+        top_p=settings.do_sample and settings.top_p < 1,
+        min_p=settings.do_sample and bool(settings.min_p),
+        penalty=settings.repetition_penalty != 1,
+        ngram=settings.no_repeat_ngram_size,
+        bad_words=bool(settings.bad_words_ids),
+        min_new=bool(settings.min_new_tokens and ends),
+        stops=settings.stop_strings is not None,
+        ends=len(ends) if settings.num_beams > 1 else 0,
+        early=settings.early_stopping is True,
+        longest=settings.early_stopping == "never" and settings.length_penalty > 0,
+        logprobs=settings.return_dict_in_generate or settings.num_beams > 1,
+        scores=settings.output_scores,
+        lookup=lookup,
+        matching=settings.max_matching_ngram_size if lookup else 0,
+        chunk=chunk,
+    )
+    candidates = max(2, 1 + len(ends)) * settings.num_beams
+    if settings.num_beams > 1 and candidates > settings.num_beams * config.vocab_size:
+        raise InputError(f"num_beams is {settings.num_beams} and eos_token_id {list(ends)}: more than the vocabulary")
+
+    rows = batch * rules.copies
+    tokens = np.full((rows, text + answer), pad, np.int64)
+    counts = np.zeros(tokens.shape, bool)
+    counts[:, text:] = True
+    if ids is not None:
+        tokens[:, text - prompt : text] = np.repeat(ids, rules.copies, 0)
+        counts[:, text - prompt : text] = np.repeat(real, rules.copies, 0)
+    knobs: dict[str, Array] = {
+        "pad": np.array(pad),
+        "max_new": np.array(max_new),
+        "is_end": np.isin(np.arange(config.vocab_size), ends),
+        "text": counts,
+    }
+    if rules.sample:
+        knobs |= {name: np.array(float(getattr(settings, name) or 0)) for name in ("temperature", "top_k", "top_p")}
+        knobs["min_p"] = np.array(float(settings.min_p or 0))
+        knobs["uniforms"] = _draws(settings, batch, answer)
+    if rules.penalty:
+        knobs["penalty"] = np.array(float(settings.repetition_penalty))
+    if rules.ngram:
+        # Transformers sees runs of pad tokens too, and greedy and beam search follow it. A sampled row does not know
+        # its pads, so that it comes out the same in any batch.
+        knobs["runs"] = (
+            counts if settings.do_sample else (np.arange(text + answer) >= text - prompt)[None].repeat(rows, 0)
+        )
+    if rules.min_new:
+        knobs["min_new"] = np.array(settings.min_new_tokens)
+    if rules.bad_words:
+        knobs |= _bad_words(settings, config, ends)
+    if rules.beams > 1:
+        knobs["length_penalty"] = np.array(float(settings.length_penalty))
+    tail: Any = ()
+    if rules.stops:
+        more, tail = _stops(settings, config, tokenizer, ids, real)
+        knobs |= more
+        tail = np.repeat(tail, rules.copies, 0)
+
+    def per_token(value: float, dtype: Any) -> Array:
+        return np.full((rows, answer), value, dtype)
+
+    state = State(
+        tokens=tokens,
+        count=np.array(0),
+        done=np.zeros(rows, bool),
+        tail=tail,
+        logprobs=per_token(0, np.float64) if rules.logprobs else (),
+        scores=np.zeros((rows, answer, config.vocab_size)) if rules.scores else (),
+        beams=(),
+    )
+    if rules.beams > 1:
+        shape = (batch, rules.beams)
+        running = np.full(shape, NEVER)
+        running[:, 0] = 0  # all of a row's beams are alike at first, so only one of them takes part
+        state = state._replace(
+            beams=Beams(
+                running=running,
+                trace=per_token(-1, np.int64),
+                ended_tokens=tokens,
+                ended_trace=per_token(-1, np.int64),
+                ended_logprobs=per_token(0, np.float64),
+                ended_scores=np.full(shape, NEVER),
+                ended=np.zeros(shape, bool),
+                hopeful=np.ones((batch, 1), bool),
+            )
+        )
+    mask = np.zeros((batch, past + room + answer + lookup), bool)
+    mask[:, past - held : past] = real[:, :held]
+    mask[:, past + shift : past + room] = real[:, held:]
+    mask[:, past + room :] = True
+    new = None if ids is None else np.pad(ids[:, held:], ((0, 0), (shift, 0)))
+    return Call(settings, rules, knobs, state, prompt, new, mask, held, past, room, shift)
+
+
+def _prompt(
+    settings: GenerationConfig, input_ids: Any, attention_mask: Any, inputs_embeds: Any, pad: int | None, held: int
+) -> tuple[Array | None, Array]:
+    """The ids, or None for embeddings, and the (batch, seq) bool mask of real tokens."""
+    if input_ids is not None and inputs_embeds is not None:
+        raise InputError("expected one of input_ids and inputs_embeds, not both")
+    if input_ids is None and inputs_embeds is None:
+        if settings.bos_token_id is None:
+            raise InputError("expected input_ids or inputs_embeds, or a bos_token_id to begin with")
+        input_ids = np.array([[settings.bos_token_id]])
+    ids = None if input_ids is None else np.asarray(input_ids)
+    if ids is None:
+        if len(inputs_embeds.shape) != 3 or 0 in inputs_embeds.shape:
+            raise InputError(f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (batch, seq, hidden)")
+        if held:
+            raise InputError("past_key_values goes with input_ids, which hold its tokens too, not with inputs_embeds")
+    elif ids.ndim != 2 or 0 in ids.shape or ids.dtype.kind not in "iu":
+        raise InputError(
+            f"input_ids has shape {ids.shape} and dtype {ids.dtype}, expected whole numbers (batch, seq), at least one "
+            "row and one token"
+        )
+    shape = tuple(inputs_embeds.shape[:2]) if ids is None else ids.shape
+    if held and shape[1] <= held:
+        raise InputError(
+            f"input_ids has {shape[1]} positions and past_key_values {held}: expected those that it holds, and more"
+        )
+    if attention_mask is None:
+        return ids, np.ones(shape, bool) if ids is None or pad is None else ids != pad
+    mask = np.asarray(attention_mask).astype(bool)
+    if mask.shape != shape:
+        raise InputError(f"attention_mask has shape {mask.shape}, expected that of the prompt, {shape}")
+    return ids, mask
+
+
+def _answer_length(settings: GenerationConfig, changes: Mapping[str, Any], prompt: int) -> int:
+    max_new = settings.max_new_tokens
+    if max_new is None or (changes.get("max_length") is not None and changes.get("max_new_tokens") is None):
+        max_new = NEW_TOKENS if settings.max_length is None else settings.max_length - prompt
+    if max_new < 1:
+        raise InputError(f"max_length is {settings.max_length}: no room for a token after a prompt of {prompt}")
+    if (settings.min_new_tokens or 0) > max_new:
+        raise InputError(f"min_new_tokens is {settings.min_new_tokens}, more than the {max_new} tokens there may be")
+    return int(max_new)
+
+
+def _draws(settings: GenerationConfig, batch: int, count: int) -> Array:
+    seed = settings.seed
+    if seed is None:
+        seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+    given = settings.stream_index
+    first = [int(given) + i for i in range(batch)] if isinstance(given, (int, np.integer)) else [int(i) for i in given]
+    if len(first) != batch:
+        raise InputError(f"stream_index has {len(first)} numbers, expected one for each of {batch} rows")
+    copies = settings.num_return_sequences
+    return uniforms(seed, [stream * copies + i for stream in first for i in range(copies)], count)
+
+
+def _bad_words(settings: GenerationConfig, config: ModelConfig, ends: tuple[int, ...]) -> dict[str, Array]:
+    """Words as what they start with, (words, longest - 1) right-aligned, -1 for anything, and their last tokens."""
+    words = [[int(i) for i in word] for word in settings.bad_words_ids or []]
+    if outside := sorted({i for word in words for i in word if i >= config.vocab_size}):
+        raise InputError(f"bad_words_ids has {outside}, and the vocabulary {config.vocab_size} tokens")
+    words = [word for word in words if word not in [[end] for end in ends]]  # as in Transformers
+    starts = np.full((-(-len(words) // 8) * 8, -(-max(map(len, words), default=1) // 8) * 8), -1)
+    lasts = np.full(len(starts), -1)  # rounded up, so that one program serves many lists
+    for i, word in enumerate(words):
+        starts[i, starts.shape[1] - len(word) + 1 :] = word[:-1]
+        lasts[i] = word[-1]
+    return {"bad_starts": starts, "bad_lasts": lasts}
+
+
+def _stops(
+    settings: GenerationConfig, config: ModelConfig, tokenizer: Any, ids: Array | None, real: Array
+) -> tuple[dict[str, Array], Array]:
+    """The bytes of stop strings and of tokens, and the last bytes (batch, m) of each prompt."""
+    texts = [settings.stop_strings] if isinstance(settings.stop_strings, str) else list(settings.stop_strings or [])
+    if not hasattr(tokenizer, "token_bytes"):
+        raise InputError(
+            f"stop_strings {texts} need the text of tokens: give generate tokenizer=olmozoo.Tokenizer(...)"
+        )
+    pieces = [*tokenizer.token_bytes(), *[b""] * config.vocab_size][: config.vocab_size]
+    table = np.zeros((len(pieces), max(map(len, pieces))), np.int16)
+    for i, piece in enumerate(pieces):
+        table[i, : len(piece)] = list(piece)
+    encoded = [text.encode() for text in texts]
+    longest = max(map(len, encoded))
+    stops = np.full((len(encoded), longest), -1, np.int16)
+    for i, stop in enumerate(encoded):
+        stops[i, longest - len(stop) :] = list(stop)
+    tail = np.full((len(real), longest + table.shape[1]), -2, np.int16)
+    for row in range(len(real)):  # a stop string may begin in the prompt
+        prompt = [] if ids is None else ids[row][real[row]][-tail.shape[1] :]
+        recent = b"".join(pieces[i] for i in prompt)[-tail.shape[1] :]
+        tail[row, tail.shape[1] - len(recent) :] = list(recent)
+    sizes = np.array([len(piece) for piece in pieces])
+    return {"token_bytes": table, "token_sizes": sizes, "stops": stops}, tail
+
+
+def written(call: Call, state: State) -> dict[str, Any]:
+    """The fields of a `GenerateOutput`, but for its cache, in NumPy, from where decoding ended."""
+    tokens, logprobs, count = state.tokens, state.logprobs, int(state.count)
+    fields: dict[str, Any] = {}
+    if call.rules.beams > 1:
+        beams = state.beams
+        returned = call.settings.num_return_sequences
+
+        def best(x: Array) -> Array:
+            split = x.reshape(-1, call.rules.beams, *x.shape[1:])[:, :returned]
+            return split.reshape(-1, *x.shape[1:])
+
+        tokens, logprobs, trace = best(beams.ended_tokens), best(beams.ended_logprobs), best(beams.ended_trace)
+        count = int((trace >= 0).sum(1).max())
+        fields["beam_indices"] = trace[:, :count]
+        fields["sequences_scores"] = beams.ended_scores[:, :returned].reshape(-1)
+    start = call.rules.text - (0 if call.ids is None else call.prompt)
+    fields["sequences"] = tokens[:, start : call.rules.text + count]
+    fields["logprobs"] = logprobs[:, :count] if call.rules.logprobs else None
+    if call.rules.scores:
+        fields["scores"] = tuple(state.scores[:, step] for step in range(int(state.count)))
+    return fields

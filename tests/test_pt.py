@@ -283,7 +283,7 @@ def test_generate_takes_embeddings_and_returns_the_answer(model, batch):
     embeds = model.get_input_embeddings()(ids)
     tokens = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=6)
     assert torch.equal(tokens, model.generate(ids, mask, max_new_tokens=6)[:, 11:])
-    with pytest.raises(InputError, match="exactly one"):
+    with pytest.raises(InputError, match="one of input_ids and inputs_embeds, not both"):
         model.generate(ids, inputs_embeds=embeds)
 
 
@@ -291,9 +291,7 @@ def test_generate_takes_embeddings_and_returns_the_answer(model, batch):
     ("settings", "named"),
     [
         ({"max_length": 11}, "no room"),
-        ({"max_new_tokens": 0}, "no room"),
-        ({"do_sample": True}, "do_sample"),
-        ({"num_beams": 4}, "num_beams"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temprature": 1.0}, "temprature"),
     ],
 )

@@ -50,7 +50,8 @@ def hub_environment(tmp_path_factory):
 
 
 def test_there_is_an_example_for_each_framework():
-    assert [re.search(r"olmozoo\.(pt|tf|flax) ", block)[1] for block in blocks("python")] == ["pt", "tf", "flax"]
+    named = [re.search(r"olmozoo\.(pt|tf|flax) ", block) for block in blocks("python")]
+    assert [match and match[1] for match in named] == ["pt", "tf", "flax", None]
     assert all(len(block.strip().splitlines()) <= 13 for block in blocks("python"))
 
 
@@ -64,6 +65,17 @@ def test_the_example_runs(hub_environment, wing, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Language modeling is" in done.stdout
     assert "The sky" in done.stdout
+
+
+def test_the_example_of_generation_runs(hub_environment, tmp_path):
+    for name in ("torch", "tensorflow", "flax"):
+        pytest.importorskip(name)
+    done = subprocess.run(
+        [sys.executable, "-c", blocks("python")[3]], capture_output=True, text=True, env=hub_environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == lines[1] == lines[2] != ""
 
 
 def test_the_commands_run(hub_environment, tmp_path):

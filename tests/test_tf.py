@@ -10,10 +10,13 @@ from conftest import left_padded, random_values, write_checkpoint
 
 from olmozoo import InputError, Olmo2Config
 from olmozoo.checkpoint import SAFETENSORS
+from olmozoo.generation import prepare
 
 keras = pytest.importorskip("keras", reason="olmozoo[tf] is not installed")
 tf = pytest.importorskip("tensorflow", reason="olmozoo[tf] is not installed")
 zoo = pytest.importorskip("olmozoo.tf", reason="olmozoo[tf] is not installed")
+
+from olmozoo.tf.generation import to_tensor  # noqa: E402
 
 CONFIG = Olmo2Config(
     vocab_size=101,
@@ -400,20 +403,19 @@ def test_recomputing_gives_the_same_gradients():
 
 def test_generate_traces_once_per_bucket_and_reads_the_weights_as_they_are():
     model = make("float64")
-    traces = lambda: model.compiled_decoding().experimental_get_tracing_count()  # noqa: E731
     for length, new in ((4, 5), (9, 12), (1, 1)):
         np.testing.assert_array_equal(model.generate(IDS[3:, -length:], max_new_tokens=new).shape, (1, length + new))
     first = model.generate(IDS[:1], max_new_tokens=12)
     np.testing.assert_array_equal(first, greedy(model, IDS[:1], 12))
     model.generate(IDS[:1], max_new_tokens=3, eos_token_id=[3, 4, 5], pad_token_id=7)
-    assert traces() == 1
+    assert model.trace_count == 2  # the prompt and the answer
 
     for variable in model.weights:
         variable.assign(variable * 1.5 if "norm" in variable.path else variable + 0.1)
     second = model.generate(IDS[:1], max_new_tokens=12)
     assert np.any(second != first)
     np.testing.assert_array_equal(second, greedy(model, IDS[:1], 12))
-    assert traces() == 1
+    assert model.trace_count == 2  # the prompt and the answer
 
     for block in model.model.blocks:
         block.self_attn.v_proj.enable_lora(4, b_initializer="he_normal")
@@ -440,14 +442,11 @@ def test_generate_left_padded_and_ending(model):
 
 
 def test_generate_writes_the_cache_in_place(model):
-    arguments = (
-        {"input_ids": tf.ones((1, 64), tf.int32)},
-        tf.ones((1, 64), tf.bool),
-        tf.constant(64),
-        tf.fill([8], -1),
-        tf.constant(1),
-    )
-    program = model.compiled_decoding().experimental_get_compiler_ir(*arguments, places=128)(stage="optimized_hlo")
+    call = prepare(model.generation_config, CONFIG, {}, input_ids=IDS[:1], attention_mask=MASK[:1], compiled=True)
+    knobs, state = tf.nest.map_structure(lambda x: to_tensor(x, "float64"), (call.knobs, call.state))
+    arguments = (tf.constant(call.mask), state, model.init_cache(*call.mask.shape), knobs, tf.constant(20))
+    answer = model._compiled_decoding(call.rules)[1]
+    program = answer.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
     loops = [part for part in program.split("\n\n") if "while_body" in part.split("\n")[0] and " dot(" in part]
     assert len(loops) == 1
     assert "f64[2,128,8]" in loops[0]

@@ -167,6 +167,11 @@ class ModelConfig(ABC):
         """The number of key/value heads of one layer; where heads were pruned, it may have fewer."""
         return self.kv_heads
 
+    @property
+    def position_limit(self) -> int | None:
+        """The most positions a sequence can have; None where a longer one is computed as well."""
+        return None
+
     # -- the parameter table --------------------------------------------------------------------------------------
 
     def parameters(self, head: Head | None = None) -> tuple[Parameter, ...]:

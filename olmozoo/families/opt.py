@@ -118,6 +118,11 @@ class OPTConfig(ModelConfig):
         return self.do_layer_norm_before and not self._remove_final_layer_norm
 
     @property
+    def position_limit(self) -> int:
+        """See `ModelConfig.position_limit`: positions are rows of a table."""
+        return self.max_position_embeddings
+
+    @property
     def init_deviation(self) -> float:
         """`init_std`."""
         return self.init_std

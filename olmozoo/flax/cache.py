@@ -47,6 +47,18 @@ class KVCache:
         """The number of positions held."""
         return self.length
 
+    def reorder(self, rows: Array) -> Self:
+        """A cache whose row i is row `rows[i]` of this one."""
+        keys, values = (tuple(x[rows] for x in side) for side in (self.keys, self.values))
+        return self.replace(keys=keys, values=values)
+
+
+def cache_length(past_key_values: Any) -> int:
+    """The number of positions that a cache of either form holds; 0 for None."""
+    if past_key_values is None:
+        return 0
+    return int(past_key_values.length) if isinstance(past_key_values, KVCache) else past_key_values[0][0].shape[2]
+
 
 def open_cache(past_key_values: Any, layers: int, new: int) -> tuple[list[Any], Any, int]:
     """What a call with `new` positions finds.

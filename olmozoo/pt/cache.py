@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -56,6 +56,62 @@ class KVCache:
         self.values[layer][:, :, start:end] = value
         self.lengths[layer] = end
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Tensor, Tensor]]) -> Self:
+        """The legacy form as a cache, which has no room for more."""
+        cache = cls.__new__(cls)
+        cache.keys, cache.values = ([pair[side] for pair in pairs] for side in range(2))
+        cache.max_length = pairs[0][0].shape[2]
+        cache.lengths = [cache.max_length] * len(pairs)
+        return cache
+
+    def fill(self, held: Any, length: int) -> None:
+        """Take over what another cache holds, as the last of the first `length` positions; before it is padding."""
+        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            nothing = key[:, :, :0]
+            old_key, old_value = held.update(nothing, nothing, layer)
+            if old_key.shape != (shape := (*key.shape[:2], held.get_seq_length(), key.shape[3])):
+                raise InputError(f"past_key_values is {tuple(old_key.shape)} in layer {layer}, expected {shape}")
+            start = length - old_key.shape[2]
+            key[:, :, :start] = 0
+            value[:, :, :start] = 0
+            key[:, :, start:length] = old_key
+            value[:, :, start:length] = old_value
+            self.lengths[layer] = length
+
+    def reorder(self, rows: Tensor) -> None:
+        """Make row i what row `rows[i]` is now."""
+        self.keys = [key.index_select(0, rows) for key in self.keys]
+        self.values = [value.index_select(0, rows) for value in self.values]
+
+    def rewind(self, length: int) -> None:
+        """Forget what is past the first `length` positions."""
+        self.lengths = [length] * len(self.lengths)
+
+    def take(self, places: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """The keys and values at some positions, in the legacy form."""
+        return tuple((k[:, :, places], v[:, :, places]) for k, v in zip(self.keys, self.values, strict=True))
+
+
+class StaticCache(KVCache):
+    """A cache whose every use has the same shapes, as `torch.compile` wants: attention sees all of its positions.
+
+    What of it counts is for a mask (batch, 1, seq, max_length) to say; `places` says where the next keys go.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self.__dict__.update(cache.__dict__)
+        self.places = torch.zeros(0, dtype=torch.long)
+        for tensor in (*self.keys, *self.values):
+            tensor[:, :, self.lengths[0] :] = 0  # what is not written yet meets a weight of 0, and must not be NaN
+            torch._dynamo.mark_static_address(tensor)
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Put key and value (batch, kv_heads, new, head_dim) of a layer at `places`; all of the layer."""
+        self.keys[layer].index_copy_(2, self.places, key)
+        self.values[layer].index_copy_(2, self.places, value)
+        return self.keys[layer], self.values[layer]
 
 
 class TupleCache:

@@ -89,11 +89,13 @@ def causal_mask(
     """Which keys each query sees: bool (b or 1, 1, s, t), or None where that is plain causality.
 
     A query sees the real keys up to its own place. One that would see none (padding on the left) sees itself, so that
-    no softmax is over nothing.
+    no softmax is over nothing. An attention_mask of four dimensions is taken for the answer itself.
 
     Raises:
         InputError: attention_mask is not (batch, past + length).
     """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask.to(torch.bool)
     if attention_mask is None and (past == 0 or length == 1):
         return None
     query = torch.arange(past, past + length, device=device)[:, None]

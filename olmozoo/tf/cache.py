@@ -50,6 +50,34 @@ class KVCache(NamedTuple):
         """The number of positions held."""
         return self.length
 
+    def to_tuple(self, batch: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        """All places in the legacy form, (batch, kv_heads, max_length, head_dim) each."""
+        shape = (batch, -1, *self.keys[0].shape[1:])
+        return tuple(
+            (ops.reshape(k, shape), ops.reshape(v, shape)) for k, v in zip(self.keys, self.values, strict=True)
+        )
+
+    def begin_with(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Self:
+        """The cache with the keys and values of a legacy form in its first places."""
+        layers = zip(self.keys, self.values, pairs, strict=True)
+        new = [(_put_first(keys, key), _put_first(values, value)) for keys, values, (key, value) in layers]
+        keys, values = zip(*new, strict=True)
+        return KVCache(keys, values, tf.constant(pairs[0][0].shape[2]))
+
+    def reorder(self, rows: Tensor, batch: int) -> Self:
+        """A cache whose row i is row `rows[i]` of the `batch` of this one."""
+
+        def chosen(held: Tensor) -> Tensor:
+            heads = held.shape[0] // batch
+            places = ops.reshape(rows[:, None] * heads + ops.arange(heads), (-1,))
+            return tf.gather(held, places)
+
+        return self._replace(keys=tuple(map(chosen, self.keys)), values=tuple(map(chosen, self.values)))
+
+
+def _put_first(held: Tensor, new: Tensor) -> Tensor:
+    return ops.slice_update(held, (0, 0, 0), ops.reshape(new, (held.shape[0], -1, held.shape[2])))
+
 
 def extend(past: tuple[Tensor, ...] | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Add key and value (batch, kv_heads, new, head_dim) to what one layer holds; all that it holds then, so shaped."""
