@@ -1,0 +1,229 @@
+"""`torch.save` archives without PyTorch: tensors as views of the mapped file, and written one at a time.
+
+An archive is a zip file of stored (uncompressed) records: `NAME/data.pkl`, a pickle that refers to storages, and one
+record `NAME/data/KEY` for each storage (https://docs.pytorch.org/docs/stable/notes/serialization.html).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import struct
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from pickles import Record, unpickle
+from tensors import Source, mapped, whole_numbers
+
+from olmozoo.checkpoint import ALIGNMENT, Output
+from olmozoo.errors import CheckpointError
+
+STORAGES = {
+    "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+}
+STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip record: signature, ..., lengths of the name and of extra fields
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A storage in a file: the kind of its values, how many, and the byte it begins at."""
+
+    kind: str
+    size: int
+    begin: int
+    file: Path
+    where: str
+
+
+class _Window(io.RawIOBase):
+    """A part of a file that reads as a file."""
+
+    def __init__(self, stream: io.BufferedReader, begin: int, length: int) -> None:
+        self.stream, self.begin, self.length, self.position = stream, begin, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        position = offset + (0, self.position, self.length)[whence]
+        if position < 0:
+            raise OSError(f"a position of {position}")
+        self.position = position
+        return position
+
+    def tell(self) -> int:
+        return self.position
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(self.length - self.position, 0)
+        self.stream.seek(self.begin + self.position)
+        data = self.stream.read(left if size is None or size < 0 else min(size, left))
+        self.position += len(data)
+        return data
+
+
+def read_archive(file: Path, begin: int = 0, length: int | None = None) -> Any:
+    """The object in an archive, with `Record`s for tensors; see `as_source`. No tensor is read.
+
+    Args:
+        file: the file that holds it.
+        begin: the byte at which the archive begins.
+        length: its length in bytes; default to the file's end.
+
+    Raises:
+        CheckpointError: it is broken, compressed, or not plain data and tensors.
+    """
+    where = str(file) if length is None else f"{file}, bytes {begin} to {begin + length}"
+    with file.open("rb") as stream:
+        window = _Window(stream, begin, file.stat().st_size - begin if length is None else length)
+        try:
+            records = zipfile.ZipFile(window)
+        except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError, EOFError) as error:
+            raise CheckpointError(f"{where} is not a whole torch.save archive: {error}") from error
+        pickles = [name for name in records.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise CheckpointError(f"{where} is not a torch.save archive: it has {len(pickles)} data.pkl, expected 1")
+        root = pickles[0].removesuffix("data.pkl")
+
+        def record(name: str) -> tuple[int, int]:
+            """The first byte and the length of a record, both within the archive."""
+            try:
+                entry = records.getinfo(root + name)
+            except KeyError:
+                raise CheckpointError(f"{where} has no record {root}{name}") from None
+            window.seek(entry.header_offset)
+            header = window.read(LOCAL_HEADER.size)
+            if len(header) != LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
+                raise CheckpointError(f"{where}: the record {root}{name} does not begin where the directory says")
+            start = entry.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header)[1:])
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise CheckpointError(f"{where}: the record {root}{name} is compressed, expected it stored")
+            if start + entry.file_size > window.length:
+                raise CheckpointError(
+                    f"{where}: the record {root}{name} ends at byte {start + entry.file_size}, the archive at "
+                    f"{window.length}: truncated"
+                )
+            return start, entry.file_size
+
+        def content(name: str) -> bytes:
+            start, size = record(name)
+            window.seek(start)
+            return window.read(size)
+
+        if f"{root}byteorder" in records.namelist() and content("byteorder") != b"little":
+            raise CheckpointError(f"{where} is big-endian, expected little-endian")
+
+        def storage(pid: Any) -> Storage:
+            match pid:
+                case ("storage", kind, str(key), str(), int(size)) if hasattr(kind, "kind") and 0 <= size < 1 << 62:
+                    start, found = record(f"data/{key}")
+                    dtype = STORAGES.get(kind.kind)
+                    if dtype is not None and size * dtype.itemsize != found:
+                        raise CheckpointError(
+                            f"storage {key} has {found} bytes, expected {size * dtype.itemsize} for {size} {dtype.name}"
+                        )
+                    return Storage(kind.kind, size, begin + start, file, where)
+            raise CheckpointError(f"it refers to {pid!r}, expected a storage")
+
+        return unpickle(content("data.pkl"), f"{where}: data.pkl", storage)
+
+
+def as_source(value: Any, name: str) -> Source:
+    """The tensor that a `Record` of an archive stands for.
+
+    Raises:
+        CheckpointError: it is no dense tensor of floats, or reaches outside its storage.
+    """
+    kind = value.kind if isinstance(value, Record) else type(value).__name__
+    if kind in ("_rebuild_parameter", "_rebuild_parameter_with_state") and value.args:
+        return as_source(value.args[0], name)
+    if kind == "_rebuild_from_type_v2" and len(value.args) == 4 and isinstance(value.args[2], tuple):
+        make, _, args, _ = value.args
+        return as_source(make(*args) if isinstance(make, type) and issubclass(make, Record) else make, name)
+    if kind != "_rebuild_tensor_v2" or len(value.args) < 4 or not isinstance(value.args[0], Storage):
+        raise CheckpointError(f"{name} is a {kind}, expected a dense tensor")
+    storage, offset = value.args[:2]
+    shape, strides = whole_numbers(_plain(value.args[2])), whole_numbers(_plain(value.args[3]))
+    start = whole_numbers([offset])
+    if shape is None or strides is None or start is None or len(shape) != len(strides):
+        raise CheckpointError(f"{storage.where}: {name} has a shape, strides or an offset that cannot be")
+    if storage.kind not in STORAGES:
+        raise CheckpointError(f"{storage.where}: {name} is a {storage.kind}, expected one of {', '.join(STORAGES)}")
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if 0 not in shape and last >= storage.size:
+        raise CheckpointError(f"{storage.where}: {name} reaches value {last} of a storage of {storage.size}")
+    dtype = STORAGES[storage.kind]
+    contiguous = all(
+        size == 1 or stride == math.prod(shape[i + 1 :])
+        for i, (size, stride) in enumerate(zip(shape, strides, strict=True))
+    )
+    begin = storage.begin + offset * dtype.itemsize
+    return mapped(storage.file, storage.where, dtype, begin, shape, None if contiguous else strides)
+
+
+def _plain(value: Any) -> Any:
+    """A torch.Size as the tuple in it."""
+    return value.args[0] if isinstance(value, Record) and value.kind == "Size" and value.args else value
+
+
+def write_archive(file: Path, outputs: Sequence[Output], *, single: bool = False) -> None:
+    """Write a state dict, or the one tensor of `outputs` by itself, with one tensor in memory at a time.
+
+    What is written loads with `torch.load(file, weights_only=True)`, also with `mmap=True`.
+    """
+    with zipfile.ZipFile(file, "x") as records:
+        # A ZipInfo of our own, and not a name alone, has a fixed date: the same weights give the same bytes.
+        records.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickled(outputs, single))
+        records.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
+        for key, output in enumerate(outputs):
+            array = np.ascontiguousarray(output.read()).reshape(output.shape)
+            if array.dtype != output.dtype:
+                raise CheckpointError(f"{output.name} is {array.dtype.name}, expected {output.dtype.name}")
+            entry = zipfile.ZipInfo(f"archive/data/{key}")
+            entry.file_size = output.nbytes
+            assert records.fp is not None
+            longer = 20 if output.nbytes * 1.05 > zipfile.ZIP64_LIMIT else 0  # zipfile's own rule for a longer header
+            padding = -(records.fp.tell() + LOCAL_HEADER.size + len(entry.filename) + longer + 4) % ALIGNMENT
+            entry.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding  # as torch.save aligns its records
+            with records.open(entry, "w") as stream:
+                stream.write(array.reshape(-1).view(np.uint8).data)
+            del array  # or it is still there while the next one is read
+        records.writestr(zipfile.ZipInfo("archive/version"), "3\n")
+
+
+def _pickled(outputs: Sequence[Output], single: bool) -> bytes:
+    """The pickle of tensors whose storages lie in the records 0, 1, ...
+
+    It is put together by hand, since the pickle module pickles references to functions of `torch` only if it can import
+    them. Protocol 2, as torch.save.
+    """
+
+    def plain(value: Any) -> bytes:
+        # what pickle writes for it, less the protocol, the frame of memory (protocol 2 has none) and the stop
+        return pickle.dumps(value, protocol=2)[2:-1]
+
+    def tensor(key: int, output: Output) -> bytes:
+        size = math.prod(output.shape)
+        strides = tuple(math.prod(output.shape[i + 1 :]) for i in range(len(output.shape)))
+        storage = b"(" + plain("storage") + b"ctorch\n" + STORAGE_NAMES[output.dtype].encode() + b"\n"
+        storage += plain(str(key)) + plain("cpu") + plain(size) + b"tQ"
+        arguments = b"(" + storage + plain(0) + plain(output.shape) + plain(strides) + plain(False)
+        return b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"ccollections\nOrderedDict\n)RtR"
+
+    if single:
+        return b"\x80\x02" + tensor(0, outputs[0]) + b"."
+    entries = b"".join(plain(output.name) + tensor(key, output) for key, output in enumerate(outputs))
+    return b"\x80\x02}(" + entries + b"u."

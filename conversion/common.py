@@ -1,0 +1,378 @@
+"""What the conversion programs share: the table of names read both ways, writing, verification, the command."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.table import Table
+from tensors import Source, from_info, same_bits, stacked
+
+from olmozoo.checkpoint import Array, Checkpoint, Output, fail, replacing_folder, save_checkpoint
+from olmozoo.errors import CheckpointError, ConfigError, InputError, OlmozooError
+from olmozoo.families.base import ModelConfig, Parameter
+
+Rule = tuple[str, tuple[str, ...]]  # a foreign name, and the canonical ones whose rows it holds, in their order
+LAYER = "{}"  # stands for the layer's number in both
+
+out = Console()
+err = Console(stderr=True)
+
+Src = Annotated[Path, typer.Argument(help="The checkpoint to read.")]
+Dst = Annotated[Path, typer.Argument(help="The folder to write; it is replaced in one step, when all is written.")]
+Reverse = Annotated[bool, typer.Option("--reverse", help="From a canonical folder back to the foreign format.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List what would be mapped to what, and write nothing.")]
+Verify = Annotated[bool, typer.Option(help="Compare what was written with what was read, bit by bit.")]
+ShardSize = Annotated[str, typer.Option(help="The most bytes in a file, such as 5GB or 1GiB.")]
+TokenizerPath = Annotated[Path | None, typer.Option(help="A tokenizer.json, or a folder with one, to check and copy.")]
+
+
+def run(main: Callable[..., None]) -> None:
+    """Run a program's command: a bad input is a message on standard error and exit code 2, and no traceback."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    try:
+        app()
+    except (OlmozooError, OSError) as error:
+        err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+# -- the table of names, read both ways -------------------------------------------------------------------------------
+
+
+def holdings(rules: Iterable[Rule], config: ModelConfig) -> dict[str, list[Parameter]]:
+    """Foreign name -> the canonical parameters that it holds, one under the other; rules for others are left out."""
+    table = {parameter.name: parameter for parameter in config.parameters("causal_lm") if parameter.tied_to is None}
+    found: dict[str, list[Parameter]] = {}
+    for foreign, canonical in rules:
+        for layer in range(config.num_hidden_layers) if LAYER in foreign else (0,):
+            names = [name.replace(LAYER, str(layer)) for name in canonical]
+            if all(name in table for name in names):
+                found[foreign.replace(LAYER, str(layer))] = [table.pop(name) for name in names]
+    fail(f"{config.name} cannot be expressed", [f"there is no foreign name for {name}" for name in table])
+    return found
+
+
+@dataclass(frozen=True)
+class Link:
+    """A canonical parameter, and the rows of a foreign tensor that it is."""
+
+    parameter: Parameter
+    foreign: str
+    start: int
+    stop: int
+
+
+def links(held: dict[str, list[Parameter]]) -> Iterator[Link]:
+    """The same table the other way round: for each canonical parameter, where it lies."""
+    for foreign, parameters in held.items():
+        row = 0
+        for parameter in parameters:
+            yield Link(parameter, foreign, row, row + parameter.shape[0])
+            row += parameter.shape[0]
+
+
+def foreign_shape(parameters: Sequence[Parameter]) -> tuple[int, ...]:
+    """The shape of the tensor that holds these, one under the other."""
+    return (sum(parameter.shape[0] for parameter in parameters), *parameters[0].shape[1:])
+
+
+def check_sources(sources: dict[str, Source], held: dict[str, list[Parameter]], where: Path) -> None:
+    """Raise one error that lists every missing, unexpected and misshapen tensor, if there is any."""
+    problems = [f"missing: {name} {list(foreign_shape(held[name]))}" for name in held if name not in sources]
+    problems += [f"unexpected: {name} {list(sources[name].shape)}" for name in sources if name not in held]
+    for name, parameters in held.items():
+        expected = foreign_shape(parameters)
+        if name in sources and sources[name].shape != expected:
+            problems.append(f"wrong shape: {name} is {list(sources[name].shape)}, expected {list(expected)}")
+    fail(f"{where} does not fit its config", problems)
+
+
+def canonical_sources(src: Path, config: ModelConfig) -> dict[str, Source]:
+    """The tensors of a canonical folder, checked against its config.
+
+    Raises:
+        CheckpointError: one error that lists every missing, unexpected and misshapen tensor.
+    """
+    checkpoint = Checkpoint(src)
+    sources = {name: from_info(info) for name, info in checkpoint.tensors.items()}
+    table = {parameter.name: [parameter] for parameter in config.parameters("causal_lm") if parameter.tied_to is None}
+    for parameter in config.parameters("causal_lm"):
+        if parameter.tied_to is not None and parameter.name in sources:
+            check_tied(sources.pop(parameter.name), sources.get(parameter.tied_to), parameter.name)
+    check_sources(sources, table, src)
+    return sources
+
+
+def check_tied(head: Source, embedding: Source | None, name: str) -> None:
+    """Raise a CheckpointError unless a tied head that is there all the same is the embedding."""
+    if embedding is not None and not same_bits(head.read(), embedding.read()):
+        raise CheckpointError(f"{head.where}: {name} differs from the embedding, to which the config ties it")
+
+
+# -- from and to the canonical folder ---------------------------------------------------------------------------------
+
+
+def to_canonical(
+    sources: dict[str, Source],
+    rules: Iterable[Rule],
+    config: ModelConfig,
+    src: Path,
+    dst: Path,
+    *,
+    tokenizer: Path | None,
+    max_shard_size: str,
+    dry_run: bool,
+    verify: bool,
+) -> None:
+    """Write a canonical folder from foreign tensors, then compare it with them.
+
+    Raises:
+        CheckpointError: the tensors do not fit the config, or what was written differs.
+    """
+    held = holdings(rules, config)
+    check_sources(sources, held, src)
+    check_places(src, dst)
+    files = tokenizer_files(tokenizer, config) if tokenizer else {}
+    found = {link.parameter.name: link for link in links(held)}
+    if dry_run:
+        show((link.foreign, sources[link.foreign], link) for link in found.values())
+        return
+
+    def rows(parameter: Parameter) -> Array:
+        link = found[parameter.name]
+        return sources[link.foreign].rows(link.start, link.stop)
+
+    def dtype(parameter: Parameter) -> np.dtype[Any]:
+        return sources[found[parameter.name].foreign].dtype
+
+    total = sum(size(sources[name]) for name in held)
+    write_canonical(dst, config, rows, dtype, total, files=files, max_shard_size=max_shard_size, verify=verify)
+
+
+def write_canonical(
+    dst: Path,
+    config: ModelConfig,
+    read: Callable[[Parameter], Array],
+    dtype: Callable[[Parameter], np.dtype[Any]],
+    total: int,
+    *,
+    files: dict[str, bytes],
+    max_shard_size: str,
+    verify: bool,
+) -> None:
+    """Write a canonical folder with a progress bar, then read it again and compare.
+
+    Args:
+        dst: the folder.
+        config: written as config.json; its special tokens make the generation_config.json.
+        read: gives a parameter's values; called again for the comparison.
+        dtype: gives their dtype.
+        total: bytes to write, for the bar.
+        files: name -> content of more files.
+        max_shard_size: as for `save_checkpoint`.
+        verify: whether to compare.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or what was written differs.
+    """
+    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    with progress("writing", total) as advance:
+        save_checkpoint(
+            dst,
+            config,
+            "causal_lm",
+            read=lambda parameter: advance(read(parameter)),
+            dtype=dtype,
+            generation_config={name: value for name, value in tokens.items() if value is not None},
+            max_shard_size=max_shard_size,
+        )
+    for name, content in files.items():
+        (dst / name).unlink(missing_ok=True)
+        (dst / name).write_bytes(content)
+    if verify:
+        written = canonical_sources(dst, type(config).from_folder(dst))
+        table = {parameter.name: parameter for parameter in config.parameters("causal_lm")}
+        compare((name, functools.partial(read, table[name]), source) for name, source in written.items())
+
+
+def from_canonical(
+    src: Path,
+    dst: Path,
+    rules: Iterable[Rule],
+    config: ModelConfig,
+    write: Callable[[Path, list[Output]], None],
+    read: Callable[[Path], dict[str, Source]],
+    *,
+    dry_run: bool,
+    verify: bool,
+) -> None:
+    """Write foreign tensors from a canonical folder, then compare them with it.
+
+    Args:
+        src: the canonical folder.
+        dst: the folder to write.
+        rules: the table of names.
+        config: of the canonical folder.
+        write: writes everything into a folder, given the tensors under their foreign names.
+        read: reads it again.
+        dry_run: only list what would be mapped.
+        verify: whether to compare.
+
+    Raises:
+        CheckpointError: the folder does not fit its config, or what was written differs.
+    """
+    check_places(src, dst)
+    held = holdings(rules, config)
+    sources = canonical_sources(src, config)
+    if dry_run:
+        show((link.foreign, sources[link.parameter.name], link) for link in links(held))
+        return
+
+    def joined(parameters: list[Parameter]) -> Array:
+        return stacked([sources[parameter.name] for parameter in parameters])
+
+    with progress("writing", sum(map(size, sources.values()))) as advance, replacing_folder(dst) as staging:
+        outputs = [
+            Output(name, dtype_of(name, parts, sources), foreign_shape(parts), lambda p=parts: advance(joined(p)))  # type: ignore[misc]
+            for name, parts in held.items()
+        ]
+        write(staging, outputs)
+    if verify:
+        written = read(dst)
+        check_sources(written, held, dst)
+        compare((name, functools.partial(joined, parts), written[name]) for name, parts in held.items())
+
+
+def dtype_of(name: str, parts: list[Parameter], sources: dict[str, Source]) -> np.dtype[Any]:
+    """The dtype that the parts of a foreign tensor share."""
+    found = {sources[part.name].dtype for part in parts}
+    if len(found) > 1:
+        kinds = ", ".join(f"{part.name} {sources[part.name].dtype.name}" for part in parts)
+        raise CheckpointError(f"the parts of {name} must be of one dtype: {kinds}")
+    return found.pop()
+
+
+def check_places(src: Path, dst: Path) -> None:
+    """Raise an InputError where a conversion would write over what it reads."""
+    if src.resolve() == dst.resolve() or src.resolve().is_relative_to(dst.resolve()):
+        raise InputError(f"DST is {dst}, which holds SRC {src}: expected another folder")
+
+
+def compare(pairs: Iterable[tuple[str, Callable[[], Array], Source]]) -> None:
+    """Compare what was written with what it was made of, bit by bit, one tensor at a time.
+
+    Raises:
+        CheckpointError: one error that lists every tensor that differs.
+    """
+    pairs = list(pairs)
+    with progress("verifying", sum(size(source) for _, _, source in pairs)) as advance:
+        differing = [f"{name} differs" for name, read, found in pairs if not same_bits(read(), advance(found.read()))]
+    fail("what was written is not what was read", differing)
+    err.print(f"verified: {len(pairs)} tensors are the same, bit by bit")
+
+
+def size(source: Source) -> int:
+    """Bytes of a tensor."""
+    return int(np.prod(source.shape, dtype=np.int64)) * source.dtype.itemsize
+
+
+class progress:
+    """A progress bar over bytes; gives a function that counts an array and passes it on."""
+
+    def __init__(self, what: str, total: int) -> None:
+        columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
+        self.bar = Progress(*columns, console=err)
+        self.task = self.bar.add_task(what, total=total)
+
+    def __enter__(self) -> Callable[[Array], Array]:
+        self.bar.start()
+        return self._advance
+
+    def _advance(self, array: Array) -> Array:
+        self.bar.advance(self.task, array.nbytes)
+        return array
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+def show(rows: Iterable[tuple[str, Source, Link]]) -> None:
+    """List what would be mapped to what."""
+    table = Table("foreign tensor", "rows", "canonical parameter", "shape", "dtype")
+    for foreign, source, link in rows:
+        span = f"{link.start}:{link.stop}"
+        table.add_row(foreign, span, link.parameter.name, str(list(link.parameter.shape)), source.dtype.name)
+    wide = Console(width=max(out.width, 140))  # names are for reading and for grep: whole, whatever the terminal
+    wide.print(table, f"dry run: {table.row_count} parameters, nothing was written")
+
+
+# -- configs and tokenizers -------------------------------------------------------------------------------------------
+
+
+def fail_config(headline: str, problems: Iterable[str]) -> None:
+    """Raise one ConfigError that lists every problem, if there is any."""
+    problems = list(problems)
+    if problems:
+        raise ConfigError(f"{headline}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def tokenizer_files(path: Path, config: ModelConfig) -> dict[str, bytes]:
+    """The files of a tokenizer that fits a config: name -> content.
+
+    Args:
+        path: a tokenizer in a JSON file of any name, or a folder with a tokenizer.json.
+        config: of the model it is for.
+
+    Raises:
+        CheckpointError: it is not readable, has ids past the model's vocabulary, or lacks the model's special tokens.
+    """
+    import tokenizers
+
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{file} is not a readable tokenizer: {error}") from error
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    problems = []
+    if max(ids, default=0) >= config.vocab_size:
+        problems.append(f"its largest id is {max(ids)}, expected less than vocab_size = {config.vocab_size}")
+    tokens = {name: getattr(config, f"{name}_id") for name in ("bos_token", "eos_token", "pad_token")}
+    for name, found in tokens.items():
+        for token in found if isinstance(found, list) else [found]:
+            if token is not None and tokenizer.id_to_token(token) is None:
+                problems.append(f"it has no token {token}, the config's {name}_id")
+    fail(f"{file} does not fit the model", problems)
+    files = {"tokenizer.json": file.read_bytes()}
+    if path.is_dir():
+        files |= {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
+    return files
+
+
+def fresh(folder: Path, *names: str) -> None:
+    """Remove files and folders that a folder may have from an earlier run."""
+    for name in names:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)

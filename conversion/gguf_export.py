@@ -1,0 +1,276 @@
+"""A canonical checkpoint -> a GGUF file, for llama.cpp.
+
+    python conversion/gguf_export.py SRC OUT.gguf
+
+OLMo and OLMo 2, in the checkpoint's own dtype (float64 becomes float32, and norms are float32, as llama.cpp wants
+them); llama.cpp's own `llama-quantize` makes smaller ones of it. llama.cpp has no OPT.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+import typer
+from common import (
+    DryRun,
+    Src,
+    Verify,
+    canonical_sources,
+    compare,
+    err,
+    fail_config,
+    out,
+    progress,
+    run,
+    tokenizer_files,
+)
+from rich.table import Table
+from tensors import Source, mapped
+
+from olmozoo.checkpoint import Array
+from olmozoo.errors import CheckpointError, ConfigError
+from olmozoo.families.base import ModelConfig, Parameter, read_json
+from olmozoo.families.olmo import OlmoConfig
+from olmozoo.families.olmo2 import Olmo2Config
+
+Kind = gguf.GGMLQuantizationType
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+KINDS = {np.dtype(np.float32): Kind.F32, np.dtype(np.float16): Kind.F16, BFLOAT16: Kind.BF16}
+FILE_KINDS = {
+    Kind.F32: gguf.LlamaFileType.ALL_F32,
+    Kind.F16: gguf.LlamaFileType.MOSTLY_F16,
+    Kind.BF16: gguf.LlamaFileType.MOSTLY_BF16,
+}
+
+
+def check_config(config: ModelConfig, where: Path) -> OlmoConfig | Olmo2Config:
+    """The config, where llama.cpp can express it.
+
+    Raises:
+        ConfigError: it cannot. One error names every field that is in the way.
+    """
+    if not isinstance(config, (OlmoConfig, Olmo2Config)):
+        raise ConfigError(
+            f"{where}: model_type is {config.model_type!r}, expected 'olmo' or 'olmo2': llama.cpp has no other"
+        )
+    expected: dict[str, tuple[Any, ...]] = {
+        "hidden_act": ("silu", "swish"),
+        "attention_bias": (False,),
+        "rope_scaling": (None,),
+        "head_dim": (config.hidden_size // config.num_attention_heads,),
+    }
+    fail_config(
+        f"{where}: llama.cpp has no such model",
+        (
+            f"{name} is {getattr(config, name)!r}, expected {' or '.join(map(repr, values))}"
+            for name, values in expected.items()
+            if getattr(config, name) not in values
+        ),
+    )
+    return config
+
+
+def arch_of(config: OlmoConfig | Olmo2Config) -> gguf.MODEL_ARCH:
+    """The gguf library's name for the family."""
+    return gguf.MODEL_ARCH.OLMO if isinstance(config, OlmoConfig) else gguf.MODEL_ARCH.OLMO2
+
+
+class Tensor:
+    """A tensor as it goes into the file.
+
+    Attributes:
+        name: its name there.
+        parameter: what it is.
+        dtype: its dtype there.
+        read: gives its values.
+    """
+
+    def __init__(self, name: str, parameter: Parameter, source: Source, config: ModelConfig) -> None:
+        self.name, self.parameter = name, parameter
+        wide = source.dtype == np.float64 or parameter.kind == "norm"
+        self.dtype = np.dtype(np.float32) if wide else source.dtype
+        self._source, self._heads = source, 0
+        # llama.cpp turns neighbouring pairs in OLMo's heads, and halves in OLMo 2's: only the first needs new rows.
+        if isinstance(config, OlmoConfig) and parameter.name.endswith((".q_proj.weight", ".k_proj.weight")):
+            self._heads = config.kv_heads if ".k_proj." in parameter.name else config.num_attention_heads
+
+    def read(self) -> Array:
+        """The values, in the file's row order and dtype."""
+        array = self._source.read().astype(self.dtype, copy=False)
+        if self._heads:
+            rows, columns = array.shape
+            array = (
+                array.reshape(self._heads, 2, rows // self._heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+            )
+        return array
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return self.parameter.size * self.dtype.itemsize
+
+
+def plan(config: OlmoConfig | Olmo2Config, sources: dict[str, Source]) -> list[Tensor]:
+    """The tensors of the file, in order, under the names that the gguf library has for them."""
+    names = gguf.get_tensor_name_map(arch_of(config), config.num_hidden_layers)
+    tensors = []
+    for parameter in config.parameters("causal_lm"):
+        # A tied head is left out where llama.cpp then takes the embedding (OLMo), and written out where not (OLMo 2).
+        if parameter.tied_to is not None and isinstance(config, OlmoConfig):
+            continue
+        name = names.get_name(parameter.name, try_suffixes=(".weight",))
+        if name is None:
+            raise CheckpointError(f"GGUF has no name for {parameter.name}")
+        tensors.append(Tensor(name, parameter, sources[parameter.tied_to or parameter.name], config))
+    return tensors
+
+
+def add_config(writer: gguf.GGUFWriter, config: OlmoConfig | Olmo2Config, name: str, kind: Kind) -> None:
+    """Write what llama.cpp needs to know of the model."""
+    writer.add_name(name)
+    writer.add_file_type(FILE_KINDS[kind])
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    if isinstance(config, Olmo2Config):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_eps(1e-5)
+        if config.clip_qkv is not None:
+            writer.add_clamp_kqv(config.clip_qkv)
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, config: ModelConfig, src: Path) -> None:
+    """Write the folder's tokenizer; without one, a file that takes and gives ids alone.
+
+    Raises:
+        CheckpointError: the tokenizer does not fit the model, or llama.cpp cannot split text as it does.
+    """
+    if not (src / "tokenizer.json").is_file():
+        writer.add_tokenizer_model("no_vocab")
+        err.print(f"{src} has no tokenizer.json: the file will take and give ids, not text")
+        return
+    tokenizer_files(src, config)  # for its checks
+    data = read_json(src / "tokenizer.json")
+    model = data.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise CheckpointError(f"{src / 'tokenizer.json'} is not a byte-level BPE tokenizer, expected one")
+    tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
+    kinds = [gguf.TokenType.UNUSED] * config.vocab_size
+    for token, index in model["vocab"].items():
+        tokens[index], kinds[index] = token, gguf.TokenType.NORMAL
+    for added in data.get("added_tokens") or ():
+        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+        tokens[added["id"]], kinds[added["id"]] = added["content"], kind
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer(data.get("pre_tokenizer"), src / "tokenizer.json"))
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model.get("merges", ())])
+    adders: dict[str, Callable[[int], None]] = {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "pad": writer.add_pad_token_id,
+    }
+    for name, add in adders.items():
+        token = getattr(config, f"{name}_token_id")
+        first = token[0] if isinstance(token, list) else token
+        if first is not None:
+            add(first)
+    writer.add_add_bos_token(False)
+    file = src / "tokenizer_config.json"
+    template = read_json(file).get("chat_template") if file.is_file() else None
+    if isinstance(template, str):
+        writer.add_chat_template(template)
+
+
+def pre_tokenizer(data: Any, where: Path) -> str:
+    """llama.cpp's name for how a tokenizer splits text before it merges.
+
+    Raises:
+        CheckpointError: it splits as none of the published OLMo tokenizers does.
+    """
+    steps = data.get("pretokenizers", [data]) if isinstance(data, dict) else []
+    for step in steps:
+        if step.get("type") == "Split" and "\\p{N}{1,3}" in str(step.get("pattern")):
+            return "dbrx"  # OLMo 2: the rule of cl100k
+        if step.get("type") == "ByteLevel" and step.get("use_regex", True):
+            return "olmo"  # OLMo: the rule of GPT-2
+    raise CheckpointError(
+        f"{where} splits text by {str(data)[:200]}, expected GPT-2's rule (OLMo) or cl100k's (OLMo 2)"
+    )
+
+
+def write(file: Path, config: OlmoConfig | Olmo2Config, tensors: list[Tensor], src: Path) -> None:
+    """Write the file beside its place, one tensor in memory at a time, and put it there when it is whole."""
+    part = file.with_name(f".{file.name}.part")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(part, gguf.MODEL_ARCH_NAMES[arch_of(config)])
+    try:
+        largest = max(tensors, key=lambda tensor: tensor.parameter.size)
+        add_config(writer, config, src.resolve().name, KINDS[largest.dtype])
+        add_tokenizer(writer, config, src)
+        for tensor in tensors:
+            # of bfloat16 the library knows the bytes alone
+            known = np.dtype(np.uint16) if tensor.dtype == BFLOAT16 else tensor.dtype
+            writer.add_tensor_info(tensor.name, tensor.parameter.shape, known, tensor.nbytes, KINDS[tensor.dtype])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        with progress("writing", sum(tensor.nbytes for tensor in tensors)) as advance:
+            for tensor in tensors:
+                writer.write_tensor_data(np.ascontiguousarray(advance(tensor.read())).view(np.uint8))
+        writer.close()
+        os.replace(part, file)
+    finally:
+        writer.close()
+        part.unlink(missing_ok=True)
+
+
+def read_back(file: Path) -> dict[str, Source]:
+    """The tensors of a GGUF file, as the gguf library reads them."""
+    dtypes = {kind: dtype for dtype, kind in KINDS.items()}
+
+    def source(tensor: gguf.ReaderTensor) -> Source:
+        # Each tensor in a mapping of its own: in the library's, what was read stays in memory.
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        return mapped(file, str(file), dtypes[tensor.tensor_type], int(tensor.data_offset), shape, None)
+
+    return {tensor.name: source(tensor) for tensor in gguf.GGUFReader(file).tensors}
+
+
+def main(
+    src: Src,
+    out_file: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write, replaced in one step.")],
+    dry_run: DryRun = False,
+    verify: Verify = True,
+) -> None:
+    """Convert a canonical OLMo or OLMo 2 checkpoint to a GGUF file for llama.cpp."""
+    config = check_config(ModelConfig.from_folder(src), src)
+    tensors = plan(config, canonical_sources(src, config))
+    if dry_run:
+        table = Table("canonical parameter", "GGUF tensor", "shape", "dtype")
+        for tensor in tensors:
+            parameter = tensor.parameter
+            table.add_row(parameter.name, tensor.name, str(list(parameter.shape)), tensor.dtype.name)
+        out.print(table, f"dry run: {len(tensors)} tensors, nothing was written")
+        return
+    write(out_file, config, tensors, src)
+    if verify:
+        written = read_back(out_file)
+        compare((tensor.name, tensor.read, written[tensor.name]) for tensor in tensors)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,357 @@
+"""OLMo-core <-> a canonical folder.
+
+    python conversion/olmo_core.py SRC DST               # config.json and model_and_optim/ -> a folder every wing loads
+    python conversion/olmo_core.py SRC DST --reverse       # a canonical folder -> config.json and model_and_optim/
+
+Reading needs neither OLMo-core nor PyTorch; `--reverse` needs PyTorch, whose classes the format's index is made of.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from common import (
+    LAYER,
+    DryRun,
+    Dst,
+    Reverse,
+    Rule,
+    ShardSize,
+    Src,
+    TokenizerPath,
+    Verify,
+    check_tied,
+    fail_config,
+    fresh,
+    from_canonical,
+    run,
+    to_canonical,
+)
+from sharded import METADATA, read_distributed, write_distributed
+from tensors import Source
+
+from olmozoo.checkpoint import CONFIG, Output, write_json
+from olmozoo.errors import CheckpointError, ConfigError, InputError
+from olmozoo.families.base import ModelConfig, is_number, read_json
+from olmozoo.families.olmo import OlmoConfig
+from olmozoo.families.olmo2 import Olmo2Config
+
+FOLDER = "model_and_optim"
+PREFIX = "model."  # of names in the index; the optimizer's have another
+DEFAULT_LENGTH = 4096  # max_position_embeddings where a config.json does not say: what OLMo 2 was trained with
+
+_BLOCK, _LAYER = f"blocks.{LAYER}.", f"model.layers.{LAYER}."
+_ATTENTION, _MLP = _LAYER + "self_attn.", _LAYER + "mlp."
+RULES: tuple[Rule, ...] = (
+    ("embeddings.weight", ("model.embed_tokens.weight",)),
+    *((f"{_BLOCK}attention.w_{letter}.weight", (f"{_ATTENTION}{letter}_proj.weight",)) for letter in "qkv"),
+    (_BLOCK + "attention.w_out.weight", (_ATTENTION + "o_proj.weight",)),
+    (_BLOCK + "attention.q_norm.weight", (_ATTENTION + "q_norm.weight",)),
+    (_BLOCK + "attention.k_norm.weight", (_ATTENTION + "k_norm.weight",)),
+    (_BLOCK + "attention_norm.weight", (_LAYER + "post_attention_layernorm.weight",)),
+    (_BLOCK + "feed_forward.w1.weight", (_MLP + "gate_proj.weight",)),
+    (_BLOCK + "feed_forward.w2.weight", (_MLP + "down_proj.weight",)),
+    (_BLOCK + "feed_forward.w3.weight", (_MLP + "up_proj.weight",)),
+    (_BLOCK + "feed_forward_norm.weight", (_LAYER + "post_feedforward_layernorm.weight",)),
+    ("lm_head.norm.weight", ("model.norm.weight",)),
+    ("lm_head.w_out.weight", ("lm_head.weight",)),
+)
+
+# -- configs ----------------------------------------------------------------------------------------------------------
+
+RMS = ("rms", "fused_rms", "cute_rms")
+_ABSENT = (None, False)
+# What a config must say to be one that these models can express: path below `model` -> the values allowed. `None` is
+# what a path that is not there has.
+_ALWAYS: dict[str, tuple[Any, ...]] = {
+    "name": ("default", None),
+    "block_overrides": (None, {}),
+    "block_pattern": (None,),
+    "embedding_norm": (None,),
+    "embed_scale": (None, 1.0),
+    "block.feed_forward_moe": (None,),
+    "block.attention_residual_alpha": (None, 1.0),
+    "block.feed_forward_residual_alpha": (None, 1.0),
+    "block.feed_forward.name": ("default", None),
+    "block.feed_forward.bias": (False,),
+    "block.feed_forward.activation": ("silu", None),
+    "lm_head.bias": (False,),
+    "attention.type": ("attention", None),
+    "attention.name": ("default", None),
+    "attention.bias": (False,),
+    "attention.gate": (None,),
+    "attention.sliding_window": (None,),
+    "attention.use_head_qk_norm": _ABSENT,
+    "attention.qk_norm_per_head_gains": _ABSENT,
+    "attention.scalable_softmax": _ABSENT,
+    "attention.attention_sinks": _ABSENT,
+    "attention.rope.name": ("default", "fused", None),
+    "attention.rope.scaling": (None,),
+    "attention.rope.no_global_rope": _ABSENT,
+    "attention.rope.partial_rotary_factor": (1.0, None),
+}
+_OLMO2: dict[str, tuple[Any, ...]] = {
+    f"{norm}.{field}": values
+    for norm in ("block.layer_norm", "attention.qk_norm", "lm_head.layer_norm")
+    for field, values in {"name": RMS, "bias": (False,), "elementwise_affine": (True, None)}.items()
+} | {"attention.clip_qkv": (None,)}
+_OLMO: dict[str, tuple[Any, ...]] = {
+    f"{norm}.{field}": values
+    for norm in ("block.layer_norm", "lm_head.layer_norm")
+    for field, values in {"name": ("default",), "elementwise_affine": (False,), "eps": (1e-5, None)}.items()
+} | {"attention.qk_norm": (None,)}
+
+
+class Fields:
+    """The `model` section of a config.json, read by path; `attention` is where its version keeps the block's mixer."""
+
+    def __init__(self, data: dict[str, Any], where: Path) -> None:
+        model = data.get("model")
+        if not isinstance(model, dict) or not isinstance(model.get("block"), dict):
+            raise ConfigError(f"{where} has no section 'model' with a 'block'")
+        block = model["block"]
+        self.mixer = "sequence_mixer" if "sequence_mixer" in block else "attention"
+        self.data, self.problems = model, list[str]()
+
+    def path(self, path: str) -> str:
+        """The full path of a field, for messages."""
+        return f"block.{self.mixer}.{path.removeprefix('attention.')}" if path.startswith("attention.") else path
+
+    def __getitem__(self, path: str) -> Any:
+        value: Any = self.data
+        for key in self.path(path).split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def require(self, wanted: dict[str, tuple[Any, ...]], family: str) -> None:
+        """Note each field that has none of the values it may have."""
+        for path, values in wanted.items():
+            if self[path] not in values:
+                allowed = " or ".join(map(repr, values))
+                self.problems.append(f"model.{self.path(path)} is {self[path]!r}, expected {allowed} for {family}")
+
+    def number(self, path: str, default: int | float | None = None) -> Any:
+        """A positive number; a note, and 1, where it is none."""
+        value = default if self[path] is None else self[path]
+        if not is_number(value) or value is None or value <= 0:
+            self.problems.append(f"model.{self.path(path)} is {value!r}, expected a positive number")
+            return 1
+        return value
+
+
+def to_config(data: dict[str, Any], where: Path, length: int | None) -> ModelConfig:
+    """The canonical config of an OLMo-core one; blocks with `reordered_norm` are OLMo 2's.
+
+    Args:
+        data: the contents of config.json.
+        where: that file.
+        length: max_position_embeddings; default what the file says of the length of training sequences.
+
+    Raises:
+        ConfigError: neither OLMo nor OLMo 2 can express it. One error names every field that is in the way.
+    """
+    model = Fields(data, where)
+    block = model["block.name"]
+    family = Olmo2Config if block == "reordered_norm" else OlmoConfig
+    if block not in ("reordered_norm", "default"):
+        model.problems.append(f"model.block.name is {block!r}, expected 'reordered_norm' (OLMo 2) or 'default' (OLMo)")
+    model.require(_ALWAYS | (_OLMO2 if family is Olmo2Config else _OLMO), family.name)
+    heads, hidden = model.number("attention.n_heads"), model.number("d_model")
+    if model["attention.head_dim"] not in (None, hidden // heads):
+        model.problems.append(
+            f"model.{model.path('attention.head_dim')} is {model['attention.head_dim']!r}, expected {hidden // heads}"
+        )
+    fields = {
+        "vocab_size": model.number("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": model.number("block.feed_forward.hidden_size"),
+        "num_hidden_layers": model.number("n_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": model.number("attention.n_kv_heads", heads),
+        "rope_theta": float(model.number("attention.rope.theta", 500_000)),
+        "tie_word_embeddings": model["tie_word_embeddings"] or False,
+        "attention_bias": False,
+        "max_position_embeddings": length or _trained_length(data),
+        **_special_tokens(data),
+    }
+    if family is Olmo2Config:
+        eps = model.number("block.layer_norm.eps", 1e-5)
+        others = {path: (eps,) for path in ("attention.qk_norm.eps", "lm_head.layer_norm.eps") if model[path] != eps}
+        model.require(others, family.name)
+        fields["rms_norm_eps"] = eps
+    else:
+        fields["clip_qkv"] = model["attention.clip_qkv"]
+    if model["attention.rope"] is None:
+        model.problems.append(f"model.{model.path('attention.rope')} is None, expected rotary positions")
+    fail_config(f"{where} is not one of an OLMo or OLMo 2 model", model.problems)
+    return family.from_dict(fields)
+
+
+def _trained_length(data: dict[str, Any]) -> int:
+    for section, field in (("train_module", "max_sequence_length"), ("dataset", "sequence_length")):
+        found = data.get(section)
+        if isinstance(found, dict) and type(found.get(field)) is int and found[field] > 0:
+            return int(found[field])
+    return DEFAULT_LENGTH
+
+
+def _special_tokens(data: dict[str, Any]) -> dict[str, Any]:
+    dataset = data.get("dataset")
+    tokenizer = dataset.get("tokenizer") if isinstance(dataset, dict) else None
+    found = tokenizer if isinstance(tokenizer, dict) else {}
+    return {name: found.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def from_config(config: ModelConfig, where: Path, dtype: str) -> dict[str, Any]:
+    """The contents of the config.json that means a canonical config: the inverse of `to_config`.
+
+    Raises:
+        ConfigError: it is not an OLMo or OLMo 2 that OLMo-core can express. One error names every field.
+    """
+    if not isinstance(config, (OlmoConfig, Olmo2Config)):
+        raise ConfigError(f"{where}: model_type is {config.model_type!r}, expected 'olmo' or 'olmo2'")
+    expected: dict[str, tuple[Any, ...]] = {
+        "hidden_act": ("silu", "swish"),
+        "attention_bias": (False,),
+        "rope_scaling": (None,),
+        "head_dim": (config.hidden_size // config.num_attention_heads,),
+        "rope_theta": (int(config.rope_theta),),
+    }
+    problems = [
+        f"{name} is {getattr(config, name)!r}, expected {' or '.join(map(repr, values))}"
+        for name, values in expected.items()
+        if getattr(config, name) not in values
+    ]
+    fail_config(f"{where}: this program writes no such OLMo-core config", problems)
+    second = isinstance(config, Olmo2Config)
+    norm: dict[str, Any] = {"name": "default", "eps": 1e-5, "elementwise_affine": False, "bias": False}
+    if isinstance(config, Olmo2Config):
+        norm = {"name": "rms", "eps": config.rms_norm_eps, "bias": False}
+    norm |= {"dtype": dtype, "_CLASS_": "olmo_core.nn.layer_norm.LayerNormConfig"}
+    attention = {
+        "type": "attention",
+        "name": "default",
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.kv_heads,
+        "bias": False,
+        "clip_qkv": config.clip_qkv if isinstance(config, OlmoConfig) else None,
+        "rope": {"name": "default", "theta": int(config.rope_theta), "_CLASS_": "olmo_core.nn.rope.RoPEConfig"},
+        "qk_norm": norm if second else None,
+        "dtype": dtype,
+        "_CLASS_": "olmo_core.nn.attention.AttentionConfig",
+    }
+    feed_forward = {
+        "hidden_size": config.intermediate_size,
+        "name": "default",
+        "bias": False,
+        "dtype": dtype,
+        "_CLASS_": "olmo_core.nn.feed_forward.FeedForwardConfig",
+    }
+    block = {
+        "name": "reordered_norm" if second else "default",
+        "sequence_mixer": attention,
+        "layer_norm": norm,
+        "feed_forward": feed_forward,
+        "_CLASS_": "olmo_core.nn.transformer.config.TransformerBlockConfig",
+    }
+    model = {
+        "name": "default",
+        "d_model": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "n_layers": config.num_hidden_layers,
+        "block": block,
+        "lm_head": {
+            "name": "default",
+            "layer_norm": norm,
+            "bias": False,
+            "dtype": dtype,
+            "_CLASS_": "olmo_core.nn.lm_head.LMHeadConfig",
+        },
+        "dtype": dtype,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "_CLASS_": "olmo_core.nn.transformer.config.TransformerConfig",
+    }
+    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    dataset = {
+        "sequence_length": config.max_position_embeddings,
+        "tokenizer": {"vocab_size": config.vocab_size, **tokens},
+    }
+    return {"model": model, "dataset": dataset}
+
+
+# -- the program ------------------------------------------------------------------------------------------------------
+
+
+def core_sources(src: Path, tied: bool) -> dict[str, Source]:
+    """The tensors of an OLMo-core checkpoint, less a tied head that was saved all the same.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is broken.
+    """
+    folders = [folder for folder in (src / FOLDER, src) if (folder / METADATA).is_file()]
+    if not folders:
+        raise CheckpointError(f"{src} has no OLMo-core checkpoint: expected {FOLDER}/{METADATA}")
+    found = read_distributed(folders[0], PREFIX)
+    if tied and "lm_head.w_out.weight" in found:
+        head = "lm_head.w_out.weight"
+        check_tied(found.pop(head), found.get("embeddings.weight"), head)
+    return found
+
+
+def main(
+    src: Src,
+    dst: Dst,
+    reverse: Reverse = False,
+    tokenizer: TokenizerPath = None,
+    max_sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="max_position_embeddings, where config.json does not say; default 4096.")
+    ] = None,
+    max_shard_size: ShardSize = "5GB",
+    dry_run: DryRun = False,
+    verify: Verify = True,
+) -> None:
+    """Convert an OLMo-core checkpoint to a canonical folder, or back."""
+    if not reverse:
+        config = to_config(read_json(src / CONFIG), src / CONFIG, max_sequence_length)
+        to_canonical(
+            core_sources(src, config.tie_word_embeddings),
+            RULES,
+            config,
+            src,
+            dst,
+            tokenizer=tokenizer,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+            verify=verify,
+        )
+        return
+    if tokenizer or max_sequence_length:
+        raise InputError(
+            "--tokenizer and --max-sequence-length are for the way to a canonical folder, not for --reverse"
+        )
+    config = ModelConfig.from_folder(src)
+    from_config(config, src, "float32")  # what cannot be expressed is refused before anything is read
+
+    def write(folder: Path, outputs: list[Output]) -> None:
+        fresh(folder, CONFIG, FOLDER)
+        write_json(folder / CONFIG, from_config(config, src, outputs[0].dtype.name))
+        (folder / FOLDER).mkdir()
+        named = [Output(PREFIX + output.name, output.dtype, output.shape, output.read) for output in outputs]
+        write_distributed(folder / FOLDER, named)
+
+    from_canonical(
+        src,
+        dst,
+        RULES,
+        config,
+        write,
+        lambda folder: core_sources(folder, config.tie_word_embeddings),
+        dry_run=dry_run,
+        verify=verify,
+    )
+
+
+if __name__ == "__main__":
+    run(main)

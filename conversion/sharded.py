@@ -1,0 +1,259 @@
+"""Checkpoints that many processes wrote, each its own part: as whole tensors, of which nothing is read before its turn.
+
+Three kinds: PyTorch's distributed checkpoint (a `.metadata` file and the files it names), `rankN.pt` files that hold
+sharded tensors, and `model/rankN.pt` files that hold FSDP's flat parameters.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from archives import as_source, read_archive, write_archive
+from pickles import Record, unpickle
+from tensors import Piece, Source, assembled, reshaped, whole_numbers
+
+from olmozoo.checkpoint import DTYPES, Output, fail
+from olmozoo.errors import CheckpointError, MissingBackendError
+
+METADATA = ".metadata"
+
+
+def read_distributed(folder: Path, prefix: str) -> dict[str, Source]:
+    """The tensors of a distributed checkpoint whose names begin with `prefix`, without it.
+
+    Raises:
+        CheckpointError: `.metadata` is broken, names a file outside the folder or one that is not there, or its pieces
+            do not make up their tensors. One error lists every problem.
+    """
+    file = folder / METADATA
+    metadata = unpickle(file.read_bytes(), str(file))
+    if not isinstance(metadata, Record) or metadata.kind != "Metadata":
+        raise CheckpointError(f"{file} holds no Metadata of torch.distributed.checkpoint")
+    entries, storage = metadata["state_dict_metadata"], metadata["storage_data"]
+    if not isinstance(entries, dict) or not isinstance(storage, dict):
+        raise CheckpointError(f"{file}: state_dict_metadata and storage_data are not both mappings")
+    places = {}
+    for index, place in storage.items():
+        if isinstance(index, Record) and isinstance(index.state, dict):
+            places[index.state.get("fqn"), _sizes(index.state.get("offset"))] = place
+    tensors: dict[str, Source] = {}
+    problems: list[str] = []
+    for name, entry in entries.items():
+        if not isinstance(name, str) or not name.startswith(prefix) or getattr(entry, "kind", "").startswith("Bytes"):
+            continue
+        try:
+            tensors[name.removeprefix(prefix)] = _distributed(folder, name, entry, places)
+        except CheckpointError as error:
+            problems.append(str(error))
+    fail(f"{file} is broken", problems)
+    return tensors
+
+
+def _distributed(folder: Path, name: str, entry: Any, places: dict[Any, Any]) -> Source:
+    if not isinstance(entry, Record) or entry.kind != "TensorStorageMetadata":
+        raise CheckpointError(f"{name} is a {getattr(entry, 'kind', type(entry).__name__)}, expected a tensor")
+    properties, shape = entry["properties"], _sizes(entry["size"])
+    # The dtype is the first field, whether the properties were pickled as a tuple or by name.
+    state = properties.state if isinstance(properties, Record) else None
+    kind = state.get("dtype") if isinstance(state, dict) else state[0] if isinstance(state, tuple) and state else None
+    dtype = {known.name: known for known in DTYPES.values()}.get(getattr(kind, "kind", ""))
+    if shape is None or dtype is None or not isinstance(entry["chunks"], list):
+        raise CheckpointError(f"{name} has no shape, no dtype of {', '.join(DTYPES)}, or no list of chunks")
+    pieces = []
+    for chunk in entry["chunks"]:
+        if not isinstance(chunk, Record):
+            raise CheckpointError(f"{name} has a chunk that is a {type(chunk).__name__}")
+        offsets, sizes = _sizes(chunk["offsets"]), _sizes(chunk["sizes"])
+        if offsets is None or sizes is None:
+            raise CheckpointError(f"{name} has a chunk with offsets or sizes that cannot be")
+        place = places.get((name, offsets))
+        if place is None:
+            raise CheckpointError(f"{name}: storage_data has no chunk at {list(offsets)}")
+        pieces.append(Piece(offsets, sizes, _chunk(folder, name, place)))
+    return assembled(f"{folder / METADATA}: {name}", dtype, shape, pieces)
+
+
+def _chunk(folder: Path, name: str, place: Any) -> Callable[[], Source]:
+    if not isinstance(place, Record):
+        raise CheckpointError(f"{name} lies in a {type(place).__name__}, expected a _StorageInfo")
+    path, span = place["relative_path"], whole_numbers((place["offset"], place["length"]))
+    if not isinstance(path, str) or span is None:
+        raise CheckpointError(f"{name} lies in {path!r}, at an offset or of a length that cannot be")
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.name:
+        raise CheckpointError(f"{name} lies in {path!r}, expected a path inside {folder}")
+    if place.state.get("transform_descriptors"):
+        raise CheckpointError(f"{name} in {path} went through {place['transform_descriptors']}, expected it as it is")
+    file = folder / pure
+    if not file.is_file():
+        raise CheckpointError(f"{name} lies in {path}, which is not there")
+    if sum(span) > file.stat().st_size:
+        raise CheckpointError(
+            f"{name} ends at byte {sum(span)} of {path}, the file at {file.stat().st_size}: truncated"
+        )
+    return lambda: as_source(read_archive(file, *span), name)
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """A torch.Size, or a list, as a tuple of whole numbers; None for anything else."""
+    if isinstance(value, Record):
+        value = value.args[0] if value.kind == "Size" and value.args else None
+    return whole_numbers(value)
+
+
+def read_ranks(folder: Path) -> dict[str, Source]:
+    """The tensors of `rankN.pt` files, each the part of one process.
+
+    Raises:
+        CheckpointError: a file is broken or missing, or the parts do not make up their tensors.
+    """
+    sharded: dict[str, tuple[np.dtype[Any], tuple[int, ...], list[Piece]]] = {}
+    flat: dict[str, tuple[np.dtype[Any], tuple[int, ...], list[Piece]]] = {}
+    whole: dict[str, Source] = {}
+    for file in rank_files(folder):
+        state = read_archive(file)
+        if isinstance(state, dict) and isinstance(state.get("modules"), list):
+            parts, found = _flat_parts(file, state["modules"]), flat
+        elif isinstance(state, dict) and isinstance(state.get("model"), dict):
+            parts, found = _shards(file, state["model"], whole), sharded
+        else:
+            raise CheckpointError(f"{file} has neither sharded tensors under 'model' nor flat ones under 'modules'")
+        for name, dtype, shape, piece in parts:
+            known = found.setdefault(name, (dtype, shape, []))
+            if known[:2] != (dtype, shape):
+                raise CheckpointError(
+                    f"{file}: {name} is {dtype.name} {list(shape)}, elsewhere {known[0].name} {list(known[1])}"
+                )
+            known[2].append(piece)
+    problems: list[str] = []
+    for name, (dtype, shape, pieces) in {**sharded, **flat}.items():
+        where = f"{folder}: {name}"
+        try:
+            if name in flat:
+                whole[name] = reshaped(assembled(where, dtype, (math.prod(shape),), pieces), shape)
+            else:
+                whole[name] = assembled(where, dtype, shape, pieces)
+        except CheckpointError as error:
+            problems.append(str(error))
+    fail(f"{folder} is broken", problems)
+    return whole
+
+
+def rank_files(folder: Path) -> list[Path]:
+    """The `rankN.pt` files of a folder, in order.
+
+    Raises:
+        CheckpointError: the numbers have a gap.
+    """
+    files = {int(match[1]): p for p in folder.glob("rank*.pt") if (match := re.fullmatch(r"rank(\d+)\.pt", p.name))}
+    missing = [f"rank{rank}.pt is not there" for rank in range(max(files, default=-1)) if rank not in files]
+    fail(f"{folder} is not complete", missing)
+    return [files[rank] for rank in sorted(files)]
+
+
+Part = tuple[str, np.dtype[Any], tuple[int, ...], Piece]
+
+
+def _shards(file: Path, state: dict[Any, Any], whole: dict[str, Source]) -> Iterator[Part]:
+    """What one process has of each sharded tensor; tensors that it has whole go to `whole`."""
+    for name, value in state.items():
+        if not (isinstance(value, Record) and value.kind == "_rebuild_from_type_v2" and len(value.args) == 4):
+            if isinstance(value, Record):
+                whole[name] = as_source(value, name)
+            continue
+        kind, pickled = value.args[1], value.args[3]
+        if getattr(kind, "kind", "") != "ShardedTensor" or not isinstance(pickled, tuple) or len(pickled) < 2:
+            whole[name] = as_source(value, name)
+            continue
+        shards, metadata = pickled[:2]
+        shape = _sizes(metadata["size"]) if isinstance(metadata, Record) else None
+        if not isinstance(shards, list) or shape is None:
+            raise CheckpointError(f"{file}: {name} is a sharded tensor without shards or a shape")
+        for shard in shards:
+            source, box = as_source(shard["tensor"], name), shard["metadata"]
+            offsets, sizes = _sizes(box["shard_offsets"]), _sizes(box["shard_sizes"])
+            if offsets is None or sizes is None:
+                raise CheckpointError(f"{file}: {name} has a shard with offsets or sizes that cannot be")
+            yield name, source.dtype, shape, Piece(offsets, sizes, lambda source=source: source)  # type: ignore[misc]
+
+
+def _flat_parts(file: Path, modules: list[Any]) -> Iterator[Part]:
+    """What one process has of each parameter that FSDP flattened: a span of its values in row-major order."""
+    try:
+        for module in modules:
+            prefix = f"{module['name']}." if module["name"] else ""
+            for handle in module["handles"]:
+                data = as_source(handle["flat_param.data"], prefix or "the root module")
+                position = 0
+                for name, shape, begin, count, at in _spans(handle):
+                    sizes = whole_numbers(shape.args[0] if isinstance(shape, Record) else shape)
+                    start = position if at is None else at
+                    position = start + count
+                    if sizes is None or count < 0 or not 0 <= start <= position <= math.prod(data.shape):
+                        raise CheckpointError(f"{file}: {prefix}{name} has a shape or a span that cannot be")
+                    part = Source(
+                        data.where,
+                        data.dtype,
+                        (count,),
+                        lambda a, b, data=data, start=start: data.rows(start + a, start + b),  # type: ignore[misc]
+                    )
+                    piece = Piece((begin,), (count,), lambda part=part: part)  # type: ignore[misc]
+                    yield prefix + name, data.dtype, sizes, piece
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{file} is not a file of flat parameters: {error!r}") from error
+
+
+def _spans(handle: dict[str, Any]) -> Iterator[tuple[str, Any, int, int, int | None]]:
+    """Name, whole shape, first value, number of values, where they begin in the flat data (None: where the last end).
+
+    Up to PyTorch 2.0 the ends of spans were kept, inclusive, for the parameters from the first in this part on; since
+    2.1 there is a record for each parameter: whether it is in this part, then where, how many, and which values.
+    """
+    names, shapes = handle["flat_param._fqns"], handle["flat_param._shapes"]
+    if "flat_param._shard_indices" in handle:
+        first = handle["flat_param._shard_indices"][0]
+        spans = handle["flat_param._shard_param_offsets"]
+        for name, shape, (begin, end) in zip(names[first:], shapes[first:], spans, strict=False):
+            yield name, shape, begin, end - begin + 1, None
+        return
+    for name, shape, info in zip(names, shapes, handle["flat_param._shard_param_infos"], strict=True):
+        inside, at, count, begin, _ = info.args if isinstance(info, Record) else info
+        if inside:
+            yield name, shape, begin, count, at
+
+
+def write_distributed(folder: Path, outputs: Sequence[Output]) -> None:
+    """Write a distributed checkpoint that PyTorch's own reader and OLMo-core's load: a file for each tensor.
+
+    Raises:
+        MissingBackendError: PyTorch is not installed.
+    """
+    try:
+        import torch
+        from torch.distributed.checkpoint import metadata as dcp
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+    except ImportError as error:
+        raise MissingBackendError("writing .metadata needs PyTorch: pip install 'olmozoo[pt]'") from error
+
+    entries: dict[str, Any] = {}
+    places = {}
+    for number, output in enumerate(outputs):
+        file = folder / f"__0_{number}.distcp"
+        write_archive(file, [output], single=True)
+        shape = torch.Size(output.shape)
+        origin = torch.Size([0] * len(shape))
+        entries[output.name] = dcp.TensorStorageMetadata(
+            properties=dcp.TensorProperties(dtype=getattr(torch, output.dtype.name)),
+            size=shape,
+            chunks=[dcp.ChunkStorageMetadata(offsets=origin, sizes=shape)],
+        )
+        places[dcp.MetadataIndex(output.name, origin)] = _StorageInfo(file.name, 0, file.stat().st_size)
+    planner = {name: tuple(name.split(".", 1)) for name in entries}
+    metadata = dcp.Metadata(state_dict_metadata=entries, planner_data=planner, storage_data=places)
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
