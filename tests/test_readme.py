@@ -84,7 +84,8 @@ def test_the_commands_run(hub_environment, tmp_path):
     commands = [
         line.split("#")[0] for block in blocks("sh") for line in block.splitlines() if line.startswith("olmozoo ")
     ]
-    assert len(commands) == 3
+    assert len(commands) == 5
+    (tmp_path / "text.txt").write_text(README[:500], encoding="utf-8")
     for command in commands:
         done = subprocess.run(command, shell=True, capture_output=True, text=True, env=hub_environment, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
