@@ -4,11 +4,13 @@ Configs and the neutral parts are here; models are in `olmozoo.pt`, `olmozoo.tf`
 package imports no framework.
 """
 
+from olmozoo.convert import convert
 from olmozoo.errors import CheckpointError, ConfigError, HubError, InputError, MissingBackendError, OlmozooError
 from olmozoo.families.base import ModelConfig
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config
 from olmozoo.families.opt import OPTConfig
+from olmozoo.generation import GenerationConfig
 from olmozoo.pipeline import pipeline
 from olmozoo.streaming import TextIteratorStreamer, TextStreamer
 from olmozoo.tokenizer import Tokenizer
@@ -18,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "GenerationConfig",
     "HubError",
     "InputError",
     "MissingBackendError",
@@ -29,5 +32,6 @@ __all__ = [
     "TextIteratorStreamer",
     "TextStreamer",
     "Tokenizer",
+    "convert",
     "pipeline",
 ]

@@ -94,7 +94,8 @@ class Rules:
         beams: beams of a row; 1 without beam search.
         copies: rows made of each row of the batch: beams, or sequences to return.
         sample: draw tokens, rather than take the likeliest.
-        temperature, top_k, top_p, min_p, penalty, bad_words, min_new, stops: whether there is that rule.
+        temperature, top_p, min_p, penalty, bad_words, min_new, stops: whether there is that rule.
+        top_k: at least the number of tokens to sample from; 0 for all.
         ngram: no run of so many tokens comes twice; 0 for no such rule.
         ends: how many tokens end a row.
         early: beam search ends once there are as many ended beams as beams.
@@ -110,7 +111,7 @@ class Rules:
     copies: int = 1
     sample: bool = False
     temperature: bool = False
-    top_k: bool = False
+    top_k: int = 0
     top_p: bool = False
     min_p: bool = False
     penalty: bool = False
@@ -236,32 +237,34 @@ def process(xp: Namespace, rules: Rules, knobs: dict[str, Array], state: State, 
     if rules.temperature:
         scores = scores / knobs["temperature"]
     if rules.top_k:
-        scores = keep_top(xp, scores, lambda above: xp.sum(xp.floating(above, scores)) < knobs["top_k"])
-    if rules.top_p:  # arXiv:1904.09751
-        likely = xp.exp(log_softmax(xp, scores))
-        scores = keep_top(xp, scores, lambda above: xp.sum(xp.where(above, likely, 0.0)) < knobs["top_p"])
+        best = xp.top_k(scores, rules.top_k)[0]  # (r, k), the largest first
+        least = xp.take(best, xp.arange(1) + (knobs["top_k"] - 1), 1)
+        scores = xp.where(scores < least, -math.inf, scores)
+        if rules.top_p:
+            likely = xp.exp(xp.where(best < least, -math.inf, best) - best[:, :1])
+            likely = likely / xp.sum(xp.exp(scores - best[:, :1]))
+            kept = xp.cumsum(likely) - likely < knobs["top_p"]  # what is more likely makes up less
+            scores = xp.where(scores < xp.min(xp.where(kept, best, best[:, :1])), -math.inf, scores)
+    elif rules.top_p:  # arXiv:1904.09751
+        scores = keep_likeliest(xp, scores, knobs["top_p"])
     if rules.min_p:  # arXiv:2407.01082
         scores = xp.where(scores < xp.max(scores) + xp.log(knobs["min_p"]), -math.inf, scores)
     return scores
 
 
-def keep_top(xp: Namespace, scores: Array, few: Callable[[Array], Array]) -> Array:
-    """Keep each score of which `few`, asked about those greater than it, says yes; the rest become -inf.
+def keep_likeliest(xp: Namespace, scores: Array, share: Array) -> Array:
+    """Keep of scores (r, v) the greatest that make up `share` of the probability; the rest become -inf.
 
-    Found by bisection, since sorting a vocabulary costs more than the model's own step; equal scores share their fate.
-
-    Args:
-        xp: the framework's array functions.
-        scores: (r, v).
-        few: takes (r, v) bool, the scores that are greater than some value, and gives (r, 1) bool. The greater the
-            value, the more often yes.
+    A score is kept if those greater than it make up less. Found by bisection, since sorting a whole vocabulary costs
+    more than the model's own step.
     """
+    likely = xp.exp(log_softmax(xp, scores))
     high = xp.max(scores)
     low = xp.min(xp.where(scores > -math.inf, scores, high)) - 1.0
 
     def halve(low: Array, high: Array) -> tuple[Array, Array]:
         middle = (low + high) / 2
-        enough = few(scores > middle)
+        enough = xp.sum(xp.where(scores > middle, likely, 0.0)) < share
         return xp.where(enough, low, middle), xp.where(enough, middle, high)
 
     low, _ = xp.loop(64, halve, low, high)  # then low and high are neighbours, or closer than any two scores

@@ -14,7 +14,7 @@ import numpy as np
 
 from olmozoo.decoding import NEVER, Beams, Rules, State
 from olmozoo.errors import InputError
-from olmozoo.families.base import ModelConfig, read_json
+from olmozoo.families.base import MOST, ModelConfig, read_json
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -147,15 +147,25 @@ class GenerationConfig:
             raise InputError("; ".join(problems))
 
 
-def _whole(least: int, optional: bool = False) -> Callable[[Any], bool]:
+def _whole(least: int, optional: bool = False, most: int = MOST) -> Callable[[Any], bool]:
     return lambda x: (
-        (optional and x is None) or (isinstance(x, (int, np.integer)) and not isinstance(x, bool) and bool(x >= least))
+        (optional and x is None)
+        or (isinstance(x, (int, np.integer)) and not isinstance(x, bool) and bool(least <= x <= most))
     )
 
 
 def _real(fits: Callable[[Any], bool], optional: bool = False) -> Callable[[Any], bool]:
-    numbers = (int, float, np.integer, np.floating)
-    return lambda x: (optional and x is None) or (isinstance(x, numbers) and not isinstance(x, bool) and bool(fits(x)))
+    def check(x: Any) -> bool:
+        if x is None:
+            return optional
+        if not isinstance(x, (int, float, np.integer, np.floating)) or isinstance(x, bool):
+            return False
+        try:
+            return bool(fits(float(x)))
+        except OverflowError:  # an int beyond any float
+            return False
+
+    return check
 
 
 def _tokens(ids: Any) -> bool:
@@ -193,11 +203,14 @@ CHECKS: list[tuple[str, str, Callable[[Any], bool]]] = [
     ),
     ("pad_token_id", "a token id", _whole(0, optional=True)),
     ("stop_strings", "a text or a list of them", lambda x: x is None or (isinstance(x, str) and x != "") or _texts(x)),
-    ("seed", "a whole number below 2**64", lambda x: _whole(0, optional=True)(x) and (x or 0) < 1 << 64),
+    ("seed", "a whole number below 2**64", _whole(0, optional=True, most=2**64 - 1)),
     (
         "stream_index",
         "a whole number, or one for each row",
-        lambda x: _whole(0)(x) or (isinstance(x, (list, tuple, np.ndarray)) and all(_whole(0)(i) for i in x)),
+        lambda x: (
+            _whole(0, most=2**64 - 1)(x)
+            or (isinstance(x, (list, tuple, np.ndarray)) and all(_whole(0, most=2**64 - 1)(i) for i in x))
+        ),
     ),
     ("prefill_chunk_size", "a whole number above 0", _whole(1, optional=True)),
     ("prompt_lookup_num_tokens", "a whole number above 0", _whole(1, optional=True)),
@@ -276,7 +289,7 @@ def bucket(length: int) -> int:
 
 
 def prepare(
-    defaults: GenerationConfig,
+    defaults: Any,
     config: ModelConfig,
     changes: Mapping[str, Any],
     *,
@@ -291,7 +304,7 @@ def prepare(
     """Resolve a call of `generate`: `changes` go before `defaults`, and those before the model's config.
 
     Args:
-        defaults: the model's own settings, or those given.
+        defaults: the model's own settings, or those given: a `GenerationConfig`, a mapping, or Transformers' object.
         config: the model's config.
         changes: settings of this call.
         input_ids: (batch, seq) tokens; those that the cache holds already included.
@@ -306,6 +319,8 @@ def prepare(
     Raises:
         InputError: a setting is unknown, wrong or clashes with another; shapes do not fit.
     """
+    if not isinstance(defaults, GenerationConfig):
+        defaults = GenerationConfig.from_dict(defaults if isinstance(defaults, Mapping) else defaults.to_dict())
     settings = defaults.replace(**changes)
     settings.check()
     if settings.num_beams > 1 and streamer is not None:
@@ -340,7 +355,10 @@ def prepare(
         copies=settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences,
         sample=settings.do_sample,
         temperature=settings.do_sample and settings.temperature != 1,
-        top_k=settings.do_sample and 0 < settings.top_k < config.vocab_size,
+        # Rounded up, so that one program serves many numbers.
+        top_k=min(bucket(settings.top_k), config.vocab_size)
+        if settings.do_sample and settings.top_k < config.vocab_size
+        else 0,
         top_p=settings.do_sample and settings.top_p < 1,
         min_p=settings.do_sample and bool(settings.min_p),
         penalty=settings.repetition_penalty != 1,
@@ -375,8 +393,8 @@ def prepare(
         "text": counts,
     }
     if rules.sample:
-        knobs |= {name: np.array(float(getattr(settings, name) or 0)) for name in ("temperature", "top_k", "top_p")}
-        knobs["min_p"] = np.array(float(settings.min_p or 0))
+        knobs |= {name: np.array(float(getattr(settings, name) or 0)) for name in ("temperature", "top_p", "min_p")}
+        knobs["top_k"] = np.array(settings.top_k)
         knobs["uniforms"] = _draws(settings, batch, answer)
     if rules.penalty:
         knobs["penalty"] = np.array(float(settings.repetition_penalty))

@@ -1,6 +1,8 @@
 """Decoding in every wing: against Transformers where that has the same, against each other, and against itself."""
 
 import contextlib
+import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -457,6 +459,27 @@ def test_shapes_that_cannot_be_are_named():
         call(None)
     with pytest.warns(UserWarning, match="temperature, seed has no effect"):
         call(np.full((1, 3), 5), temperature=2.0, seed=1)
+
+
+def test_settings_come_in_any_form():
+    config = config_of("olmo2")
+    ids = np.full((1, 3), 5)
+    given = {"num_beams": 3, "max_new_tokens": 7}
+    for form in (GenerationConfig(**given), given, type("Config", (), {"to_dict": lambda self: given})()):
+        call = prepare(form, config, {"num_beams": 2}, input_ids=ids, attention_mask=None)
+        assert (call.rules.beams, int(call.knobs["max_new"])) == (2, 7)
+
+
+def test_copies_of_a_compiled_model_are_their_own(tmp_path):
+    torch = pytest.importorskip("torch")
+    ids = np.array([[7, 30, 12]])
+    model = load(write_checkpoint(tmp_path, config_of("olmo2")), "pt").model
+    before = generate("pt", model, ids, compile=True).sequences
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.neg_()
+    assert not np.array_equal(generate("pt", other, ids, compile=True).sequences, before)
+    assert np.array_equal(generate("pt", pickle.loads(pickle.dumps(model)), ids).sequences, before)
 
 
 def test_generation_settings_survive_a_file():

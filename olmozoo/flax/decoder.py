@@ -248,7 +248,7 @@ class CausalLMModule(HeadedModule):
         )
 
 
-class CausalLM(HeadedModel, GenerationMixin):
+class CausalLM(GenerationMixin, HeadedModel):
     """A decoder with a language-model head. Subclasses name the decoder."""
 
     head = "causal_lm"

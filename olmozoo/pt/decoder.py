@@ -131,7 +131,7 @@ class HeadedModel(PreTrainedModel):
         self.config = self.model.config
 
 
-class CausalLM(HeadedModel, GenerationMixin):
+class CausalLM(GenerationMixin, HeadedModel):
     """A decoder with a language-model head."""
 
     head = "causal_lm"

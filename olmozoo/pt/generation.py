@@ -164,6 +164,10 @@ class GenerationMixin:
             streamer.end()
         return state, cache
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the compiled step, which belongs to this object and process."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_step"}
+
     def _compiled_read(self, cache: KVCache, mask: Tensor, positions: Tensor) -> tuple[Callable[..., Tensor], KVCache]:
         """`read` for the steps after the prompt, with shapes that never change, and the cache that it uses."""
         cache = StaticCache(cache)
