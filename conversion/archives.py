@@ -104,8 +104,10 @@ def read_archive(file: Path, begin: int = 0, length: int | None = None) -> Any:
                 entry = records.getinfo(root + name)
             except KeyError:
                 raise CheckpointError(f"{where} has no record {root}{name}") from None
-            window.seek(entry.header_offset)
-            header = window.read(LOCAL_HEADER.size)
+            header = b""
+            if entry.header_offset >= 0:
+                window.seek(entry.header_offset)
+                header = window.read(LOCAL_HEADER.size)
             if len(header) != LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
                 raise CheckpointError(f"{where}: the record {root}{name} does not begin where the directory says")
             start = entry.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header)[1:])

@@ -61,7 +61,7 @@ def main() -> None:
     answers = {}
     for name in BACKENDS:
         write = pipeline("text-generation", FOLDER, backend=name)
-        answers[name] = write(PROMPT, max_new_tokens=80)
+        answers[name] = write(PROMPT, max_new_tokens=80, repetition_penalty=1.2)
         panels.add_column(ratio=1)
     panels.add_row(*(Panel(f"[bold]{PROMPT}[/]{escape(answer)}", title=name) for name, answer in answers.items()))
     console.print(panels)

@@ -21,7 +21,7 @@ def chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     if (single := folder / "chat_template.jinja").is_file():
         files["default"] = single
     if files:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        return {name: _read(path) for name, path in files.items()}
     listed = settings.get("chat_template")
     try:
         if isinstance(listed, list):
@@ -33,6 +33,13 @@ def chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
         if not isinstance(template, str):
             raise CheckpointError(f"{folder}: chat template {name!r} is {template!r}, expected text")
     return templates
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable text: {error}") from error
 
 
 def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:

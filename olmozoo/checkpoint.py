@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -51,8 +52,23 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 ALIGNMENT = 64  # bytes: a cache line, and what TensorFlow and XLA ask of memory they did not set aside themselves
+TILE = 128  # rows and columns that are transposed at a time
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-WEIGHT_FILES = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+MAX_DIMENSIONS = 64  # the limit of NumPy
+MAX_FILE_NAME = 255  # bytes; the limit of most file systems
+# What holds weights, in the order they are looked for. Those after the first two are read by `formats.py`.
+WEIGHTS = (
+    *(SAFETENSORS, PICKLED, "tf_model.h5", "flax_model.msgpack"),
+    *("model.weights.h5", "model.keras", "saved_model", "orbax"),
+)
+WEIGHT_FILES = re.compile(
+    r"(model|pytorch_model|tf_model|flax_model)(-\d+-of-\d+)?\.(safetensors|bin|h5|msgpack)(\.index\.json)?"
+)
+EVERY_WEIGHT = re.compile(rf"{WEIGHT_FILES.pattern}|model\.weights\.h5|model\.keras|saved_model|orbax")
+TF_HEAD = (
+    "model.decoder.embed_tokens.weight"  # Transformers 4's OPT in TensorFlow has this head, whatever its config says
+)
+FOREIGN_NAME = re.compile(r"/|:0$|\.(kernel|embedding|scale)$")  # as TensorFlow and Flax name tensors, and nobody else
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # a table that older programs saved; it is made from the config
 
 
@@ -86,7 +102,8 @@ class Checkpoint:
     """The tensors of a folder, by the names in its files; nothing is read before `checkpoint[name]`.
 
     Looked for, in this order: model.safetensors, model.safetensors.index.json and its shards, pytorch_model.bin,
-    pytorch_model.bin.index.json and its shards. The `.bin` kinds need PyTorch and are read with `weights_only`.
+    pytorch_model.bin.index.json and its shards. The `.bin` kinds need PyTorch and are read with `weights_only`. Then
+    what `formats.py` reads, in the order of `WEIGHTS`.
 
     Raises:
         CheckpointError: no weights, or broken ones. One error lists every problem.
@@ -98,9 +115,9 @@ class Checkpoint:
         problems: list[str] = []
         for file, names in self._files(problems).items():
             try:
-                found = read_safetensors(file) if file.suffix == ".safetensors" else _read_pickled(file)
+                found = _read_weights(file)
             except CheckpointError as error:
-                problems.append(str(error))
+                problems.append(str(error) if file.name in str(error) else f"{file}: {error}")
                 continue
             for name in sorted(found.keys() & self.tensors.keys()):
                 problems.append(f"{name} is in both {self.tensors[name].file.name} and {file.name}")
@@ -110,23 +127,34 @@ class Checkpoint:
                     f"{name} is in {file.name}, where the index has no such tensor" for name in found.keys() - names
                 ]
             self.tensors.update({name: info for name, info in found.items() if not IGNORED.search(name)})
+            if file.suffix == ".h5" and file.name.startswith("tf_") and TF_HEAD in found:
+                self.tensors["lm_head.weight"] = found[TF_HEAD]
         fail(f"{self.folder} is broken", problems)
 
     def _files(self, problems: list[str]) -> dict[Path, set[str] | None]:
-        for single in (SAFETENSORS, PICKLED):
-            if (self.folder / single).is_file():
+        for single in WEIGHTS:
+            if (self.folder / single).exists():
                 return {self.folder / single: None}
             index = self.folder / f"{single}.index.json"
             if index.is_file():
                 return self._shards(index, problems)
         raise CheckpointError(
-            f"{self.folder} has no weights: expected {SAFETENSORS}, {SAFETENSORS}.index.json, {PICKLED} or "
-            f"{PICKLED}.index.json; found {', '.join(sorted(os.listdir(self.folder))) or 'nothing'}"
+            f"{self.folder} has no weights: expected {SAFETENSORS}, {SAFETENSORS}.index.json, {PICKLED}, "
+            f"{PICKLED}.index.json or {', '.join(WEIGHTS[2:])}; "
+            f"found {', '.join(sorted(os.listdir(self.folder))) or 'nothing'}"
         )
 
     def _shards(self, index: Path, problems: list[str]) -> dict[Path, set[str] | None]:
         shards: dict[Path, set[str] | None] = {}
         for name, shard in index_entries(index).items():
+            if FOREIGN_NAME.search(name):
+                from olmozoo.formats import canonical_name  # stands on this room
+
+                try:
+                    name = canonical_name(name)
+                except CheckpointError as error:
+                    problems.append(f"{index.name}: {error}")
+                    continue
             if (self.folder / shard).is_file():
                 names = shards.setdefault(self.folder / shard, set())
                 assert names is not None
@@ -157,9 +185,19 @@ def index_entries(index: Path) -> dict[str, str]:
     if not isinstance(entries, dict) or not entries:
         raise CheckpointError(f"{index} has no weight_map from tensor names to files")
     for name, shard in entries.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
+        if not _is_file_name(shard):
             raise CheckpointError(f"{index} puts {name} in {shard!r}, expected a plain file name")
     return entries
+
+
+def _is_file_name(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and Path(name).name == name
+        and name not in ("", ".", "..")
+        and not set(name) & set("\\\0")
+        and len(name.encode("utf-8", "surrogatepass")) <= MAX_FILE_NAME
+    )
 
 
 def read_safetensors(file: Path) -> dict[str, TensorInfo]:
@@ -175,7 +213,7 @@ def read_safetensors(file: Path) -> dict[str, TensorInfo]:
         if not 0 <= length <= min(size - 8, MAX_HEADER):
             raise CheckpointError(f"{file}: a file of {size} bytes cannot have a header of {length} bytes: truncated?")
         try:
-            header = json.loads(stream.read(length).decode("utf-8"))
+            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_without_duplicates)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{file}: the header is not JSON: {error}") from error
     if not isinstance(header, dict):
@@ -198,18 +236,28 @@ def read_safetensors(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is there twice")
+        found[name] = value
+    return found
+
+
 def _header_entry(file: Path, name: str, entry: Any) -> tuple[np.dtype[Any], tuple[int, ...], tuple[int, int]]:
     def whole(values: Any) -> bool:
         return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
 
     if not isinstance(entry, dict) or not whole(entry.get("shape")) or not whole(entry.get("data_offsets")):
         raise CheckpointError(f"{file}: the header entry of {name} is {entry!r}, expected dtype, shape, data_offsets")
-    if entry.get("dtype") not in DTYPES:
+    if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
         raise CheckpointError(f"{file}: {name} has dtype {entry.get('dtype')!r}, expected one of {', '.join(DTYPES)}")
     dtype, shape, offsets = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-    expected = dtype.itemsize
-    for dimension in shape:
-        expected *= dimension
+    # NumPy makes no array of more dimensions, nor an empty one whose other dimensions are too large together.
+    if len(shape) > MAX_DIMENSIONS or math.prod(max(dimension, 1) for dimension in shape) * dtype.itemsize >= 1 << 62:
+        raise CheckpointError(f"{file}: {name} has the shape {list(shape)[:8]} in {len(shape)} dimensions: too large")
+    expected = math.prod(shape) * dtype.itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != expected:
         raise CheckpointError(
             f"{file}: {name} has data_offsets {offsets}, expected {expected} bytes for {dtype.name} {list(shape)}"
@@ -226,6 +274,18 @@ def _mapped(file: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: in
         return np.memmap(file, dtype=dtype, mode="c", offset=offset, shape=shape).view(np.ndarray)
 
     return read
+
+
+def _read_weights(file: Path) -> dict[str, TensorInfo]:
+    if file.suffix == ".bin":
+        return _read_pickled(file)
+    from olmozoo import formats  # stands on this room
+
+    if file.suffix != ".safetensors":
+        return formats.read_tensors(file)
+    tensors = read_safetensors(file)
+    foreign = any(FOREIGN_NAME.search(name) for name in tensors)
+    return formats.canonical_tensors(file, tensors) if foreign else tensors
 
 
 def _read_pickled(file: Path) -> dict[str, TensorInfo]:
@@ -294,7 +354,7 @@ def load_weights(
     Raises:
         CheckpointError: one error that lists every missing, unexpected, duplicate and misshapen tensor.
     """
-    sources, fresh = _match(checkpoint, config, head, ignore_mismatched_sizes)
+    sources, fresh = match_tensors(checkpoint, config, head, ignore_mismatched_sizes)
     if fresh:
         warnings.warn(
             f"{checkpoint.folder}: started anew, for training: {', '.join(sorted(fresh.values()))}", stacklevel=3
@@ -316,10 +376,14 @@ def initial_weights(
             yield parameter, parameter.initial(seed, dtype)
 
 
-def _match(
+def match_tensors(
     checkpoint: Checkpoint, config: ModelConfig, head: Head | None, ignore_mismatched_sizes: bool
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Canonical name -> name in the files, and canonical name -> why, for what starts anew."""
+    """Canonical name -> name in the files, and canonical name -> why, for what starts anew.
+
+    Raises:
+        CheckpointError: one error that lists every missing, unexpected, duplicate and misshapen tensor.
+    """
     table = {parameter.name: parameter for kind in (None, *config.heads) for parameter in config.parameters(kind)}
     wanted = {parameter.name for parameter in config.parameters(head)}
     backbone = {parameter.name for parameter in config.parameters()}
@@ -367,25 +431,28 @@ def _match(
 def aligned_copy(array: Array, transposed: bool) -> Array:
     """A copy of an array, or of its transpose: one pass over it, on all cores, into memory aligned for any framework.
 
-    A transpose goes along the columns of the result, a cache line wide: so each line is read once and written once.
+    A transpose goes by tiles that fit the nearest cache, each copied before it is turned: lines that lie a power of two
+    apart would push each other out.
     """
     memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
     shape = array.shape[::-1] if transposed else array.shape
     result = memory[start : start + array.nbytes].view(array.dtype).reshape(shape)
-    width = ALIGNMENT // array.itemsize
 
     def fill(rows: slice) -> None:
         if not transposed:
             result[rows] = array[rows]
             return
-        for column in range(0, len(array), width):
-            result[rows, column : column + width] = array[column : column + width, rows].T
+        for row in range(rows.start, min(rows.stop, len(result)), TILE):
+            part = slice(row, min(row + TILE, rows.stop))
+            for column in range(0, len(array), TILE):
+                tile = array[column : column + TILE, part].copy()
+                result[part, column : column + TILE] = tile.T
 
     threads = (os.cpu_count() or 1) if array.nbytes > 1 << 20 else 1
-    part = -(-len(result) // threads)
+    share = -(-len(result) // threads)
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(fill, (slice(row, row + part) for row in range(0, len(result), part))))
+        list(pool.map(fill, (slice(row, row + share) for row in range(0, len(result), share))))
     return result
 
 
@@ -405,6 +472,17 @@ class Output:
     def nbytes(self) -> int:
         """The size on disk, in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def bytes(self) -> memoryview:
+        """The values as they go to disk.
+
+        Raises:
+            CheckpointError: they are of another dtype.
+        """
+        array = np.ascontiguousarray(self.read()).reshape(self.shape)
+        if array.dtype != self.dtype:
+            raise CheckpointError(f"{self.name} is {array.dtype.name}, expected {self.dtype.name}")
+        return array.reshape(-1).view(np.uint8).data
 
 
 def save_checkpoint(
@@ -441,6 +519,15 @@ def save_checkpoint(
         for p in config.parameters(head)
         if p.tied_to is None
     ]
+    with replacing_folder(folder) as staging:
+        write_config(staging, config, head, outputs)
+        if generation_config is not None:
+            write_json(staging / GENERATION_CONFIG, generation_config)
+        write_weights(staging, outputs, max_shard_size)
+
+
+def write_config(folder: Path, config: ModelConfig, head: Head | None, outputs: list[Output]) -> None:
+    """Write config.json for these tensors of a model with this head, in a new file."""
     config = config.replace(
         extra={
             **{key: value for key, value in config.extra.items() if key != "torch_dtype"},
@@ -448,16 +535,27 @@ def save_checkpoint(
             "dtype": np.result_type(*{output.dtype for output in outputs}).name,
         }
     )
-    with replacing_folder(folder) as staging:
-        (staging / CONFIG).unlink(missing_ok=True)
-        config.save_pretrained(staging)
-        if generation_config is not None:
-            write_json(staging / GENERATION_CONFIG, generation_config)
-        write_weights(staging, outputs, max_shard_size)
+    (folder / CONFIG).unlink(missing_ok=True)
+    config.save_pretrained(folder)
 
 
-def write_weights(folder: Path, outputs: list[Output], max_shard_size: int | str = "5GB") -> None:
-    """Write tensors into `folder` as model.safetensors, or as shards with an index, one tensor in memory at a time."""
+def write_weights(
+    folder: Path,
+    outputs: list[Output],
+    max_shard_size: int | str = "5GB",
+    single: str = SAFETENSORS,
+    write: Callable[[Path, list[Output]], None] | None = None,
+) -> None:
+    """Write tensors into `folder` as one file, or as shards with an index, one tensor in memory at a time.
+
+    Args:
+        folder: where to.
+        outputs: the tensors, in order.
+        max_shard_size: bytes a file.
+        single: the name of the file where there is one alone.
+        write: writes one file; default `write_safetensors`.
+    """
+    write = write or write_safetensors
     limit = parse_size(max_shard_size)
     shards: list[list[Output]] = [[]]
     for output in outputs:
@@ -465,15 +563,16 @@ def write_weights(folder: Path, outputs: list[Output], max_shard_size: int | str
             shards.append([])
         shards[-1].append(output)
     if len(shards) == 1:
-        write_safetensors(folder / SAFETENSORS, shards[0])
+        write(folder / single, shards[0])
         return
     weight_map = {}
+    stem, suffix = single.split(".")
     for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, shard)
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
+        write(folder / file, shard)
         weight_map.update({output.name: file for output in shard})
     metadata = {"total_size": sum(output.nbytes for output in outputs)}
-    write_json(folder / f"{SAFETENSORS}.index.json", {"metadata": metadata, "weight_map": weight_map})
+    write_json(folder / f"{single}.index.json", {"metadata": metadata, "weight_map": weight_map})
 
 
 def write_safetensors(file: Path, outputs: list[Output]) -> None:
@@ -493,10 +592,7 @@ def write_safetensors(file: Path, outputs: list[Output]) -> None:
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for output in outputs:
-            array = np.ascontiguousarray(output.read()).reshape(output.shape)
-            if array.dtype != output.dtype:
-                raise CheckpointError(f"{output.name} is {array.dtype.name}, expected {output.dtype.name}")
-            stream.write(array.reshape(-1).view(np.uint8).data)
+            stream.write(output.bytes())
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -520,11 +616,11 @@ def parse_size(size: int | str) -> int:
 
 
 @contextlib.contextmanager
-def replacing_folder(folder: StrPath) -> Iterator[Path]:
+def replacing_folder(folder: StrPath, old: re.Pattern[str] = WEIGHT_FILES) -> Iterator[Path]:
     """Give a staging folder that takes the place of `folder` in one step if the block ends well, and goes if not.
 
-    Files of the old folder other than weights are in the staging folder from the start (as hard links: replace them,
-    never write into them).
+    Files of the old folder other than those called as `old` says are in the staging folder from the start (as hard
+    links: replace them, never write into them).
 
     Raises:
         CheckpointError: something other than a folder is there, or the disk is full or not writable.
@@ -537,7 +633,7 @@ def replacing_folder(folder: StrPath) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
         if target.exists():
-            shutil.copytree(target, staging, symlinks=True, ignore=_old_weights(target), copy_function=_link)
+            shutil.copytree(target, staging, symlinks=True, ignore=_named(old, target), copy_function=_link)
         else:
             staging.mkdir()
         yield staging
@@ -549,9 +645,9 @@ def replacing_folder(folder: StrPath) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _old_weights(target: Path) -> Callable[[str, list[str]], list[str]]:
+def _named(pattern: re.Pattern[str], target: Path) -> Callable[[str, list[str]], list[str]]:
     def ignored(folder: str, names: list[str]) -> list[str]:
-        return [name for name in names if Path(folder) == target and WEIGHT_FILES.fullmatch(name)]
+        return [name for name in names if Path(folder) == target and pattern.fullmatch(name)]
 
     return ignored
 
@@ -564,10 +660,14 @@ def _link(source: str, target: str) -> None:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Clear away the staging folders of processes that were killed."""
+    """Clear away the staging folders of processes that were killed; an old folder that one had put aside comes back."""
     for path in target.parent.glob(f".{target.name}.saving-*"):
-        process = path.name.rpartition("-")[2]
-        if process == str(os.getpid()) or not (process.isdigit() and Path(f"/proc/{process}").exists()):
+        process = path.name.removesuffix("-old").rpartition("-")[2]
+        if process != str(os.getpid()) and process.isdigit() and Path(f"/proc/{process}").exists():
+            continue
+        if path.name.endswith("-old") and not target.exists():
+            path.rename(target)  # the process was killed between the two renames of `_swap`
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 

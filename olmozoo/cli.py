@@ -249,7 +249,7 @@ def info(model: Model, revision: Revision = None) -> None:
     config = ModelConfig.from_pretrained(model, revision=revision)
     fields = Table("field", "value", title=f"{config.name}: config")
     for name, value in sorted(config.to_dict().items()):
-        fields.add_row(name, str(value))
+        fields.add_row(*(escape(_printable(text)) for text in (name, value)))
     out.print(fields)
 
     counts = config.count_parameters()
@@ -273,47 +273,141 @@ def info(model: Model, revision: Revision = None) -> None:
 
 
 @app.command()
-def verify(
-    model: Model,
-    backends: Annotated[
-        str, typer.Option(help="Two or more of pt, tf, flax; the first is the reference.")
-    ] = "pt,tf,flax",
-    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float64",
-    prompt: Annotated[list[str] | None, typer.Option(help="A text of the batch; give it several times.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the divergence by layer into this PNG file.")] = None,
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder or a repository, with weights in any of the formats.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[
+        str,
+        typer.Option(help="safetensors, pt-bin, keras, keras-weights, savedmodel, flax-msgpack or orbax."),
+    ],
+    dtype: Dtype = None,
+    max_shard_size: Annotated[
+        str, typer.Option(help="The most bytes a file, for safetensors, pt-bin and flax-msgpack.")
+    ] = "5GB",
+    verify: Annotated[bool, typer.Option(help="Read what was written, and compare every tensor bit for bit.")] = False,
     revision: Revision = None,
 ) -> None:
-    """Run one left-padded batch through the backends and compare every layer. Exit code 1 where a bound is broken."""
-    from olmozoo import verify as room
+    """Write a checkpoint in another framework's format, with its config and tokenizer, tensor by tensor.
 
+    The folder takes its place when it is whole; before that, what was there stays as it was.
+    """
+    from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
+
+    from olmozoo.convert import convert_checkpoint
+
+    columns = (*Progress.get_default_columns()[:-1], DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(f"reading {source}", total=None)
+        convert_checkpoint(
+            source,
+            target,
+            to=to,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            verify=verify,
+            progress=lambda done, total: bar.update(task, description="writing", completed=done, total=total),
+            revision=revision,
+        )
+    _write(f"{target}\n")
+
+
+@app.command()
+def verify(
+    model: Model,
+    against: Annotated[
+        str | None, typer.Option(help="A second folder or repository: A is compared with this B, files and answers.")
+    ] = None,
+    backends: Annotated[
+        str | None,
+        typer.Option(
+            help="Of pt, tf, flax, the first is the reference; default all. With --against, the first runs A and the "
+            "others B (one alone runs both); default the first that is installed."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float64, float32, or bfloat16 and float16, which are held to a band of rounding.")
+    ] = "float64",
+    prompt: Annotated[list[str] | None, typer.Option(help="A text of the batch; give it several times.")] = None,
+    attentions: Annotated[bool, typer.Option("--attentions", help="Compare attention weights too.")] = False,
+    logits: Annotated[bool, typer.Option("--logits", help="Show the likeliest next tokens and divergences.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the divergence by layer into this PNG file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the whole report, with plots, into this web page.")] = None,
+    revision: Revision = None,
+    against_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the second.")] = None,
+) -> None:
+    """Run one left-padded batch through the backends and compare every layer. Exit code 1 where a bound is broken."""
+    from importlib.util import find_spec
+
+    from olmozoo import verify as room
+    from olmozoo.backend import BACKENDS, installed
+
+    if (plot or html) and find_spec("matplotlib") is None:
+        raise InputError("--plot and --html need matplotlib: pip install 'olmozoo[plot]'")
+    default = installed()[:1] if against else list(BACKENDS)
     with err.status("starting") as status:
         report = room.verify(
             model,
-            backends=[name.strip() for name in backends.split(",") if name.strip()],
+            against=against,
+            backends=[name.strip() for name in backends.split(",") if name.strip()] if backends else default,
             dtype=dtype,
             prompts=prompt,
-            progress=lambda text: status.update(text),
+            attentions=attentions,
+            logits=logits,
+            progress=lambda text: status.update(escape(_printable(text))),
             revision=revision,
+            against_revision=against_revision,
         )
         if plot is not None:
             room.plot(report, plot)
-    table = Table("layer", title=f"difference from {report.reference} in {report.dtype}; bound {report.bound:g}")
-    for backend in report.agreement:
-        table.add_column(f"{backend}: largest", justify="right")
-        table.add_column("relative", justify="right")
-    names = dict.fromkeys(row.name for row in report.rows)
-    for name in names:
-        cells = [row for row in report.rows if row.name == name]
-        style = None if all(row.ok for row in cells) else "bold red"
-        table.add_row(name, *(f"{value:.2e}" for row in cells for value in (row.largest, row.relative)), style=style)
-    out.print(table)
-    for backend, share in report.agreement.items():
-        out.print(f"next token: {backend} agrees with {report.reference} at {share:.1%} of positions")
-    for name in report.bad_weights:
-        out.print(f"[bold red]not finite:[/] {name} holds NaN or infinity")
-    out.print("[green]all backends agree[/]" if report.ok else "[bold red]the backends do not agree[/]")
+        if html is not None:
+            room.write_html(report, html)
+    if report.weights is not None:
+        _show_diff(report.weights, report.weights.differing[:LISTED])
+    _show_report(report)
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _show_report(report: Any) -> None:
+    """Write a `Report` as tables and a verdict."""
+    table = Table("layer", title=f"difference from {report.reference} in {report.dtype}; bound {report.bound:g}")
+    for label in report.compared:
+        table.add_column(f"{label}: largest", justify="right")
+        table.add_column("relative", justify="right")
+    for name in dict.fromkeys(row.name for row in report.rows):
+        cells = {row.backend: row for row in report.rows if row.name == name}
+        style = None if all(row.ok for row in cells.values()) else "bold red"
+        pairs = [(cells[la].largest, cells[la].relative) if la in cells else () for la in report.compared]
+        texts = [f"{value:.2e}" for pair in pairs for value in pair] if all(pairs) else ["-"] * 2 * len(pairs)
+        table.add_row(name, *texts, style=style)
+    out.print(table)
+    if report.band:
+        band = Table("layer", title=f"distance from the float32 answer in {report.dtype}")
+        labels = list(dict.fromkeys(entry.backend for entry in report.band))
+        for heading in (*labels, "expected of rounding", "bound"):
+            band.add_column(heading, justify="right")
+        for name in dict.fromkeys(entry.name for entry in report.band):
+            entries = [entry for entry in report.band if entry.name == name]
+            numbers = [*(entry.distance for entry in entries), entries[0].expected, entries[0].allowed]
+            style = None if all(entry.ok for entry in entries) else "bold red"
+            band.add_row(name, *(f"{value:.2e}" for value in numbers), style=style)
+        out.print(band)
+    for entry in report.next_tokens:
+        tokens = Table("token", title=escape(f"likeliest after {entry.prompt!r}"))
+        for label in entry.probabilities:
+            tokens.add_column(label, justify="right")
+        for i, token in enumerate(entry.tokens):
+            tokens.add_row(escape(repr(token)), *(f"{shares[i]:.6f}" for shares in entry.probabilities.values()))
+        out.print(tokens)
+    for label, (mean, largest) in report.divergence.items():
+        out.print(f"KL divergence of {label} from {report.reference}: mean {mean:.2e}, largest {largest:.2e} nats")
+    for label, share in report.agreement.items():
+        out.print(f"next token: {label} agrees with {report.reference} at {share:.1%} of positions")
+    for name in report.bad_weights:
+        out.print(f"[bold red]not finite:[/] {escape(_printable(name))} holds NaN or infinity")
+    for note in report.notes:
+        out.print(f"[bold red]not alike:[/] {escape(note)}")
+    out.print(f"[green]{report.verdict}[/]" if report.ok else f"[bold red]{report.verdict}[/]")
 
 
 @app.command()
@@ -330,7 +424,11 @@ def diff(
 
     with err.status("comparing") as status:
         found = room.diff(
-            a, b, revision_a=revision_a, revision_b=revision_b, progress=lambda text: status.update(escape(text))
+            a,
+            b,
+            revision_a=revision_a,
+            revision_b=revision_b,
+            progress=lambda text: status.update(escape(_printable(text))),
         )
     if as_json:
         _write(f"{json.dumps(found.to_dict(every), default=str)}\n")
@@ -343,12 +441,17 @@ def diff(
 LISTED = 30  # tensors that `diff` and `verify` list unless told otherwise
 
 
+def _printable(value: Any) -> str:
+    """The text of a value from a file; half a surrogate pair, which no terminal takes, is spelled out."""
+    return str(value).encode("utf-8", "backslashreplace").decode()
+
+
 def _show_diff(found: Any, tensors: list[Any]) -> None:
     """Write a `Diff` as tables, with these of its tensors."""
     if found.config:
         fields = Table("field", "A", "B", title="config")
         for entry in found.config:
-            fields.add_row(entry.name, escape(str(entry.a)), escape(str(entry.b)))
+            fields.add_row(*(escape(_printable(text)) for text in (entry.name, entry.a, entry.b)))
         out.print(fields)
     if tensors:
         table = Table("tensor", "A", "B", title="weights")
@@ -361,7 +464,7 @@ def _show_diff(found: Any, tensors: list[Any]) -> None:
                 numbers = [f"{row.differing:,} ({share})", f"{row.largest:.2e}", f"{row.relative:.2e}"]
                 numbers += [f"{row.nan_a:,}/{row.nan_b:,}", f"{row.inf_a:,}/{row.inf_b:,}"]
             sides = [escape(side or "(absent)") for side in (row.a, row.b)]
-            table.add_row(escape(row.name), *sides, *numbers, style=None if row.same else "bold")
+            table.add_row(escape(_printable(row.name)), *sides, *numbers, style=None if row.same else "bold")
         Console(width=max(out.width, 140) if not out.is_terminal else None).print(table)
     if len(found.differing) > len(tensors):
         out.print(f"... and {len(found.differing) - len(tensors):,} more that differ: --all lists them")

@@ -20,14 +20,22 @@ HUB_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_onl
 # What each need takes of the files that exist. The essential file is the last one: a download that broke off never
 # leaves it behind without the others, so that its presence in the cache says that the rest is there too.
 _CONFIG = ("generation_config.json", "config.json")
-_TOKENIZER = (
-    *("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+TOKENIZER_FILES = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("merges.txt", "vocab.json", "tokenizer.json"),
 )
 CHAT_TEMPLATES = "additional_chat_templates"  # the folder of a tokenizer's chat templates beside the default one
-_FILES: dict[Need, tuple[str, ...]] = {"config": _CONFIG, "weights": _CONFIG, "tokenizer": _TOKENIZER}
+_FILES: dict[Need, tuple[str, ...]] = {
+    "config": _CONFIG,
+    "weights": _CONFIG,
+    "tokenizer": ("config.json", *TOKENIZER_FILES),
+}
 # The first of these that exists is the set of weights.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHTS = tuple(
+    name
+    for single in ("model.safetensors", "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack")
+    for name in (single, f"{single}.index.json")
+)
 
 
 def resolve(
@@ -45,7 +53,8 @@ def resolve(
     Args:
         path_or_repo: a folder, or the id of a hub repository (`org/name` or `name`). A folder that exists wins.
         need: `"config"` (config.json, and generation_config.json if there is one), `"weights"` (those and one set of
-            weights: safetensors before .bin, a single file before shards) or `"tokenizer"` (its files and config.json).
+            weights: safetensors before .bin before what Transformers 4 wrote for TensorFlow and Flax, a single file
+            before shards) or `"tokenizer"` (its files and config.json).
         revision: branch, tag or commit. Default: `main`. Ignored for a local folder.
         subfolder: folder inside the repository or the local folder that holds the files. Default: the top.
         token: hub token; `False` sends none. Default: HF_TOKEN or the token saved by `hf auth login`.

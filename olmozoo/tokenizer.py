@@ -14,7 +14,7 @@ import tokenizers
 
 from olmozoo.chat import Message, chat_templates, checked, compile_template, plain, render
 from olmozoo.errors import CheckpointError, InputError
-from olmozoo.families.base import read_json
+from olmozoo.families.base import MOST, read_json
 from olmozoo.hub import resolve
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -343,7 +343,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, settings: dict[str,
         entries = list(settings["added_tokens_decoder"].items())
     try:
         entries = sorted((int(i), value) for i, value in entries)  # the library numbers them in the order they come
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{folder / where} lists added tokens without whole numbers as ids: {error}") from error
     for i, value in entries:
         token = _added_token(value, where, special=isinstance(value, str) and value in special)
@@ -367,7 +367,7 @@ def _special_tokens(backend: tokenizers.Tokenizer, names: dict[str, Any], config
             known = {"bos_token": 2, "eos_token": 2, "pad_token": 1} if config.get("model_type") == "opt" else {}
             ids = config.get(f"{name}_id", known.get(name))
             first = ids[0] if isinstance(ids, list) and ids else ids
-            text = backend.id_to_token(first) if isinstance(first, int) and first >= 0 else None
+            text = backend.id_to_token(first) if isinstance(first, int) and 0 <= first <= MOST else None
         if text is not None:
             special[name] = text
     return special

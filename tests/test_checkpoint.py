@@ -50,6 +50,16 @@ def rewrite(folder: Path, change) -> None:
     save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / "model.safetensors")
 
 
+def test_the_largest_weights_come_first(tmp_path):
+    config = CONFIG.replace(num_hidden_layers=3)
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, config))
+    sizes = [
+        parameter.size for parameter, _ in load_weights(checkpoint, config, "causal_lm", dtype=np.dtype("float32"))
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) > 3
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shard", ["5GB", "3KB"])
 def test_what_is_written_is_read_back_bit_for_bit(tmp_path, dtype, shard):
@@ -452,3 +462,18 @@ def test_sizes(text, size):
 def test_bad_sizes(text):
     with pytest.raises(CheckpointError, match="max_shard_size"):
         parse_size(text)
+
+
+def test_an_old_folder_put_aside_by_a_killed_save_comes_back(tmp_path, monkeypatch):
+    folder = write_checkpoint(tmp_path / "model", CONFIG)
+    expected = load(folder)
+    folder.rename(tmp_path / ".model.saving-999999999-old")  # where a kill between the two renames leaves it
+
+    def full(parameter):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        save_checkpoint(folder, CONFIG, "causal_lm", read=full, dtype=lambda parameter: "float64")
+    for name, array in load(folder).items():
+        assert np.array_equal(array, expected[name])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

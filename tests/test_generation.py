@@ -31,7 +31,8 @@ BEAMS = {
     "short": {"num_beams": 3, "length_penalty": -1.0, "early_stopping": "never"},
     "long": {"num_beams": 4, "length_penalty": 2.0, "num_return_sequences": 3},
     "hopeful": {"num_beams": 4, "length_penalty": 1.5, "early_stopping": "never"},
-    "early": {"num_beams": 3, "length_penalty": 0.5, "early_stopping": True},
+    "early": {"num_beams": 3, "length_penalty": 0.5, "early_stopping": True, "eos_token_id": [3, 8, 44, 13, 9, 35]},
+    "patient": {"num_beams": 2, "length_penalty": 4.0, "early_stopping": "never", "eos_token_id": [3, 8, 44, 35]},
 }
 SEARCHES = {
     **{f"greedy, {name}": rules for name, rules in RULES.items()},
@@ -41,6 +42,7 @@ SEARCHES = {
 SAMPLES = {
     "plain": {},
     "top_p": {"top_p": 0.8, "temperature": 1.3},
+    "nucleus": {"top_p": 0.7, "top_k": 0},
     "min_p": {"min_p": 0.05, "top_k": 0},
     "all": {"top_k": 9, "top_p": 0.95, "min_p": 0.01, "temperature": 1.7, "repetition_penalty": 1.3},
     "no pair twice": {"no_repeat_ngram_size": 2, "top_k": 3},
@@ -347,7 +349,10 @@ def test_stop_strings_end_a_row_with_the_token_that_completes_one(folder, name, 
     settings = {"eos_token_id": [], "tokenizer": letters}
     free = np.asarray(generate(wing, model, ids, mask, **settings).sequences)
     texts = [letters.text(row[LENGTH:]) for row in free]
-    stops = [texts[0][5:8], texts[1][9:10], "zzzzzzzzz"]
+    # One of them is what the first prompt ends on: it was there before, and is no reason to stop.
+    # Another begins in the third prompt, and does end its row.
+    across = letters.text(ids[2, -1:])[1:] + texts[2][:1]
+    stops = [texts[0][5:8], texts[1][9:10], letters.text(ids[0, -1:]), across, "zzzzzzzzz"]
     found = np.asarray(generate(wing, model, ids, mask, stop_strings=stops, **settings).sequences)
     for row, text in enumerate(texts):
         before = letters.text(ids[row][mask[row] == 1])

@@ -272,7 +272,7 @@ def test_a_token_that_the_hub_does_not_know(hub: HubServer) -> None:
     [
         ("config", {"README.md": b""}, r"has no config.json"),
         ("weights", {"model.safetensors": b""}, r"has no config.json"),
-        ("weights", {"config.json": CONFIG, "tf_model.h5": b""}, r"has no weights \(any of model.safetensors, "),
+        ("weights", {"config.json": CONFIG, "weights.npz": b""}, r"has no weights \(any of model.safetensors, "),
         (
             "tokenizer",
             {"config.json": CONFIG, "vocab.json": b"{}"},

@@ -14,9 +14,13 @@ NEUTRAL = [
     "olmozoo",
     *(
         f"olmozoo.{room}"
-        for room in ("backend", "chat", "checkpoint", "cli", "decoding", "evaluate", "generation", "hub")
+        for room in ("backend", "chat", "checkpoint", "cli", "convert", "decoding", "diff", "evaluate")
     ),
-    *(f"olmozoo.{room}" for room in ("outputs", "pipeline", "streaming", "tokenizer", "verify")),
+    *(
+        f"olmozoo.{room}"
+        for room in ("evaluate", "formats", "generation", "hub", "outputs", "pipeline", "report", "streaming")
+    ),
+    *(f"olmozoo.{room}" for room in ("tokenizer", "verify")),
 ]
 
 

@@ -215,6 +215,9 @@ def test_save_after_resize_loads(tmp_path):
     model.resize_token_embeddings(70)
     model.save_pretrained(tmp_path)
     assert pt.Olmo2ForCausalLM.from_pretrained(tmp_path).config.vocab_size == 70
+    kept = model.lm_head.weight.detach().clone()
+    assert model.resize_token_embeddings(pad_to_multiple_of=32).weight.shape[0] == model.config.vocab_size == 96
+    assert torch.equal(model.lm_head.weight[:70], kept)
 
 
 def test_a_new_input_embedding_moves_a_tied_head():

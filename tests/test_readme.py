@@ -84,7 +84,7 @@ def test_the_commands_run(hub_environment, tmp_path):
     commands = [
         line.split("#")[0] for block in blocks("sh") for line in block.splitlines() if line.startswith("olmozoo ")
     ]
-    assert len(commands) == 5
+    assert len(commands) == 7
     (tmp_path / "text.txt").write_text(README[:500], encoding="utf-8")
     for command in commands:
         done = subprocess.run(command, shell=True, capture_output=True, text=True, env=hub_environment, cwd=tmp_path)

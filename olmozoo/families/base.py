@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,9 @@ ARCHITECTURES: dict[Head | None, str] = {
 }
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+# Limits that no model comes near. Without them, a config.json could ask for any amount of time or memory.
+MOST = 2**31 - 1
+MOST_LAYERS, MOST_LABELS, MOST_HEAD_DIM = 10_000, 1_000_000, 1 << 16
 CALL_DEFAULTS = ("output_attentions", "output_hidden_states", "return_dict")  # a config.json may set them for each call
 
 
@@ -64,7 +68,7 @@ class Parameter:
     @property
     def size(self) -> int:
         """The number of values."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def group(self) -> str:
@@ -213,6 +217,7 @@ class ModelConfig(ABC):
     # -- making, reading and writing ------------------------------------------------------------------------------
 
     def __post_init__(self) -> None:
+        self._check_labels()
         labels = self.id2label or {i: f"LABEL_{i}" for i in range(2 if self.num_labels is None else self.num_labels)}
         self._set("id2label", {int(i): str(label) for i, label in labels.items()})
         self._set("label2id", dict(self.label2id or {label: i for i, label in self._labels.items()}))
@@ -221,19 +226,39 @@ class ModelConfig(ABC):
             self._wrong("num_labels", f"{len(self._labels)}, the number of entries in id2label")
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             self._wrong("problem_type", f"None or one of {', '.join(PROBLEM_TYPES)}")
-        self._check_int("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        self._check_int("max_position_embeddings", "num_labels")
+        self._check_int("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings")
+        self._check_int("num_hidden_layers", most=MOST_LAYERS)
+        self._check_int("num_labels")
         self._check_bool("use_cache", "tie_word_embeddings")
         for name in ("pad_token_id", "bos_token_id"):
             if getattr(self, name) is not None:
                 self._check_int(name, least=-1)
         ends = self.eos_token_id if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
-        if any(end is not None and not _is_int(end) for end in ends):
+        if any(end is not None and not _is_int(end, most=MOST) for end in ends):
             self._wrong("eos_token_id", "a whole number, a list of them, or None")
         if "head_dim" in self.extra and not (self.extra["head_dim"] is None or _is_int(self.extra["head_dim"], 1)):
             raise ConfigError(f"{self.name}Config.head_dim is {self.extra['head_dim']!r}, expected a positive number")
         if not self.extra.get("head_dim") and self.hidden_size % self.num_attention_heads:
             self._wrong("hidden_size", f"a multiple of num_attention_heads = {self.num_attention_heads}")
+        if self.head_dim > MOST_HEAD_DIM:
+            raise ConfigError(f"{self.name}Config.head_dim is {self.head_dim}, expected at most {MOST_HEAD_DIM}")
+
+    def _check_labels(self) -> None:
+        """Check what the fields of labels are before anything is made of them."""
+        if self.num_labels is not None:
+            self._check_int("num_labels", most=MOST_LABELS)
+        if self.id2label is not None:
+            expected = "an object from whole numbers to texts"
+            if not isinstance(self.id2label, Mapping):
+                self._wrong("id2label", expected)
+            try:
+                numbers = {int(i) for i in self.id2label}
+            except (TypeError, ValueError, OverflowError):
+                self._wrong("id2label", expected)
+            if len(numbers) != len(self.id2label) or not all(isinstance(v, str) for v in self.id2label.values()):
+                self._wrong("id2label", expected)
+        if self.label2id is not None and not isinstance(self.label2id, Mapping):
+            self._wrong("label2id", "an object from texts to whole numbers")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], **overrides: Any) -> Self:
@@ -256,7 +281,9 @@ class ModelConfig(ABC):
         if "num_labels" in overrides and overrides["num_labels"] != len(data.get("id2label") or ()):
             data.pop("id2label", None)
             data.pop("label2id", None)
-        elif data.get("id2label"):  # the labels in a file are the fuller statement of their number
+        elif (
+            isinstance(data.get("id2label"), Mapping) and data["id2label"]
+        ):  # the labels in a file are the fuller statement of their number
             data["num_labels"] = len(data["id2label"])
         data = family._normalize({**data, **overrides})
         fields = {key: value for key, value in data.items() if key in names}
@@ -366,10 +393,10 @@ class ModelConfig(ABC):
     def _wrong(self, name: str, expected: str) -> None:
         raise ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}, expected {expected}")
 
-    def _check_int(self, *names: str, least: int = 1) -> None:
+    def _check_int(self, *names: str, least: int = 1, most: int = MOST) -> None:
         for name in names:
-            if not _is_int(getattr(self, name), least):
-                self._wrong(name, f"a whole number of at least {least}")
+            if not _is_int(getattr(self, name), least, most):
+                self._wrong(name, f"a whole number of at least {least} and at most {most:,}")
 
     def _check_number(self, *names: str, least: float = 0.0, below: float = float("inf")) -> None:
         for name in names:
@@ -386,13 +413,21 @@ class ModelConfig(ABC):
             self._wrong(name, f"one of {', '.join(choices)}")
 
 
-def _is_int(value: Any, least: int | None = None) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+def _is_int(value: Any, least: int | None = None, most: int | None = None) -> bool:
+    return (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and (least is None or value >= least)
+        and (most is None or value <= most)
+    )
 
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a finite int or float (a bool is neither)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int beyond any float
+        return False
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -434,6 +469,6 @@ def config_class(model_type: str | None) -> type[ModelConfig]:
     Raises:
         ConfigError: no family has that type.
     """
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise ConfigError(f"model_type is {model_type!r}, expected one of {', '.join(sorted(MODEL_TYPES))}")
     return MODEL_TYPES[model_type]

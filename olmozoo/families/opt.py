@@ -94,8 +94,13 @@ class OPTConfig(ModelConfig):
         self._check_number("dropout", "attention_dropout", "layerdrop", below=1.0)
         self._check_number("init_std")
         self._check_choice("activation_function", ACTIVATIONS)
-        for layer, heads in self.pruned_heads.items():
-            if not set(heads) < set(range(self.num_attention_heads)) or not 0 <= layer < self.num_hidden_layers:
+        try:
+            pruned = {layer: set(heads) for layer, heads in self.pruned_heads.items()}
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
+            given = self.extra["pruned_heads"]
+            raise ConfigError(f"OPTConfig.pruned_heads is {given!r}, expected lists of heads by layer") from error
+        for layer, heads in pruned.items():
+            if not heads < set(range(self.num_attention_heads)) or not 0 <= layer < self.num_hidden_layers:
                 raise ConfigError(f"OPTConfig.pruned_heads prunes {heads} of layer {layer}: expected some of its heads")
 
     @property

@@ -59,9 +59,23 @@ def make_rope(theta: float, head_dim: int, max_position_embeddings: int, scaling
     (arXiv:2402.13753), llama3 (the Llama 3.1 release).
 
     Raises:
-        ConfigError: `scaling` names no known kind, or a field of it is missing or cannot be.
+        ConfigError: `scaling` names no known kind, a field of it is missing or cannot be, or the frequencies would not
+            be finite.
     """
-    scaling = scaling or {}
+    try:
+        with np.errstate(all="ignore"):  # what comes of it is checked
+            rope = _make_rope(theta, head_dim, max_position_embeddings, scaling or {})
+        numbers = [*rope.inv_freq, *(rope.growth or ()), *(rope.long_inv_freq or ()), rope.scale]
+        if not np.isfinite(numbers).all():
+            raise OverflowError("not all frequencies are finite")
+    except ConfigError:
+        raise
+    except (ArithmeticError, ValueError) as error:  # such as a logarithm of 0
+        raise ConfigError(f"rope_theta {theta} and rope_scaling {scaling} give no frequencies: {error}") from error
+    return rope
+
+
+def _make_rope(theta: float, head_dim: int, max_position_embeddings: int, scaling: dict[str, Any]) -> Rope:
     kind = rope_kind(scaling)
     if head_dim % 2:
         raise ConfigError(f"head_dim is {head_dim}, expected an even number: rotary embeddings turn pairs")

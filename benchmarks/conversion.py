@@ -1,0 +1,118 @@
+"""Time and peak memory of converting a checkpoint, beside the time that `cp` takes for the same bytes.
+
+    python benchmarks/conversion.py [--size 6GB] [--dtype bfloat16] [--to safetensors,pt-bin,flax-msgpack,keras-weights]
+
+A checkpoint of that size is made in a temporary folder, with the shapes of OLMo 2 7B and as many blocks as fit, and
+removed in the end; the disk must hold three of them. Each conversion runs in a process of its own, right after a `cp`,
+and what both wrote is flushed to disk between them, outside the time; shown is each one's best round. Peak memory is
+resident memory of any kind: with the interpreter and what is mapped of the source, without the kernel's cache of files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    """Make the checkpoint, run every conversion and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="6GB")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--to", default="safetensors,pt-bin,flax-msgpack,keras-weights")
+    parser.add_argument("--max-shard-size", default="5GB")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--folder", help="where the temporary folder is made; default the system's own")
+    parser.add_argument("--make", help=argparse.SUPPRESS)  # of a process of its own, whose memory is not measured
+    options = parser.parse_args()
+    if options.make:
+        make(Path(options.make), options.size, options.dtype)
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        source, target = Path(folder, "source"), Path(folder, "target")
+        run([sys.executable, __file__, "--size", options.size, "--dtype", options.dtype, "--make", str(source)])
+        sizes = contents(source)
+        largest, total = max(sizes), sum(sizes)
+        title = f"{total / 1e9:.2f} GB of {options.dtype}, largest tensor {largest / 1e6:,.0f} MB"
+        table = Table("to", "seconds", "cp, seconds", "ratio", "peak, MB", title=title)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        idle = run([sys.executable, "-c", "import olmozoo.convert, h5py"])[1]
+        for to in options.to.split(","):
+            command = ["convert", str(source), str(target), "--to", to, "--max-shard-size", options.max_shard_size]
+            copies, runs = [], []
+            for _ in range(options.rounds):
+                copies.append(run(["cp", "-r", str(source), str(target)]))
+                clear(target)
+                runs.append(run([sys.executable, "-m", "olmozoo.cli", *command]))
+                clear(target)
+            copied, seconds, peak = min(copies)[0], min(runs)[0], max(peak for _, peak in runs)
+            table.add_row(to, f"{seconds:.1f}", f"{copied:.1f}", f"{seconds / copied:.2f}", f"{peak / 1e6:,.0f}")
+        Console().print(table)
+        Console().print(f"the program alone takes {idle / 1e6:,.0f} MB")
+
+
+def make(folder: Path, size: str, dtype: str) -> None:
+    """Write a checkpoint of about that size."""
+    from olmozoo import Olmo2Config
+    from olmozoo.checkpoint import dtype_of, parse_size, save_checkpoint
+
+    kind = dtype_of(dtype)
+    config = Olmo2Config.from_preset("olmo2-7b", num_hidden_layers=1)
+
+    def weigh(layers: int) -> int:
+        return sum(p.size for p in config.replace(num_hidden_layers=layers).parameters("causal_lm")) * kind.itemsize
+
+    layers = max(1, 1 + (parse_size(size) - weigh(1)) // (weigh(2) - weigh(1)))
+    config = config.replace(num_hidden_layers=layers)
+    noise = np.random.default_rng(0).standard_normal(1 << 20).astype(kind)
+    save_checkpoint(
+        folder,
+        config,
+        "causal_lm",
+        read=lambda parameter: np.resize(noise, parameter.shape),
+        dtype=lambda parameter: kind,
+    )
+    os.sync()
+
+
+def contents(folder: Path) -> list[int]:
+    """The bytes of each tensor in a checkpoint."""
+    from olmozoo.checkpoint import Checkpoint
+
+    tensors = Checkpoint(folder).tensors.values()
+    return [int(np.prod(info.shape, dtype=np.int64)) * info.dtype.itemsize for info in tensors]
+
+
+def run(command: list[str]) -> tuple[float, int]:
+    """Run a command; the seconds it took and the most bytes it had in memory."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=HERE)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def clear(folder: Path) -> None:
+    """Wait until all is on disk, then remove the folder."""
+    os.sync()
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,606 @@
+"""Models from one framework to another: live ones in memory, checkpoint folders on disk.
+
+On disk every conversion goes tensor by tensor: one is read, turned and written before the next is touched, and a
+bfloat16 value is never anything else on its way. Two formats are made by their own libraries, which hold more: Orbax
+has all tensors mapped at once, a SavedModel is exported by a model in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+import numpy as np
+
+from olmozoo import hub
+from olmozoo.checkpoint import (
+    EVERY_WEIGHT,
+    GENERATION_CONFIG,
+    PICKLED,
+    Array,
+    Checkpoint,
+    Output,
+    aligned_copy,
+    dtype_of,
+    fail,
+    match_tensors,
+    parse_size,
+    replacing_folder,
+    write_config,
+    write_weights,
+)
+from olmozoo.errors import CheckpointError, HubError, InputError
+from olmozoo.families.base import ARCHITECTURES, BASE_PREFIX, HEAD_MODULES, Head, Kind, ModelConfig, Parameter
+from olmozoo.formats import FLAX_WEIGHTS, KERAS, KERAS_WEIGHTS, ORBAX, SAVED_MODEL
+from olmozoo.generation import GenerationConfig
+
+WINGS = {"pt": "", "tf": "TF", "flax": "Flax"}  # and how their classes' names begin
+FLAX_LEAVES: dict[Kind, str] = {"linear": "kernel", "embedding": "embedding", "norm": "scale", "bias": "bias"}
+FLAX_CHUNK = 1 << 30  # bytes; flax.serialization cuts larger arrays, since msgpack counts bytes in 32 bits
+ZIP_PIECE = 1 << 18  # bytes; fits the caches
+ZIP_ALIGNMENT = 64  # bytes; as PyTorch aligns tensors in its archives
+
+
+# -- live models ------------------------------------------------------------------------------------------------------
+
+
+def convert(model: Any, to: str) -> Any:
+    """A model of another framework with the same config, head, weights and generation settings, without the disk.
+
+    The two share nothing that changes: training one leaves the other as it is. Each tensor keeps its dtype; a Keras
+    model, which has one for all, takes the widest.
+
+    Args:
+        model: a model of `olmozoo.pt`, `olmozoo.tf` or `olmozoo.flax`, with parameters of its own.
+        to: "pt", "tf" or "flax".
+
+    Raises:
+        InputError: `model` is none of olmozoo's, or `to` none of its wings.
+        MissingBackendError: the framework is not installed.
+        ConfigError: the model is in float64 and JAX has that switched off.
+    """
+    if to not in WINGS:
+        raise InputError(f"to is {to!r}, expected one of {', '.join(WINGS)}")
+    modules = {cls.__module__.split(".")[1] for cls in type(model).__mro__ if cls.__module__.startswith("olmozoo.")}
+    wing = next(iter(modules & set(WINGS)), None)
+    if wing is None or not isinstance(getattr(model, "config", None), ModelConfig):
+        raise InputError(f"a {type(model).__name__} is no model of olmozoo.pt, olmozoo.tf or olmozoo.flax")
+    config, head = model.config, model.head
+    read = _live_reader(model, wing)
+    table = [parameter for parameter in config.parameters(head) if parameter.tied_to is None]
+    made = _empty_model(to, config, head, lambda: np.result_type(*{read(parameter).dtype for parameter in table}))
+    made.generation_config = copy.deepcopy(model.generation_config)
+    if to == "flax":
+        from olmozoo.flax.base import to_leaf
+
+        made.params = made._bind((parameter, to_leaf(parameter, read(parameter))) for parameter in table)
+        return made
+    for parameter in table:
+        if to == "pt":
+            from olmozoo.pt.base import to_tensor
+
+            made._bind(parameter, to_tensor(np.array(read(parameter), order="C")))
+        else:
+            made._bind(parameter, read(parameter).astype(dtype_of(made.variable_dtype), copy=False))
+    if to == "pt":
+        made.tie_weights()
+        made.train(getattr(model, "training", False) is True)
+    return made
+
+
+def _live_reader(model: Any, wing: str) -> Callable[[Parameter], Array]:
+    if wing == "pt":
+        from olmozoo.pt.base import to_array as pt_array
+
+        return lambda parameter: pt_array(model._find(parameter))
+    if wing == "tf":
+        read: Callable[[Parameter], Array] = model._read
+        return read
+    from flax.traverse_util import flatten_dict
+
+    from olmozoo.flax.base import to_array as flax_array
+
+    leaves: Any = flatten_dict(model.checked(model.params))  # type: ignore[no-untyped-call]
+    return lambda parameter: flax_array(parameter, leaves[model._path(parameter)])
+
+
+def _empty_model(wing: str, config: ModelConfig, head: Head | None, dtype: Callable[[], np.dtype[Any]]) -> Any:
+    """A model of that wing whose parameters are yet to be bound."""
+    cls = _model_class(wing, config, head)
+    if wing == "pt":
+        return cls(config, seed=None)
+    if wing == "tf":
+        return cls(config, seed=None, dtype=dtype().name)
+    return cls(config, dtype=dtype(), param_dtype=dtype(), _do_init=False)
+
+
+def _model_class(wing: str, config: ModelConfig, head: Head | None) -> Any:
+    from importlib import import_module
+
+    return getattr(import_module(f"olmozoo.{wing}"), WINGS[wing] + config.name + ARCHITECTURES[head])
+
+
+# -- checkpoint folders -----------------------------------------------------------------------------------------------
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    to: str,
+    dtype: Any = None,
+    max_shard_size: int | str = "5GB",
+    verify: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    **hub_options: Any,
+) -> None:
+    """Write a checkpoint in another format, with its config, generation settings and tokenizer.
+
+    `target` is a folder whatever the format. It is made beside the old one and takes its place when it is whole, so
+    that a crash, a full disk or a failed check leaves the old one as it was.
+
+    Args:
+        source: a folder, or a repository on the hub, with weights in any format that olmozoo reads.
+        target: the folder to write; in an old one, other files are kept, old weights are not.
+        to: a key of `FORMATS`.
+        dtype: what floating-point values are cast to; default each tensor's own.
+        max_shard_size: bytes a file, for the formats that have shards: safetensors, pt-bin and flax-msgpack.
+        verify: read what was written, and compare every tensor bit for bit, before it takes its place.
+        progress: called as progress(bytes done, bytes in all).
+        **hub_options: as of `hub.resolve`.
+
+    Raises:
+        InputError: there is no such format.
+        HubError: the repository or a file cannot be had.
+        ConfigError: config.json is missing or bad.
+        CheckpointError: the weights are broken, do not fit the config or do not fit `dtype`; or nothing could be
+            written, and the message says why.
+    """
+    if to not in FORMATS:
+        raise InputError(f"to is {to!r}, expected one of {', '.join(FORMATS)}")
+    parse_size(max_shard_size)
+    folder = hub.resolve(source, need="weights", **hub_options)
+    config = ModelConfig.from_folder(folder)
+    checkpoint = Checkpoint(folder)
+    head = head_of(folder, config, checkpoint)
+    wanted = dtype_of(dtype) if dtype is not None else checkpoint.dtype if to in ONE_DTYPE else None
+    tensors = _tensors(checkpoint, config, head, wanted)
+    job = _Job(config, head, _counted(tensors, progress), max_shard_size)
+    with replacing_folder(target, EVERY_WEIGHT) as staging:
+        write_config(staging, config, head, list(tensors.values()))
+        _copy_settings(source, folder, staging, hub_options)
+        FORMATS[to](job, staging)
+        if verify:
+            _verify(staging, config, head, tensors)
+
+
+def head_of(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> Head | None:
+    """The head of a checkpoint: by `architectures` in its config.json, else by its tensors."""
+    for name in getattr(config, "architectures", None) or ():
+        for head in (None, *config.heads):
+            if str(name).endswith(ARCHITECTURES[head]):
+                return head
+    modules = {name.split(".")[0] for name in checkpoint.tensors}
+    for head in config.heads:
+        if HEAD_MODULES[head] in modules:
+            return head
+    return "causal_lm" if config.tie_word_embeddings and BASE_PREFIX[:-1] in modules else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What a writer of a format is given."""
+
+    config: ModelConfig
+    head: Head | None
+    tensors: dict[Parameter, Output]  # under canonical names
+    max_shard_size: int | str
+
+    @property
+    def keras_class(self) -> str:
+        """The name of the Keras wing's class for this model."""
+        return f"TF{self.config.name}{ARCHITECTURES[self.head]}"
+
+
+def _tensors(
+    checkpoint: Checkpoint, config: ModelConfig, head: Head | None, dtype: np.dtype[Any] | None
+) -> dict[Parameter, Output]:
+    sources, fresh = match_tensors(checkpoint, config, head, False)
+    fail(f"{checkpoint.folder} lacks a head to convert", fresh.values())
+    result = {}
+    for parameter in config.parameters(head):
+        if parameter.tied_to is None:
+            info = checkpoint.tensors[sources[parameter.name]]
+            read = _cast(parameter.name, info.read, info.dtype if dtype is None else dtype)
+            name = parameter.name if head else parameter.name.removeprefix(BASE_PREFIX)
+            result[parameter] = Output(name, dtype or info.dtype, parameter.shape, read)
+    return result
+
+
+def _cast(name: str, read: Callable[[], Array], dtype: np.dtype[Any]) -> Callable[[], Array]:
+    def values() -> Array:
+        array = read()
+        if array.dtype == dtype:
+            return array
+        with np.errstate(over="ignore"):  # told below, with the tensor's name
+            result = array.astype(dtype)
+        if dtype.itemsize < array.dtype.itemsize or dtype == np.float16:
+            lost = int(np.isinf(result).sum()) - int(np.isinf(array).sum())
+            if lost:
+                raise CheckpointError(f"{name} has {lost} value(s) too large for {dtype.name}: choose a wider dtype")
+        return result
+
+    return values
+
+
+def _counted(tensors: dict[Parameter, Output], progress: Callable[[int, int], None] | None) -> dict[Parameter, Output]:
+    """The tensors, telling `progress` when each has been read."""
+    if progress is None:
+        return tensors
+    total, done = sum(output.nbytes for output in tensors.values()), 0
+
+    def counted(output: Output) -> Output:
+        def read() -> Array:
+            nonlocal done
+            array = output.read()
+            done += output.nbytes
+            progress(done, total)
+            return array
+
+        return dataclasses.replace(output, read=read)
+
+    progress(0, total)
+    return {parameter: counted(output) for parameter, output in tensors.items()}
+
+
+def _copy_settings(source: Any, folder: Path, staging: Path, hub_options: dict[str, Any]) -> None:
+    """Copy generation_config.json and the tokenizer's files, where there are any."""
+    (staging / GENERATION_CONFIG).unlink(missing_ok=True)  # that of the folder's old model
+    sources = [folder]
+    if not Path(source).expanduser().is_dir():
+        with contextlib.suppress(HubError):  # a repository need not have a tokenizer
+            sources.append(hub.resolve(source, need="tokenizer", **hub_options))
+    for place in sources:
+        for name in (GENERATION_CONFIG, *hub.TOKENIZER_FILES):
+            if (place / name).is_file():
+                (staging / name).unlink(missing_ok=True)
+                shutil.copyfile(place / name, staging / name)
+        if (place / hub.CHAT_TEMPLATES).is_dir():
+            shutil.rmtree(staging / hub.CHAT_TEMPLATES, ignore_errors=True)
+            shutil.copytree(place / hub.CHAT_TEMPLATES, staging / hub.CHAT_TEMPLATES)
+
+
+def _verify(staging: Path, config: ModelConfig, head: Head | None, tensors: dict[Parameter, Output]) -> None:
+    written = _tensors(Checkpoint(staging), config, head, None)
+    problems = [
+        f"{output.name} differs"
+        for parameter, output in tensors.items()
+        if written[parameter].dtype != output.dtype or written[parameter].bytes() != output.bytes()
+    ]
+    fail("what was written is not what was read", problems)
+
+
+def _turned(parameter: Parameter, output: Output, name: str) -> Output:
+    """The tensor as Keras and Flax have it, under another name: linear weights are (in, out)."""
+    if parameter.kind != "linear":
+        return dataclasses.replace(output, name=name)
+    return Output(name, output.dtype, output.shape[::-1], lambda: aligned_copy(output.read(), transposed=True))
+
+
+# -- safetensors and PyTorch ------------------------------------------------------------------------------------------
+
+
+def _to_safetensors(job: _Job, staging: Path) -> None:
+    write_weights(staging, list(job.tensors.values()), job.max_shard_size)
+
+
+def _to_pickled(job: _Job, staging: Path) -> None:
+    write_weights(staging, list(job.tensors.values()), job.max_shard_size, PICKLED, write_pickled)
+
+
+def write_pickled(file: Path, outputs: list[Output]) -> None:
+    """Write a state dict as `torch.save` does, one tensor in memory at a time: a zip with the pickle and the values.
+
+    Raises:
+        CheckpointError: PyTorch is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise CheckpointError(f"writing {file.name} needs PyTorch: pip install 'olmozoo[pt]'") from error
+    storages = {
+        "float64": torch.DoubleStorage,
+        "float32": torch.FloatStorage,
+        "float16": torch.HalfStorage,
+        "bfloat16": torch.BFloat16Storage,
+    }
+
+    class Storage:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+    class Pickler(pickle.Pickler):
+        """Pickles an output as a tensor whose storage is another entry of the archive."""
+
+        def persistent_id(self, value: Any) -> Any:
+            if not isinstance(value, Storage):
+                return None
+            output = outputs[value.number]
+            count = output.nbytes // output.dtype.itemsize
+            return ("storage", storages[output.dtype.name], str(value.number), "cpu", count)
+
+        def reducer_override(self, value: Any) -> Any:
+            if not isinstance(value, Output):
+                return NotImplemented
+            strides = tuple(int(np.prod(value.shape[i + 1 :], dtype=np.int64)) for i in range(len(value.shape)))
+            storage = Storage(numbers[value.name])
+            return torch._utils._rebuild_tensor_v2, (storage, 0, value.shape, strides, False, OrderedDict())
+
+    numbers = {output.name: number for number, output in enumerate(outputs)}
+    pickled = io.BytesIO()
+    Pickler(pickled, protocol=2).dump({output.name: output for output in outputs})
+    with file.open("wb") as stream, zipfile.ZipFile(stream, "w") as archive:
+        for name, content in (("data.pkl", pickled.getvalue()), ("byteorder", b"little"), ("version", b"3\n")):
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)
+        for number, output in enumerate(outputs):
+            entry = zipfile.ZipInfo(f"archive/data/{number}")
+            header = 30 + len(entry.filename) + 20 + 4  # the entry's own, its sizes in 64 bits, the padding's head
+            padding = -(stream.tell() + header) % ZIP_ALIGNMENT
+            entry.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
+            with archive.open(entry, "w", force_zip64=True) as record:
+                _write_checked(record, output.bytes())
+
+
+def _write_checked(entry: IO[bytes], values: memoryview) -> None:
+    """Write into an archive, which sums up what it writes: in pieces, so that memory is read once for both."""
+    for start in range(0, len(values), ZIP_PIECE):
+        entry.write(values[start : start + ZIP_PIECE])
+
+
+# -- Flax -------------------------------------------------------------------------------------------------------------
+
+
+def _flax_tensors(job: _Job) -> list[Output]:
+    """The tensors under their paths in a Flax wing's tree, joined by slashes."""
+    return [
+        _turned(p, output, "/".join([*output.name.split(".")[:-1], FLAX_LEAVES[p.kind]]))
+        for p, output in job.tensors.items()
+    ]
+
+
+def _to_msgpack(job: _Job, staging: Path) -> None:
+    write_weights(staging, _flax_tensors(job), job.max_shard_size, FLAX_WEIGHTS, write_msgpack)
+
+
+def write_msgpack(file: Path, outputs: list[Output]) -> None:
+    """Write arrays as flax.serialization does, one in memory at a time.
+
+    A single file holds nested maps; a shard, as Transformers 4 made them, one flat map.
+    """
+    tree: dict[str, Any] = {}
+    for output in outputs:
+        *path, leaf = output.name.split("/") if file.name == FLAX_WEIGHTS else [output.name]
+        place = tree
+        for step in path:
+            place = place.setdefault(step, {})
+        place[leaf] = output
+    with file.open("wb") as stream:
+        _pack(stream, tree)
+
+
+def _pack(stream: BinaryIO, value: Any) -> None:
+    if isinstance(value, Output):
+        _pack_output(stream, value)
+    elif isinstance(value, dict):
+        stream.write(_head(len(value), 0x80, 16, {0xDE: 2, 0xDF: 4}))
+        for key, item in value.items():
+            _pack(stream, key)
+            _pack(stream, item)
+    elif value is True:
+        stream.write(b"\xc3")
+    elif isinstance(value, int):
+        stream.write(_head(value, 0, 128, {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}))
+    else:
+        stream.write(_text(value))
+
+
+def _head(size: int, fixed: int, below: int, wide: dict[int, int]) -> bytes:
+    """The first bytes of a value of msgpack: its kind with a small size, or its kind and then the size."""
+    if size < below:
+        return bytes([fixed + size])
+    code, width = next((code, width) for code, width in wide.items() if size < 1 << 8 * width)
+    return bytes([code]) + size.to_bytes(width, "big")
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return _head(len(data), 0xA0, 32, {0xD9: 1, 0xDA: 2, 0xDB: 4}) + data
+
+
+def _pack_output(stream: BinaryIO, output: Output) -> None:
+    values = output.bytes()
+    if len(values) <= FLAX_CHUNK:
+        _pack_array(stream, output.shape, output.dtype.name, values)
+        return
+    pieces = [values[start : start + FLAX_CHUNK] for start in range(0, len(values), FLAX_CHUNK)]
+    stream.write(_head(3, 0x80, 16, {}))
+    for key, value in (
+        ("__msgpack_chunked_array__", True),
+        ("shape", {str(axis): size for axis, size in enumerate(output.shape)}),
+        ("chunks", None),
+    ):
+        _pack(stream, key)
+        if value is not None:
+            _pack(stream, value)
+    stream.write(_head(len(pieces), 0x80, 16, {0xDE: 2}))
+    for number, piece in enumerate(pieces):
+        _pack(stream, str(number))
+        _pack_array(stream, (len(piece) // output.dtype.itemsize,), output.dtype.name, piece)
+
+
+def _pack_array(stream: BinaryIO, shape: tuple[int, ...], dtype: str, values: memoryview) -> None:
+    """An extension of type 1: shape, dtype and bytes."""
+    content = bytes([0x93, 0x90 + len(shape)])
+    content += b"".join(_head(size, 0, 128, {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}) for size in shape) + _text(dtype)
+    content += _head(len(values), 0, 0, {0xC4: 1, 0xC5: 2, 0xC6: 4})
+    stream.write(_head(len(content) + len(values), 0, 0, {0xC7: 1, 0xC8: 2, 0xC9: 4}) + b"\x01" + content)
+    stream.write(values)
+
+
+def _to_orbax(job: _Job, staging: Path) -> None:
+    """Through Orbax itself, which asks for all arrays at once: they are mapped, and its threads read them in turn."""
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise CheckpointError("writing orbax needs orbax-checkpoint: pip install 'olmozoo[flax]'") from error
+    tree: dict[str, Any] = {}
+    for (parameter, _), turned in zip(job.tensors.items(), _flax_tensors(job), strict=True):
+        *path, leaf = turned.name.split("/")
+        place = tree
+        for step in path:
+            place = place.setdefault(step, {})
+        values = job.tensors[parameter].read()
+        place[leaf] = values.T if parameter.kind == "linear" else values
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((staging / ORBAX).absolute(), tree)
+    except Exception as error:  # of many kinds
+        raise CheckpointError(f"Orbax could not write: {error}") from error
+
+
+# -- Keras ------------------------------------------------------------------------------------------------------------
+
+
+def keras_steps(config: ModelConfig, name: str) -> Iterator[tuple[str, str]]:
+    """The way to a parameter's layer as Keras saves it: each step's place in the file, and its layer's name.
+
+    Keras names a place by the attribute that leads there, but what it finds in a list by its class. The list `layers`
+    that every model has comes before most attributes, in alphabetical order, and takes what is in it.
+    """
+    parts = iter(name.split(".")[:-1])
+    for part in parts:
+        if part == "model":
+            yield f"layers/{_snake_case(f'TF{config.name}Model')}", part
+        elif part in HEAD_MODULES.values():
+            yield "layers/dense", part
+        elif part == "layers":
+            number = next(parts)
+            yield f"blocks/{_snake_case(f'{config.name}Block')}" + (f"_{number}" if number != "0" else ""), number
+        elif part == "norm":
+            yield "layers/rms_norm", part
+        else:
+            yield part, part
+
+
+def _snake_case(name: str) -> str:
+    """The name of a class as Keras spells it in files."""
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)).lower()
+
+
+def _skeleton(file: Path, job: _Job) -> list[tuple[int, Output]]:
+    """Write a Keras weights file with room for the tensors, and return them with the bytes at which they belong.
+
+    The room is a hole in the file: nothing is written twice, and no value passes through the HDF5 library.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise CheckpointError("writing Keras weights needs h5py: pip install h5py, or 'olmozoo[tf]'") from error
+    plain = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plain.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    plain.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    places = []
+    with h5py.File(file, "w") as h5:
+        h5.require_group("vars").attrs["name"] = _snake_case(job.keras_class)
+        for parameter, output in job.tensors.items():
+            group = h5
+            for place, name in keras_steps(job.config, output.name):
+                group = group.require_group(place)
+                group.require_group("vars").attrs["name"] = name
+            turned = _turned(parameter, output, output.name)
+            bfloat16 = output.dtype.name == "bfloat16"  # HDF5 has no such type
+            kind = h5py.h5t.py_create(np.dtype("V2") if bfloat16 else output.dtype)
+            index = b"1" if parameter.kind == "bias" else b"0"
+            dataset = h5py.h5d.create(group["vars"].id, index, kind, h5py.h5s.create_simple(turned.shape), dcpl=plain)
+            if bfloat16:
+                h5py.Dataset(dataset).attrs["dtype"] = "bfloat16"
+            places.append((dataset.get_offset(), turned))
+    return sorted(places, key=lambda place: place[0])
+
+
+def _to_keras_weights(job: _Job, staging: Path) -> None:
+    file = staging / KERAS_WEIGHTS
+    places = _skeleton(file, job)
+    with file.open("r+b") as stream:
+        for offset, output in places:
+            stream.seek(offset)
+            stream.write(output.bytes())
+
+
+def _to_keras(job: _Job, staging: Path) -> None:
+    """The archive that `model.save("model.keras")` writes, with no model made."""
+    skeleton = staging / f".{KERAS_WEIGHTS}"
+    places = _skeleton(skeleton, job)
+    dtype = next(iter(job.tensors.values())).dtype.name
+    config = {
+        "module": f"olmozoo.tf.{job.config.model_type}",
+        "class_name": job.keras_class,
+        "config": {
+            "config": job.config.to_dict(),
+            "generation_config": GenerationConfig.from_folder(staging, job.config).to_dict(),
+            "name": _snake_case(job.keras_class),
+            "dtype": {
+                "module": "keras",
+                "class_name": "DTypePolicy",
+                "config": {"name": dtype},
+                "registered_name": None,
+            },
+        },
+        "registered_name": f"olmozoo>{job.keras_class}",
+        "compile_config": {},
+    }
+    with zipfile.ZipFile(staging / KERAS, "w") as archive, skeleton.open("rb") as rest:
+        archive.writestr(zipfile.ZipInfo("metadata.json"), json.dumps({"keras_version": "3"}))
+        archive.writestr(zipfile.ZipInfo("config.json"), json.dumps(config))
+        with archive.open(zipfile.ZipInfo(KERAS_WEIGHTS), "w", force_zip64=True) as entry:
+            for offset, output in places:
+                entry.write(rest.read(offset - rest.tell()))
+                _write_checked(entry, output.bytes())
+                rest.seek(output.nbytes, os.SEEK_CUR)
+            entry.write(rest.read())
+    skeleton.unlink()
+
+
+def _to_saved_model(job: _Job, staging: Path) -> None:
+    """As the Keras wing's `export` does, by a model in memory."""
+    model = _empty_model("tf", job.config, job.head, lambda: next(iter(job.tensors.values())).dtype)
+    for parameter, output in job.tensors.items():
+        model._bind(parameter, output.read())
+    try:
+        model.export(staging / SAVED_MODEL, verbose=False)
+    except Exception as error:  # of many kinds
+        raise CheckpointError(f"TensorFlow could not write: {error}") from error
+
+
+FORMATS: dict[str, Callable[[_Job, Path], None]] = {
+    "safetensors": _to_safetensors,
+    "pt-bin": _to_pickled,
+    "keras": _to_keras,
+    "keras-weights": _to_keras_weights,
+    "savedmodel": _to_saved_model,
+    "flax-msgpack": _to_msgpack,
+    "orbax": _to_orbax,
+}
+ONE_DTYPE = ("keras", "keras-weights", "savedmodel")  # a Keras model has one dtype for all its variables

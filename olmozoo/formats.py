@@ -1,0 +1,472 @@
+"""Weights in other formats than safetensors and `.bin`, read as canonical tensors, lazily and one at a time.
+
+What Transformers 4 wrote for its TensorFlow and Flax classes (`tf_model.h5`, `flax_model.msgpack`), and what the wings'
+own frameworks write: Keras weights, a SavedModel, Flax msgpack, Orbax. Every reader gives canonical names, and linear
+weights as (out, in). None of them runs anything of a file: no Keras, TensorFlow or pickle loader is called, a `.keras`
+is opened for its arrays alone. Where the bytes of a tensor lie plainly in the file they are mapped, as in
+`checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from olmozoo.checkpoint import DTYPE_CODES, DTYPES, WEIGHTS, Array, TensorInfo, aligned_copy, fail
+from olmozoo.errors import CheckpointError
+
+FLAX_WEIGHTS, KERAS_WEIGHTS, KERAS, SAVED_MODEL, ORBAX = WEIGHTS[3:]
+
+# What frameworks call the leaves; the kernel is the one that has its two dimensions the other way round.
+LEAVES = {"kernel": "weight", "embedding": "weight", "embeddings": "weight", "scale": "weight", "gamma": "weight"}
+LEAVES |= {"weight": "weight", "beta": "bias", "bias": "bias"}
+# Where the model's own names begin in those of Transformers 4: before it come the names of scopes, in several ways.
+DECODER_PART = re.compile(
+    r"(?:^|[./])((?:embed_tokens|embed_positions|project_in|project_out|final_layer_norm|layers[._/]\d+)[./].+)$"
+)
+MAX_ENTRIES = 1_000_000  # of a msgpack file: far above any model, and little memory
+
+
+def read_tensors(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file (or folder) in one of the formats above, by canonical name.
+
+    Raises:
+        CheckpointError: it is broken, or the library that reads it is not installed.
+    """
+    if path.name == ORBAX:
+        return _read_orbax(path)
+    if path.name == SAVED_MODEL:
+        return _read_saved_model(path)
+    if path.suffix == ".msgpack":
+        return _read_msgpack(path)
+    if path.suffix == ".keras":
+        return _read_keras_archive(path)
+    with path.open("rb") as stream:
+        return _read_h5(path, stream, 0, _keras_name if path.name == KERAS_WEIGHTS else _transformers_name)
+
+
+def canonical_name(name: str) -> str:
+    """The canonical name of what Transformers 4 called so, in an index of shards or in safetensors.
+
+    Raises:
+        CheckpointError: no weight is called so.
+    """
+    return _old_name(name)[0]
+
+
+def canonical_tensors(path: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors of safetensors that a TensorFlow or Flax class of Transformers 4 wrote, by canonical name.
+
+    Raises:
+        CheckpointError: a name is none of a weight.
+    """
+
+    def found() -> Iterator[tuple[str, TensorInfo]]:
+        for name, info in tensors.items():
+            canonical, transposed = _old_name(name)
+            yield canonical, _tensor(path, info.dtype, info.shape, info.read, transposed and len(info.shape) == 2)
+
+    return _gather(path, found())
+
+
+def _old_name(name: str) -> tuple[str, bool]:
+    return _transformers_name(name) if name.endswith(":0") else _flax_name(name)
+
+
+def _named(module: str, leaf: str) -> tuple[str, bool]:
+    """The canonical name of a module's leaf, and whether its values are transposed."""
+    if leaf not in LEAVES:
+        raise CheckpointError(f"{module}: {leaf!r} is none of {', '.join(sorted(LEAVES))}")
+    return f"{module}.{LEAVES[leaf]}", leaf == "kernel"
+
+
+def _flax_name(path: str) -> tuple[str, bool]:
+    module, _, leaf = path.replace("/", ".").removeprefix("params.").rpartition(".")
+    return _named(module, leaf)
+
+
+def _transformers_name(path: str, dataset: Any = None) -> tuple[str, bool]:
+    match = DECODER_PART.search(path.removesuffix(":0"))
+    if not match:
+        raise CheckpointError(f"{path} is not the name of a weight of OPT")
+    module, _, leaf = re.sub(r"^layers_", "layers.", match[1]).replace("/", ".").rpartition(".")
+    return _named(f"model.decoder.{module}", leaf)
+
+
+def _keras_name(path: str, dataset: Any) -> tuple[str, bool]:
+    """The name of `layers/tf_olmo_model/blocks/olmo_block_1/mlp/up_proj/vars/0`: each step's own, from its `vars`."""
+    *steps, variables, index = path.split("/")
+    names, group = [], dataset.file
+    for step in steps:
+        group = group[step]
+        if "vars" in group:
+            names.append(group["vars"].attrs["name"])
+        elif step == "blocks":  # a list has no name of its own; the one called `layers` holds what has a name anyway
+            names.append("layers")
+    if variables != "vars" or index not in ("0", "1") or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path} is not the name of a weight")
+    linear = dataset.ndim == 2 and not names[-1].startswith("embed_")
+    return ".".join([*names, ("weight", "bias")[int(index)]]), linear
+
+
+def _tensor(
+    path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], read: Callable[[], Array], transposed: bool
+) -> TensorInfo:
+    def values() -> Array:
+        array = read()
+        return aligned_copy(array, transposed) if transposed or not array.flags.aligned else array
+
+    return TensorInfo(path, dtype, shape[::-1] if transposed else shape, values)
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> Callable[[], Array]:
+    return lambda: np.memmap(path, dtype=dtype, mode="c", offset=offset, shape=shape).view(np.ndarray)
+
+
+def _nbytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    size = dtype.itemsize
+    for dimension in shape:
+        size *= dimension
+    return size
+
+
+def _gather(path: Path, found: Iterator[tuple[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for name, info in found:
+        if name in tensors:
+            raise CheckpointError(f"{path}: {name} is there twice")
+        tensors[name] = info
+    return tensors
+
+
+def _needs(path: Path, library: str, extra: str) -> CheckpointError:
+    return CheckpointError(f"reading {path} needs {library}: pip install {library}, or 'olmozoo[{extra}]'")
+
+
+# -- HDF5: Transformers 4's TensorFlow files, and Keras's own ---------------------------------------------------------
+
+
+def _read_h5(
+    path: Path, stream: Any, start: int, name_of: Callable[[str, Any], tuple[str, bool]]
+) -> dict[str, TensorInfo]:
+    """The datasets of an HDF5 file that begins at byte `start` of `path`; `stream` reads that part alone.
+
+    The library reads names, shapes and places; the values are mapped from the places it gives. Only hard links are
+    followed, so nothing leads out of the file.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise _needs(path, "h5py", "tf") from error
+    size = path.stat().st_size
+    datasets: list[tuple[str, Any]] = []
+    problems: list[str] = []
+    tensors: dict[str, TensorInfo] = {}
+    try:
+        with h5py.File(stream, "r") as file:
+            file.visititems(lambda name, item: datasets.append((name, item)) if hasattr(item, "dtype") else None)
+            for name, dataset in datasets:
+                if name.split("/")[0] in ("optimizer", "metrics") and name_of is _keras_name:
+                    continue  # of a compiled model
+                try:
+                    canonical, transposed = name_of(name, dataset)
+                    if canonical in tensors:
+                        raise CheckpointError(f"{name} is {canonical}, which is there already")
+                    dtype, shape, offset = _plain(name, dataset, size - start)
+                except CheckpointError as error:
+                    problems.append(str(error))
+                    continue
+                transposed = transposed and len(shape) == 2
+                values = _mapped(path, dtype, shape, start + offset)
+                tensors[canonical] = _tensor(path, dtype, shape, values, transposed)
+    except Exception as error:  # of many kinds, for what can be wrong inside a file
+        raise CheckpointError(f"{path} is not a readable HDF5 file: {error}") from error
+    fail(f"{path} is broken", problems)
+    return tensors
+
+
+def _plain(name: str, dataset: Any, size: int) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    """dtype, shape and place of a dataset whose bytes lie in the file as they are."""
+    dtype = dataset.dtype
+    if dtype == np.dtype("V2") and dataset.attrs.get("dtype") == "bfloat16":
+        dtype = DTYPES["BF16"]
+    if dtype not in DTYPE_CODES:
+        raise CheckpointError(f"{name} has dtype {dtype}, expected one of {', '.join(d.name for d in DTYPE_CODES)}")
+    offset, shape = dataset.id.get_offset(), dataset.shape  # no place where values are compressed or in another file
+    if shape is None or offset is None:
+        raise CheckpointError(f"{name} is empty, compressed or in another file, expected plain values")
+    if 0 in shape or offset + _nbytes(dtype, shape) > size:
+        raise CheckpointError(
+            f"{name} {list(shape)} at byte {offset} needs {_nbytes(dtype, shape)} bytes, the file has {size}"
+        )
+    return dtype, shape, offset
+
+
+class _Window(io.RawIOBase):
+    """A part of a file, as a file of its own."""
+
+    def __init__(self, stream: Any, start: int, size: int) -> None:
+        self.stream, self.start, self.size, self.position = stream, start, size, 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        self.stream.seek(self.start + self.position)
+        view = memoryview(buffer)[: max(0, self.size - self.position)]
+        count: int = self.stream.readinto(view)
+        self.position += count
+        return count
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _read_keras_archive(path: Path) -> dict[str, TensorInfo]:
+    with path.open("rb") as stream:
+        try:
+            entry = zipfile.ZipFile(stream).getinfo(KERAS_WEIGHTS)
+            stream.seek(entry.header_offset + 26)
+            start = entry.header_offset + 30 + sum(struct.unpack("<HH", stream.read(4)))
+        except Exception as error:  # of many kinds, for what can be wrong inside a file
+            raise CheckpointError(f"{path} is not a zip archive with a {KERAS_WEIGHTS}: {error}") from error
+        if entry.compress_type != zipfile.ZIP_STORED or start + entry.file_size > path.stat().st_size:
+            raise CheckpointError(f"{path}: {KERAS_WEIGHTS} is compressed or truncated")
+        return _read_h5(path, _Window(stream, start, entry.file_size), start, _keras_name)
+
+
+# -- msgpack: Transformers 4's Flax files, and Flax's own -------------------------------------------------------------
+
+
+class _Leaf(NamedTuple):
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+
+class _Unpacker:
+    """What flax.serialization packs (https://github.com/msgpack/msgpack/blob/master/spec.md), with no array read.
+
+    Every length is checked against the bytes that are there before anything is made of it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+        self.position, self.end, self.entries = 0, len(self.data), 0
+
+    def fail(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {problem} at byte {self.position} of {len(self.data)}")
+
+    def skip(self, count: int) -> int:
+        """Where the next `count` bytes begin."""
+        if count > self.end - self.position:
+            raise self.fail(f"{count} bytes expected, {self.end - self.position} left: truncated?")
+        self.position += count
+        return self.position - count
+
+    def take(self, count: int) -> bytes:
+        start = self.skip(count)
+        return self.data[start : start + count].tobytes()
+
+    def number(self, width: int) -> int:
+        return int.from_bytes(self.take(width), "big")
+
+    def size(self, code: int, fixed: range, wide: dict[int, int]) -> int | None:
+        """The length in a value's head, if the value is of the kind with these codes."""
+        if code in fixed:
+            return code - fixed.start
+        return self.number(wide[code]) if code in wide else None
+
+    def value(self, depth: int = 0) -> Any:
+        self.entries += 1
+        if depth > 64 or self.entries > MAX_ENTRIES:
+            raise self.fail("nested too deeply, or too many entries")
+        code = self.number(1)
+        if code < 0x80:
+            return code
+        if code in (0xC2, 0xC3):
+            return code == 0xC3
+        if code in (0xCC, 0xCD, 0xCE, 0xCF):
+            return self.number(1 << code - 0xCC)
+        if (count := self.size(code, range(0x80, 0x90), {0xDE: 2, 0xDF: 4})) is not None:
+            return self.mapping(count, depth)
+        if (count := self.size(code, range(0xA0, 0xC0), {0xD9: 1, 0xDA: 2, 0xDB: 4})) is not None:
+            try:
+                return self.take(count).decode()
+            except UnicodeDecodeError as error:
+                raise self.fail("a text that is not UTF-8") from error
+        if (count := self.size(code, range(0), {0xC7: 1, 0xC8: 2, 0xC9: 4})) is not None:
+            return self.array(count)
+        if code in range(0xD4, 0xD9):
+            return self.array(1 << code - 0xD4)
+        raise self.fail(f"the type code {code:#x}, which no parameters have")
+
+    def mapping(self, count: int, depth: int) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for _ in range(count):
+            key = self.value(depth + 1)
+            if not isinstance(key, str) or key in result:
+                raise self.fail(f"the key {key!r} is there twice or is no text")
+            result[key] = self.value(depth + 1)
+        return result
+
+    def array(self, count: int) -> _Leaf:
+        """An array of NumPy's: the extension type 1, which holds a triple of shape, dtype and bytes."""
+        kind = self.number(1)
+        begin, outer = self.skip(count), self.end
+        self.position, self.end = begin, begin + count
+        if kind != 1 or self.number(1) != 0x93:
+            raise self.fail(f"an extension of type {kind} that is no array")
+        shape = tuple(self.value() for _ in range(self.number(1) & 0x0F))
+        name = self.value()
+        dtype = next((dtype for dtype in DTYPE_CODES if dtype.name == name), None)
+        length = self.size(self.number(1), range(0), {0xC4: 1, 0xC5: 2, 0xC6: 4})
+        if dtype is None or any(type(dimension) is not int for dimension in shape):
+            raise self.fail(f"an array of dtype {name!r} and shape {shape}")
+        if length is None or length != _nbytes(dtype, shape) or length == 0:
+            raise self.fail(f"{length} bytes for {dtype.name} {list(shape)}, expected {_nbytes(dtype, shape)},")
+        offset = self.skip(length)
+        if self.position != self.end:
+            raise self.fail(f"{self.end - self.position} bytes too many in an array")
+        self.end = outer
+        return _Leaf(dtype, shape, offset)
+
+
+def _read_msgpack(path: Path) -> dict[str, TensorInfo]:
+    unpacker = _Unpacker(path)
+    tree = unpacker.value()
+    if not isinstance(tree, dict) or unpacker.position != unpacker.end:
+        raise unpacker.fail("something other than one map of parameters")
+    return _gather(path, _leaves(path, tree, ""))
+
+
+def _leaves(path: Path, tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, TensorInfo]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and "__msgpack_chunked_array__" not in value:
+            yield from _leaves(path, value, f"{name}.")
+            continue
+        canonical, transposed = _flax_name(name)
+        if isinstance(value, _Leaf):
+            dtype, shape = value.dtype, value.shape
+            read = _mapped(path, dtype, shape, value.offset)
+        else:
+            dtype, shape, read = _chunked(path, name, value)
+        yield canonical, _tensor(path, dtype, shape, read, transposed and len(shape) == 2)
+
+
+def _chunked(path: Path, name: str, value: Any) -> tuple[np.dtype[Any], tuple[int, ...], Callable[[], Array]]:
+    """An array above 1 GiB, which Flax cuts into flat pieces: {shape: {"0": ...}, chunks: {"0": ...}}."""
+
+    def in_order(key: str, kind: type) -> list[Any]:
+        items = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(items, dict) or set(items) != {str(i) for i in range(len(items))}:
+            raise CheckpointError(f"{path}: {name} is no array")
+        if not items or any(type(item) is not kind for item in items.values()):
+            raise CheckpointError(f"{path}: {name} has bad {key}")
+        return [items[str(i)] for i in range(len(items))]
+
+    shape, chunks = tuple(in_order("shape", int)), in_order("chunks", _Leaf)
+    dtype = chunks[0].dtype
+    found = sum(_nbytes(dtype, chunk.shape) for chunk in chunks)
+    if any(chunk.dtype != dtype or len(chunk.shape) != 1 for chunk in chunks) or found != _nbytes(dtype, shape):
+        raise CheckpointError(f"{path}: {name} has {found} bytes, expected {_nbytes(dtype, shape)} for {list(shape)}")
+
+    def read() -> Array:
+        pieces = [_mapped(path, dtype, chunk.shape, chunk.offset)() for chunk in chunks]
+        return np.concatenate(pieces).reshape(shape)
+
+    return dtype, shape, read
+
+
+# -- folders: Orbax and SavedModel ------------------------------------------------------------------------------------
+
+
+def _read_orbax(folder: Path) -> dict[str, TensorInfo]:
+    """The arrays of an Orbax checkpoint, from its key-value store; what its metadata asks to be made is not made."""
+    try:
+        import tensorstore
+    except ImportError as error:
+        raise _needs(folder, "orbax-checkpoint", "flax") from error
+    store = {"driver": "ocdbt", "base": f"file://{folder.resolve()}/"}
+    if not (folder / "manifest.ocdbt").is_file():
+        raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no manifest.ocdbt")
+
+    def found() -> Iterator[tuple[str, TensorInfo]]:
+        for key in tensorstore.KvStore.open(store).result().list().result():
+            name, _, file = key.decode().rpartition("/")
+            if file in (".zarray", "zarr.json"):
+                driver = "zarr" if file == ".zarray" else "zarr3"
+                spec = {"driver": driver, "kvstore": {**store, "path": f"{name}/"}}
+                array = tensorstore.open(spec, open=True, read=True).result()
+                dtype, shape = np.dtype(array.dtype.numpy_dtype), tuple(array.shape)
+                chunk: Any = tuple(array.chunk_layout.read_chunk.shape or ())
+                if dtype not in DTYPE_CODES or _nbytes(dtype, chunk) > _nbytes(dtype, shape):
+                    raise CheckpointError(f"{name} is {dtype} {list(shape)} in chunks of {list(chunk)}")
+                canonical, transposed = _flax_name(name)
+                values = _guarded(folder, canonical, partial(_read_array, array))
+                yield canonical, _tensor(folder, dtype, shape, values, transposed)
+
+    try:
+        return _gather(folder, found())
+    except Exception as error:  # of many kinds, for what can be wrong inside a file
+        raise CheckpointError(f"{folder} is not a readable Orbax checkpoint: {error}") from error
+
+
+def _read_array(array: Any) -> Array:
+    return np.asarray(array.read().result())
+
+
+def _read_saved_model(folder: Path) -> dict[str, TensorInfo]:
+    """The variables of a SavedModel that a wing exported, from their file alone: no function in it is loaded."""
+    try:
+        import tensorflow
+        from tensorflow.core.protobuf import trackable_object_graph_pb2
+    except ImportError as error:
+        raise _needs(folder, "tensorflow", "tf") from error
+
+    def found() -> Iterator[tuple[str, TensorInfo]]:
+        reader = tensorflow.train.load_checkpoint(str(folder / "variables" / "variables"))
+        shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
+        graph = trackable_object_graph_pb2.TrackableObjectGraph()
+        graph.ParseFromString(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
+        names = {entry.full_name: entry.checkpoint_key for node in graph.nodes for entry in node.attributes}
+        for name, key in names.items():
+            if not name.endswith("/seed_generator_state"):
+                canonical, transposed = _flax_name(name.partition("/")[2])  # the model's own name comes first
+                dtype, shape = np.dtype(dtypes[key].as_numpy_dtype), tuple(shapes[key])
+                if dtype not in DTYPE_CODES:
+                    raise CheckpointError(f"{name} has dtype {dtype}")
+                values = _guarded(folder, canonical, partial(reader.get_tensor, key))
+                yield canonical, _tensor(folder, dtype, shape, values, transposed)
+
+    try:
+        return _gather(folder, found())
+    except Exception as error:  # of many kinds, for what can be wrong inside a file
+        raise CheckpointError(f"{folder} is not a readable SavedModel: {error}") from error
+
+
+def _guarded(folder: Path, name: str, read: Callable[[], Array]) -> Callable[[], Array]:
+    def values() -> Array:
+        try:
+            return read()
+        except Exception as error:  # the libraries check values only as they read them
+            raise CheckpointError(f"{folder}: {name} cannot be read: {error}") from error
+
+    return values

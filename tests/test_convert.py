@@ -1,0 +1,780 @@
+"""Between frameworks: every format and back bit for bit, what others' loaders say to it, and what broken files do."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tracemalloc
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import WINGS, left_padded, random_values, write_checkpoint
+from hub_server import HubServer
+from wings import scope
+
+import olmozoo
+from olmozoo import CheckpointError, InputError, Olmo2Config, OlmoConfig, OPTConfig
+from olmozoo.backend import load
+from olmozoo.checkpoint import Checkpoint, Output, dtype_of
+from olmozoo.convert import FORMATS, convert_checkpoint, head_of
+from olmozoo.families.base import ARCHITECTURES
+from olmozoo.hub import resolve
+
+FIXTURES = Path(__file__).parent / "fixtures" / "transformers4_opt"
+COMMON = {"vocab_size": 51, "num_hidden_layers": 3, "max_position_embeddings": 32, "pad_token_id": 1}
+CONFIGS = {
+    "olmo": OlmoConfig(
+        **COMMON, hidden_size=24, num_attention_heads=4, intermediate_size=20, attention_bias=True, eos_token_id=0
+    ),
+    "olmo2": Olmo2Config(
+        **COMMON, hidden_size=24, num_attention_heads=6, num_key_value_heads=2, intermediate_size=20, eos_token_id=0
+    ),
+    "opt": OPTConfig(**COMMON, hidden_size=16, num_attention_heads=4, ffn_dim=24, word_embed_proj_dim=8, dropout=0.0),
+}
+MODELS = [(family, head) for family, config in CONFIGS.items() for head in (None, *config.heads)]
+STREAMED = ["safetensors", "pt-bin", "keras", "keras-weights", "flax-msgpack"]  # a tensor at a time
+
+
+def needs(to: str) -> None:
+    library = {"pt-bin": "torch", "keras": "h5py", "keras-weights": "h5py", "savedmodel": "tensorflow"}
+    pytest.importorskip({**library, "orbax": "orbax.checkpoint"}.get(to, "numpy"))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def model_of(wing: str, family: str, head, folder: Path, **options):
+    prefix = {"pt": "", "tf": "TF", "flax": "Flax"}[wing]
+    rooms = __import__(f"olmozoo.{wing}", fromlist=["x"])
+    cls = getattr(rooms, prefix + CONFIGS[family].name + ARCHITECTURES[head])
+    with scope(wing):
+        return cls.from_pretrained(folder, **options)
+
+
+def answer(wing: str, model, config) -> np.ndarray:
+    """The first of a model's outputs for a left-padded batch, at its real tokens."""
+    ids, mask = left_padded(config)
+    with scope(wing):
+        if wing == "pt":
+            import torch
+
+            with torch.inference_mode():
+                output = model(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).to_tuple()[0].numpy()
+        else:
+            output = np.asarray(model(input_ids=ids, attention_mask=mask).to_tuple()[0])
+    return output[mask.astype(bool)] if output.shape[:2] == mask.shape else output
+
+
+# -- every format and back --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", [name for name in FORMATS if name != "savedmodel"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_format_and_back_is_byte_identical(tmp_path, to, dtype):
+    needs(to)
+    for family, head in MODELS:
+        source = write_checkpoint(tmp_path / "source", CONFIGS[family], head, dtype=dtype_of(dtype))
+        convert_checkpoint(source, tmp_path / "there", to=to, verify=True)
+        assert (tmp_path / "there" / "model.safetensors").exists() == (to == "safetensors")
+        assert head_of(tmp_path / "there", CONFIGS[family], Checkpoint(tmp_path / "there")) == head
+        convert_checkpoint(tmp_path / "there", tmp_path / "back", to="safetensors")
+        assert tree(tmp_path / "back") == tree(source)
+    convert_checkpoint(tmp_path / "there", tmp_path / "there", to="safetensors")  # in place, from its own files
+    assert tree(tmp_path / "there") == tree(source)
+
+
+@pytest.mark.parametrize(("family", "head", "dtype"), [("olmo", None, "bfloat16"), ("opt", "causal_lm", "float32")])
+def test_a_saved_model_serves_and_comes_back(tmp_path, family, head, dtype):
+    tf = pytest.importorskip("tensorflow")
+    config = CONFIGS[family]
+    source = write_checkpoint(tmp_path / "source", config, head, dtype=dtype_of(dtype))
+    convert_checkpoint(source, tmp_path / "there", to="savedmodel", verify=True)
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", to="safetensors")
+    assert tree(tmp_path / "back") == tree(source)
+    if dtype == "float32":
+        ids, mask = left_padded(config)
+        loaded = tf.saved_model.load(str(tmp_path / "there" / "saved_model"))
+        served = loaded.serve(tf.constant(ids), tf.constant(mask))
+        expected = answer("tf", model_of("tf", family, head, source), config)
+        assert np.abs(served["logits"].numpy()[mask.astype(bool)] - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("to", ["safetensors", "pt-bin", "flax-msgpack"])
+def test_shards(tmp_path, to):
+    needs(to)
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
+    convert_checkpoint(source, tmp_path / "there", to=to, max_shard_size="9KB", verify=True)
+    shards = [path for path in (tmp_path / "there").iterdir() if "-of-" in path.name]
+    assert len(shards) > 2
+    assert all(shard.stat().st_size < 9000 + 4096 for shard in shards)
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", to="safetensors")
+    assert tree(tmp_path / "back") == tree(source)
+
+
+def test_settings_and_tokenizer_come_along_and_old_ones_go(tmp_path):
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
+    target = write_checkpoint(tmp_path / "target", CONFIGS["opt"], dtype="float32", max_shard_size="4KB")
+    (target / "generation_config.json").write_text('{"top_k": 7}')
+    (target / "notes.txt").write_text("kept")
+    (source / "tokenizer.json").write_text("{}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("x")
+    convert_checkpoint(source, target, to="flax-msgpack")
+    assert sorted(tree(target)) == [
+        "additional_chat_templates/tools.jinja",
+        "config.json",
+        "flax_model.msgpack",
+        "notes.txt",
+        "tokenizer.json",
+    ]
+    (source / "generation_config.json").write_text('{"top_k": 9}')
+    convert_checkpoint(source, target, to="safetensors")
+    assert json.loads((target / "generation_config.json").read_text()) == {"top_k": 9}
+
+
+def test_a_cast_is_named_in_the_config_and_never_overflows(tmp_path):
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
+    convert_checkpoint(source, tmp_path / "half", to="safetensors", dtype="bfloat16", verify=True)
+    assert Checkpoint(tmp_path / "half").dtype == dtype_of("bfloat16")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    for parameter in CONFIGS["olmo2"].parameters("causal_lm"):
+        expected = random_values(parameter).astype(np.float32).astype(dtype_of("bfloat16"))
+        assert Checkpoint(tmp_path / "half")[parameter.name].tobytes() == expected.tobytes()
+    big = tmp_path / "big"
+    olmozoo.checkpoint.save_checkpoint(
+        big,
+        CONFIGS["olmo2"],
+        "causal_lm",
+        read=lambda p: np.full(p.shape, 1e6, np.float32),
+        dtype=lambda p: "float32",
+    )
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight has 1224 value\(s\) too large for float16"):
+        convert_checkpoint(big, tmp_path / "never", to="safetensors", dtype="float16")
+    assert not (tmp_path / "never").exists()
+
+
+def test_what_was_written_wrong_is_found_and_does_not_take_its_place(tmp_path, monkeypatch):
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
+    target = write_checkpoint(tmp_path / "target", CONFIGS["opt"], dtype="float32")
+    before = tree(target)
+    write = FORMATS["safetensors"]
+
+    def spoil(job, staging):
+        write(job, staging)
+        with (staging / "model.safetensors").open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            stream.write(b"\x77")
+
+    monkeypatch.setitem(FORMATS, "safetensors", spoil)
+    with pytest.raises(CheckpointError, match=r"not what was read: 1 problem\(s\)\n  - lm_head\.weight differs"):
+        convert_checkpoint(source, target, to="safetensors", verify=True)
+    assert tree(target) == before
+
+
+# -- others' loaders --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "head"), MODELS)
+def test_keras_files_are_those_that_keras_writes(tmp_path, family, head):
+    keras = pytest.importorskip("keras")
+    h5py = pytest.importorskip("h5py")
+    source = write_checkpoint(tmp_path / "source", CONFIGS[family], head, dtype=dtype_of("bfloat16"))
+    model = model_of("tf", family, head, source)
+    model.save(tmp_path / "theirs.keras")
+    convert_checkpoint(source, tmp_path / "there", to="keras")
+    convert_checkpoint(source, tmp_path / "there2", to="keras-weights")
+
+    def content(stream) -> dict:
+        """Every dataset's dtype, attributes and bytes, and every layer's name, by place."""
+        found = {}
+
+        def see(place, item):
+            if isinstance(item, h5py.Dataset):
+                found[place] = (item.dtype, dict(item.attrs), item[()].tobytes())
+            elif item.attrs and place != "vars":  # the whole model's name, which Keras numbers
+                found[place] = dict(item.attrs)
+
+        with h5py.File(stream, "r") as file:
+            file.visititems(see)
+        # A norm without weights leaves its name there, and nobody reads it.
+        weights = {place for place, value in found.items() if isinstance(value, tuple)}
+        return {at: value for at, value in found.items() if "norm" not in at or {at, f"{at}/0"} & weights}
+
+    ours, theirs = (zipfile.ZipFile(path) for path in (tmp_path / "there" / "model.keras", tmp_path / "theirs.keras"))
+    with ours, theirs:
+        assert content(ours.open("model.weights.h5")) == content(theirs.open("model.weights.h5"))
+        assert content(tmp_path / "there2" / "model.weights.h5") == content(theirs.open("model.weights.h5"))
+        mine, keras_own = (json.loads(archive.read("config.json")) for archive in (ours, theirs))
+        mine["config"]["name"] = keras_own["config"]["name"]  # Keras numbers them
+        assert mine == keras_own
+        assert ours.testzip() is None
+    expected = answer("tf", model, CONFIGS[family])
+    loaded = keras.models.load_model(tmp_path / "there" / "model.keras")
+    assert np.array_equal(answer("tf", loaded, CONFIGS[family]), expected)
+    fresh = type(model)(CONFIGS[family], dtype="bfloat16", seed=5)
+    fresh.load_weights(tmp_path / "there2" / "model.weights.h5")
+    assert np.array_equal(answer("tf", fresh, CONFIGS[family]), expected)
+
+
+def test_a_compiled_keras_model_with_its_optimizer_is_read(tmp_path):
+    keras = pytest.importorskip("keras")
+    source = write_checkpoint(tmp_path / "source", CONFIGS["opt"], dtype="float32")
+    model = model_of("tf", "opt", "causal_lm", source)
+    model.compile(optimizer=keras.optimizers.Adam(1e-3))
+    ids, mask = left_padded(CONFIGS["opt"])
+    model.fit({"input_ids": ids, "attention_mask": mask, "labels": ids}, epochs=1, verbose=0)
+    shutil.copytree(source, tmp_path / "there", ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save(tmp_path / "there" / "model.keras")
+    again = model_of("tf", "opt", "causal_lm", tmp_path / "there")
+    assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), again.get_weights(), strict=True))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_flax_and_orbax_alone_read_the_wings_own_tree(tmp_path, family):
+    serialization = pytest.importorskip("flax.serialization")
+    import jax
+    import orbax.checkpoint as ocp
+
+    source = write_checkpoint(tmp_path / "source", CONFIGS[family], dtype=dtype_of("bfloat16"))
+    params = model_of("flax", family, "causal_lm", source).params
+    convert_checkpoint(source, tmp_path / "there", to="flax-msgpack")
+    convert_checkpoint(source, tmp_path / "orb", to="orbax")
+    from_flax = serialization.msgpack_restore((tmp_path / "there" / "flax_model.msgpack").read_bytes())
+    with ocp.StandardCheckpointer() as checkpointer:
+        from_orbax = checkpointer.restore((tmp_path / "orb" / "orbax").absolute(), target=params)
+    for found in (from_flax, from_orbax):
+        assert jax.tree.structure(found) == jax.tree.structure(params)
+        same = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(np.asarray(a), b), params, found)
+        assert all(jax.tree.leaves(same))
+    # And the reverse: what they write is read.
+    for path, write in (
+        ("flax_model.msgpack", lambda file: file.write_bytes(serialization.to_bytes(params))),
+        ("orbax", lambda folder: ocp.PyTreeCheckpointer().save(folder.absolute(), params)),
+    ):
+        shutil.copytree(source, tmp_path / f"own-{path}", ignore=shutil.ignore_patterns("*.safetensors"))
+        write(tmp_path / f"own-{path}" / path)
+        convert_checkpoint(tmp_path / f"own-{path}", tmp_path / "back", to="safetensors")
+        assert tree(tmp_path / "back") == tree(source)
+
+
+def test_arrays_of_many_chunks_are_those_of_flax(tmp_path, monkeypatch):
+    serialization = pytest.importorskip("flax.serialization")
+    monkeypatch.setattr(sys.modules["olmozoo.convert"], "FLAX_CHUNK", 512)
+    monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 512)
+    source = write_checkpoint(tmp_path / "source", CONFIGS["opt"], dtype="float32")
+    convert_checkpoint(source, tmp_path / "there", to="flax-msgpack", verify=True)
+    data = (tmp_path / "there" / "flax_model.msgpack").read_bytes()
+    assert data.count(b"__msgpack_chunked_array__") > 10
+    tree_of_arrays = serialization.msgpack_restore(data)
+    assert serialization.to_bytes(tree_of_arrays) == data
+
+
+@pytest.mark.parametrize("to", ["safetensors", "pt-bin"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_transformers_loads_it(tmp_path, family, to):
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    source = write_checkpoint(tmp_path / "source", CONFIGS[family], dtype="float32")
+    convert_checkpoint(source, tmp_path / "there", to=to, max_shard_size="9KB")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "there").eval()
+    ids, mask = left_padded(CONFIGS[family])
+    with torch.inference_mode():
+        logits = theirs(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).logits.numpy()
+    expected = answer("pt", model_of("pt", family, "causal_lm", source), CONFIGS[family])
+    assert np.abs(logits[mask.astype(bool)] - expected).max() < 2e-5
+
+
+def test_torch_maps_what_we_write_and_takes_it_as_tensors_alone(tmp_path):
+    torch = pytest.importorskip("torch")
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo"], dtype=dtype_of("bfloat16"))
+    convert_checkpoint(source, tmp_path / "there", to="pt-bin")
+    state = torch.load(tmp_path / "there" / "pytorch_model.bin", weights_only=True, mmap=True)
+    checkpoint = Checkpoint(source)
+    assert state.keys() == checkpoint.tensors.keys()
+    for name, tensor in state.items():
+        assert tensor.dtype == torch.bfloat16
+        assert tensor.data_ptr() % 64 == 0
+        assert tensor.view(torch.int16).numpy().tobytes() == checkpoint[name].tobytes()
+
+
+# -- what Transformers 4 wrote ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wing", WINGS)
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [(n, 1e-5) for n in ("tf", "tf-base", "tf-shard", "tf-safetensors", "flax", "flax-base", "flax-shard")]
+    + [(n, 1e-5) for n in ("flax-bf16", "flax-untied", "flax-safetensors")]
+    + [("tf-fp16", 2e-2)],  # computed in float16 there
+)
+def test_files_of_transformers_4_give_its_answers(wing, name, bound):
+    if name.startswith("tf"):
+        pytest.importorskip("h5py")
+    folder, expected = FIXTURES / name, np.load(FIXTURES / name / "expected.npz")
+    ids = expected["input_ids"]
+    backend = load(folder, wing, "float32")
+    found = backend.forward(ids, np.ones_like(ids), output_hidden_states=True)
+    if name.endswith("base"):
+        assert np.abs(found["hidden_states"][-1] - expected["out"]).max() < bound
+    else:
+        assert np.abs(found["logits"] - expected[expected.files[-1]]).max() < bound
+    own = {"tf-fp16": "float16", "flax-bf16": "bfloat16"}.get(name, "float32")
+    assert Checkpoint(folder).dtype == dtype_of(own)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir()))
+def test_files_of_transformers_4_become_a_canonical_folder(tmp_path, name):
+    if name.startswith("tf"):
+        pytest.importorskip("h5py")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_checkpoint(FIXTURES / name, tmp_path / "there", to="safetensors", verify=True)
+    old, new = Checkpoint(FIXTURES / name), Checkpoint(tmp_path / "there")
+    base = name.endswith("base")
+    for tensor in new.tensors:
+        source = f"model.{tensor}" if base and name.startswith("tf") else tensor
+        assert new[tensor].tobytes() == old[source].tobytes()
+
+
+def test_an_old_tensorflow_head_is_the_embedding_whatever_the_config_says(tmp_path):
+    pytest.importorskip("h5py")
+    shutil.copytree(FIXTURES / "tf", tmp_path / "tf")
+    config = json.loads((tmp_path / "tf" / "config.json").read_text())
+    (tmp_path / "tf" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    convert_checkpoint(tmp_path / "tf", tmp_path / "there", to="safetensors")
+    found = Checkpoint(tmp_path / "there")
+    assert found["lm_head.weight"].tobytes() == found["model.decoder.embed_tokens.weight"].tobytes()
+
+
+def test_names_that_no_weight_has_are_refused_with_their_file(tmp_path):
+    shutil.copytree(FIXTURES / "flax-shard", tmp_path / "a")
+    index = tmp_path / "a" / "flax_model.msgpack.index.json"
+    entries = json.loads(index.read_text())
+    entries["weight_map"]["model/decoder/secret"] = next(iter(entries["weight_map"].values()))
+    index.write_text(json.dumps(entries))
+    with pytest.raises(CheckpointError, match=r"flax_model\.msgpack\.index\.json: model\.decoder: 'secret' is none of"):
+        Checkpoint(tmp_path / "a")
+    shutil.copytree(FIXTURES / "flax-safetensors", tmp_path / "b")
+    file = tmp_path / "b" / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b"project_in.kernel", b"project_in.secret"))
+    with pytest.raises(CheckpointError, match=r"b/model\.safetensors: model\.decoder\.project_in: 'secret' is none of"):
+        Checkpoint(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda path: path.removeprefix("tfopt_for_causal_lm/"),
+        lambda path: path.partition("/model/")[2],
+        lambda path: path.partition("/decoder/")[2],
+        lambda path: path.replace("embed_tokens/weight", "embed_tokens/embeddings"),
+        lambda path: path.replace("model/decoder/", "model.decoder."),
+        lambda path: path.removesuffix(":0"),
+    ],
+)
+def test_names_that_lack_a_part_are_understood(tmp_path, spell):
+    h5py = pytest.importorskip("h5py")
+    shutil.copytree(FIXTURES / "tf", tmp_path / "tf")
+    with h5py.File(FIXTURES / "tf" / "tf_model.h5") as old, h5py.File(tmp_path / "tf" / "tf_model.h5", "w") as new:
+        names = []
+        old["model"].visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+        for name in names:
+            new[f"model/{spell(name)}"] = old["model"][name][()]
+    found, expected = Checkpoint(tmp_path / "tf"), Checkpoint(FIXTURES / "tf")
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(found[name].tobytes() == expected[name].tobytes() for name in expected.tensors)
+
+
+@pytest.mark.parametrize("name", ["tf", "tf-shard", "flax", "flax-shard"])
+def test_a_repository_with_old_files_alone_is_downloaded(monkeypatch, tmp_path, name):
+    from huggingface_hub.utils import close_session
+
+    old = tree(FIXTURES / name)
+    with HubServer() as server:
+        server.attach(monkeypatch, tmp_path)
+        close_session()
+        server.add_repo("org/old", {"main": {**old, "README.md": b"#", "tf_model.h5.bak": b""}})
+        found = tree(resolve("org/old", need="weights"))
+        assert found == {file: data for file, data in old.items() if file != "expected.npz"}
+        close_session()
+
+
+# -- live models ------------------------------------------------------------------------------------------------------
+
+
+PAIRS = [(a, b) for a in ("pt", "tf", "flax") for b in ("pt", "tf", "flax") if a != b]
+
+
+@pytest.mark.parametrize(("source", "to"), PAIRS)
+def test_a_live_model_of_another_wing_gives_the_same_and_shares_nothing(tmp_path, source, to):
+    for wing in (source, to):
+        pytest.importorskip({"pt": "torch", "tf": "tensorflow", "flax": "flax"}[wing])
+    for family, head in [("olmo", "sequence_classification"), ("olmo2", "causal_lm"), ("opt", None)]:
+        config = CONFIGS[family]
+        folder = write_checkpoint(tmp_path / f"{family}", config, head)
+        model = model_of(source, family, head, folder, tie_word_embeddings=False)
+        model.generation_config = model.generation_config.replace(top_k=3)
+        with scope("flax"):
+            made = olmozoo.convert(model, to=to)
+        assert type(made).__module__.startswith(f"olmozoo.{to}.")
+        assert made.config == model.config
+        assert made.head == head
+        assert made.generation_config == model.generation_config
+        before = answer(source, model, config)
+        assert np.abs(answer(to, made, config) - before).max() < 1e-9
+        disturb(to, made)
+        assert np.abs(answer(to, made, config) - before).max() > 1e-3
+        assert np.array_equal(answer(source, model, config), before)
+        after = answer(to, made, config)
+        disturb(source, model)
+        assert np.array_equal(answer(to, made, config), after)
+
+
+def disturb(wing: str, model) -> None:
+    """Change every weight in place, as training does."""
+    if wing == "pt":
+        import torch
+
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.25)
+    elif wing == "tf":
+        for variable in model.weights:
+            variable.assign(variable * 1.25)
+    else:
+        import jax
+
+        with jax.enable_x64(True):
+            model.params = jax.tree.map(lambda leaf: leaf * 1.25, model.params)
+
+
+def test_a_live_model_keeps_its_dtype_its_tie_and_its_mode(tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("tensorflow")
+    folder = write_checkpoint(tmp_path / "a", CONFIGS["opt"], dtype=dtype_of("bfloat16"))
+    model = model_of("pt", "opt", "causal_lm", folder)
+    keras_model = olmozoo.convert(model, to="tf")
+    assert keras_model.variable_dtype == keras_model.compute_dtype == "bfloat16"
+    back = olmozoo.convert(keras_model, to="pt")
+    assert back.lm_head.weight is back.get_input_embeddings().weight
+    assert not back.training
+    assert olmozoo.convert(model.train(), to="pt").training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor)
+        assert back.state_dict()[name].dtype == torch.bfloat16
+
+
+def test_live_conversion_refuses_what_it_does_not_know(tmp_path):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(InputError, match="a Linear is no model of olmozoo"):
+        olmozoo.convert(torch.nn.Linear(2, 2), to="tf")
+    with pytest.raises(InputError, match="to is 'mxnet', expected one of pt, tf, flax"):
+        olmozoo.convert(torch.nn.Linear(2, 2), to="mxnet")
+
+
+# -- memory, crashes and full disks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", STREAMED)
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_one_tensor_is_in_memory_at_a_time(tmp_path, to, dtype):
+    needs(to)
+    config = CONFIGS["olmo2"].replace(vocab_size=2000, hidden_size=96, intermediate_size=3000, num_hidden_layers=6)
+    source = write_checkpoint(tmp_path / "source", config, dtype=dtype_of("bfloat16"))
+    convert_checkpoint(source, tmp_path / "warm", to=to, dtype=dtype)
+    largest = max(p.size for p in config.parameters("causal_lm")) * (4 if dtype else 2)
+    tracemalloc.start()
+    convert_checkpoint(source, tmp_path / "there", to=to, dtype=dtype)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * largest + 600_000  # what libraries allocate meanwhile
+    assert sum(p.size for p in config.parameters("causal_lm")) * (4 if dtype else 2) > 8 * largest
+
+
+@pytest.mark.parametrize("to", ["safetensors", "pt-bin", "keras", "keras-weights", "flax-msgpack", "orbax"])
+def test_a_disk_that_takes_no_more_leaves_the_old_folder(tmp_path, to):
+    needs(to)
+    config = CONFIGS["olmo2"].replace(vocab_size=5000)
+    source = write_checkpoint(tmp_path / "source", config, dtype="float32")
+    target = write_checkpoint(tmp_path / "target", CONFIGS["opt"], dtype="float32")
+    before = tree(target)
+    code = (
+        "import resource, signal, sys\n"
+        "from olmozoo.convert import CheckpointError, convert_checkpoint\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "try: convert_checkpoint(sys.argv[1], sys.argv[2], to=sys.argv[3])\n"
+        "except CheckpointError as error: print('told:', error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, source, target, to], capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("told:"), done.stderr
+    assert tree(target) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
+    source = write_checkpoint(tmp_path / "source", CONFIGS["opt"], dtype="float32")
+
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Output, "bytes", full)
+    for to in STREAMED:
+        needs(to)
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            convert_checkpoint(source, tmp_path / "there", to=to)
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_conversion_that_is_killed_leaves_the_old_folder_and_the_next_one_clears_up(tmp_path):
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
+    target = write_checkpoint(tmp_path / "target", CONFIGS["opt"], dtype="float32")
+    before = tree(target)
+    code = (
+        "import sys, time\n"
+        "from olmozoo.convert import convert_checkpoint\n"
+        "def stop(done, total):\n    if done > total / 2: print('half', flush=True); time.sleep(60)\n"
+        "convert_checkpoint(sys.argv[1], sys.argv[2], to='flax-msgpack', progress=stop)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, source, target], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "half\n"
+        os.kill(process.pid, signal.SIGKILL)
+    assert tree(target) == before
+    assert len(list(tmp_path.iterdir())) == 3  # with what was begun
+    convert_checkpoint(source, target, to="flax-msgpack", verify=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+    assert sorted(tree(target)) == ["config.json", "flax_model.msgpack"]
+
+
+# -- broken and hostile files -----------------------------------------------------------------------------------------
+
+
+def copy_of(name: str, folder: Path) -> Path:
+    shutil.copytree(FIXTURES / name, folder)
+    return next(path for path in folder.iterdir() if path.suffix in (".h5", ".msgpack"))
+
+
+@pytest.mark.parametrize("name", ["flax", "tf"])
+def test_a_truncated_or_altered_file_raises_our_errors_alone(tmp_path, name):
+    if name == "tf":
+        pytest.importorskip("h5py")
+    file = copy_of(name, tmp_path / "a")
+    data = file.read_bytes()
+    draw = np.random.default_rng(0)
+    refused = 0
+    for number in range(120):
+        spoiled = bytearray(data)
+        if number % 2:
+            spoiled = spoiled[: int(draw.integers(len(data)))]
+        else:
+            for place in draw.integers(0, 3000, 4):
+                spoiled[place] = draw.integers(256)
+        file.write_bytes(spoiled)
+        try:
+            checkpoint = Checkpoint(tmp_path / "a")
+            for tensor in checkpoint.tensors:
+                assert checkpoint[tensor].shape == checkpoint.tensors[tensor].shape
+        except CheckpointError as error:
+            refused += str(tmp_path / "a") in str(error)
+    assert refused >= 60
+
+
+def packed_array(shape=b"\x92\x02\x03", dtype=b"\xa7float32", values=b"\xc4\x18" + bytes(24)) -> bytes:
+    content = b"\x93" + shape + dtype + values
+    return b"\xc7" + bytes([len(content)]) + b"\x01" + content
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "1 bytes expected, 0 left"),
+        (b"\xdf\xff\xff\xff\xff\xa1a", "1 bytes expected, 0 left"),
+        (b"\x81\xdb\xff\xff\xff\xffaaa", "4294967295 bytes expected, 3 left"),
+        (b"\x81\xa1a\xc9\xff\xff\xff\xff\x01", "4294967295 bytes expected, 0 left"),
+        (b"\x81\xa1a\xc1", "type code 0xc1"),
+        (b"\x81\xa1a" * 80, "nested too deeply"),
+        (b"\x81\x01\xa1a", "the key 1 is there twice or is no text"),
+        (b"\x82\xa1a\x01\xa1a\x01", "the key 'a' is there twice"),
+        (b"\x81\xa2\xff\xff\x01", "not UTF-8"),
+        (b"\x01\x01", "something other than one map"),
+        (b"\x81\xa8a/kernel" + packed_array(values=b"\xc4\x10" + bytes(16)), r"16 bytes for float32 \[2, 3\]"),
+        (
+            b"\x81\xa8a/kernel" + packed_array(shape=b"\x92\xce\xff\xff\xff\xff\x03"),
+            r"24 bytes for .* expected 51539607540",
+        ),
+        (b"\x81\xa8a/kernel" + packed_array(dtype=b"\xa6object"), "dtype 'object'"),
+        (b"\x81\xa8a/kernel" + packed_array(shape=b"\x92\xa1x\x03"), r"shape \('x', 3\)"),
+        (b"\x81\xa8a/kernel" + packed_array(values=b"\xc4\x18" + bytes(26)), "2 bytes too many"),
+        (b"\x81\xa8a/kernel\xc7\x01\x02\x00", "an extension of type 2"),
+        (b"\x81\xa8a/kernel\x01", "a.kernel is no array"),
+        (b"\x81\xa8a/secret" + packed_array(), "'secret' is none of"),
+        (b"\x82\xa8a/kernel" + packed_array() + b"\xaba/embedding" + packed_array(), "a.weight is there twice"),
+        (b"\x81\xa8a/kernel\x81\xb9__msgpack_chunked_array__\xc3", "a.kernel is no array"),
+    ],
+)
+def test_a_broken_msgpack_is_refused_and_named(tmp_path, content, problem):
+    file = copy_of("flax", tmp_path / "a")
+    file.write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=problem):
+        Checkpoint(tmp_path / "a")
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+
+
+def h5_link(h5py, file):
+    file["model/extra"] = h5py.ExternalLink("/etc/passwd", "/x")
+    del file["model/tfopt_for_causal_lm/model/decoder/layers.0/fc1/bias:0"]
+
+
+def h5_compressed(h5py, file):
+    name = "model/tfopt_for_causal_lm/model/decoder/layers.0/fc1/bias:0"
+    del file[name]
+    file.create_dataset(name, data=np.zeros(96, np.float32), chunks=True, compression="gzip")
+
+
+def h5_bomb(h5py, file):
+    name = "model/tfopt_for_causal_lm/model/decoder/layers.0/fc1/bias:0"
+    del file[name]
+    file.create_dataset(name, shape=(1 << 40,), dtype=np.float32)
+
+
+def h5_outside(h5py, file):
+    name = "model/tfopt_for_causal_lm/model/decoder/layers.0/fc1/bias:0"
+    del file[name]
+    file.create_dataset(name, shape=(96,), dtype=np.float32, external=[("/etc/passwd", 0, 384)])
+
+
+def h5_virtual(h5py, file):
+    name = "model/tfopt_for_causal_lm/model/decoder/layers.0/fc1/bias:0"
+    del file[name]
+    layout = h5py.VirtualLayout((96,), np.float32)
+    layout[:] = h5py.VirtualSource("/etc/passwd", "x", (96,))
+    file.create_virtual_dataset(name, layout)
+
+
+def h5_text(h5py, file):
+    file["model/decoder/layers.0/fc3/kernel:0"] = "text"
+
+
+def h5_unknown(h5py, file):
+    file["model/decoder/head/kernel:0"] = np.zeros(2, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (h5_link, r"missing: model\.decoder\.layers\.0\.fc1\.bias \[96\]"),
+        (h5_compressed, "bias:0 is empty, compressed or in another file"),
+        (h5_bomb, "bias:0 is empty, compressed or in another file"),
+        (h5_outside, "bias:0 is empty, compressed or in another file"),
+        (h5_virtual, "bias:0 is empty, compressed or in another file"),
+        (h5_text, "kernel:0 has dtype object"),
+        (h5_unknown, "model/decoder/head/kernel:0 is not the name of a weight of OPT"),
+    ],
+)
+def test_a_hostile_h5_is_refused_and_named(tmp_path, spoil, problem):
+    h5py = pytest.importorskip("h5py")
+    path = copy_of("tf", tmp_path / "a")
+    with h5py.File(path, "r+") as file:
+        spoil(h5py, file)
+    with pytest.raises(CheckpointError, match=problem):
+        convert_checkpoint(tmp_path / "a", tmp_path / "never", to="safetensors")
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_keras_archive_runs_nothing_of_its_config(tmp_path):
+    pytest.importorskip("h5py")
+    source = write_checkpoint(tmp_path / "source", CONFIGS["opt"], dtype="float32")
+    convert_checkpoint(source, tmp_path / "there", to="keras")
+    path, trace = tmp_path / "there" / "model.keras", tmp_path / "trace"
+    with zipfile.ZipFile(path) as archive:
+        weights = archive.read("model.weights.h5")
+    attack = {"module": "os", "class_name": "mkdir", "config": {"path": str(trace)}, "registered_name": "mkdir"}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", json.dumps(attack))
+        archive.writestr("model.weights.h5", weights)
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", to="safetensors")
+    assert tree(tmp_path / "back") == tree(source)
+    assert not trace.exists()
+    for spoiled, problem in ((b"PK nothing", "not a zip archive"), (path.read_bytes()[:-40], "not a zip archive")):
+        path.write_bytes(spoiled)
+        with pytest.raises(CheckpointError, match=problem):
+            Checkpoint(tmp_path / "there")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.weights.h5", weights)
+    with pytest.raises(CheckpointError, match="is compressed or truncated"):
+        Checkpoint(tmp_path / "there")
+
+
+@pytest.mark.parametrize("to", ["orbax", "savedmodel"])
+def test_broken_folders_raise_our_errors_alone(tmp_path, to):
+    needs(to)
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"].replace(num_hidden_layers=1), dtype="float32")
+    convert_checkpoint(source, tmp_path / "there", to=to)
+    inner = next(path for path in (tmp_path / "there").iterdir() if path.is_dir())
+    for path in sorted(path for path in inner.rglob("*") if path.is_file()):
+        data = path.read_bytes()
+        for spoiled in (b"", data[: len(data) // 2], bytes(len(data))):
+            path.write_bytes(spoiled)
+            with contextlib.suppress(CheckpointError):
+                checkpoint = Checkpoint(tmp_path / "there")
+                for name in checkpoint.tensors:
+                    checkpoint[name]
+        path.write_bytes(data)
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", to="safetensors")  # all whole again
+    shutil.rmtree(inner)
+    inner.mkdir()
+    with pytest.raises(CheckpointError, match=inner.name):
+        Checkpoint(tmp_path / "there")
+
+
+@pytest.mark.parametrize("missing", ["h5py", "tensorstore"])
+def test_an_absent_library_is_named(tmp_path, monkeypatch, missing):
+    pytest.importorskip(missing)
+    to = {"h5py": "keras-weights", "tensorstore": "orbax"}[missing]
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
+    convert_checkpoint(source, tmp_path / "there", to=to)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(CheckpointError, match=r"needs (h5py|orbax-checkpoint): pip install"):
+        Checkpoint(tmp_path / "there")
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "olmozoo.cli", "convert", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command(tmp_path):
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
+    done = run(source, tmp_path / "there", "--to", "flax-msgpack", "--dtype", "bfloat16", "--verify")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'there'}\n"), done.stderr
+    assert Checkpoint(tmp_path / "there").dtype == dtype_of("bfloat16")
+    done = run(tmp_path / "there", tmp_path / "never", "--to", "gguf")
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"olmozoo: to is 'gguf', expected one of {', '.join(FORMATS)}"
+    (tmp_path / "there" / "flax_model.msgpack").write_bytes(b"\x81")
+    done = run(tmp_path / "there", tmp_path / "never", "--to", "safetensors")
+    assert done.returncode == 2
+    assert "flax_model.msgpack: 1 bytes expected" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "never").exists()
+
+
+def test_importing_the_room_imports_no_framework():
+    code = (
+        "import sys, olmozoo.convert; print(sorted({'torch', 'tensorflow', 'keras', 'jax', 'h5py'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
