@@ -6,6 +6,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and tests run side by side
 
+import gc
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,15 @@ WINGS = [
     pytest.param(name, marks=pytest.mark.skipif(name not in installed(), reason=f"olmozoo[{name}] is not installed"))
     for name in BACKENDS
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory_given_back():
+    """After each file, let go of what frameworks have compiled: programs pile up to gigabytes otherwise."""
+    yield
+    gc.collect()
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 def random_values(parameter: Parameter, seed: int = 0) -> np.ndarray:

@@ -34,8 +34,9 @@ def folder(tmp_path_factory):
 
 # The program takes the terminal as its own, so that control characters become signals, and then runs.
 RUN = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in what a shell runs in its background, and inherited
 os.execv(sys.executable, [sys.executable, "-m", "olmozoo.cli", "chat", *sys.argv[1:]])
 """
 

@@ -429,9 +429,10 @@ def test_prompts_of_embeddings_that_do_not_fit_are_refused():
     model = make(flax.FlaxOlmo2ForCausalLM)
     ids, mask = left_padded(model.config)
     embeds = model.get_input_embeddings()[ids]
-    for inputs in ({}, {"input_ids": ids, "inputs_embeds": embeds}):
-        with pytest.raises(InputError, match="exactly one of input_ids and inputs_embeds"):
-            model.generate(**inputs)
+    with pytest.raises(InputError, match="one of input_ids and inputs_embeds, not both"):
+        model.generate(input_ids=ids, inputs_embeds=embeds)
+    with pytest.raises(InputError, match="expected input_ids or inputs_embeds, or a bos_token_id"):
+        model.generate()
     with pytest.raises(InputError, match=r"inputs_embeds has shape \(11, 40\), expected \(batch, seq, hidden\)"):
         model.generate(inputs_embeds=embeds[0])
     with pytest.raises(InputError, match=r"attention_mask has shape \(3, 10\)"):

@@ -417,8 +417,11 @@ def test_generate_traces_once_per_bucket_and_reads_the_weights_as_they_are():
     np.testing.assert_array_equal(second, greedy(model, IDS[:1], 12))
     assert model.trace_count == 2  # the prompt and the answer
 
+    stream = np.random.default_rng(0)
     for block in model.model.blocks:
-        block.self_attn.v_proj.enable_lora(4, b_initializer="he_normal")
+        block.self_attn.v_proj.enable_lora(4)
+        for variable in (block.self_attn.v_proj.lora_kernel_a, block.self_attn.v_proj.lora_kernel_b):
+            variable.assign(5 * stream.standard_normal(variable.shape))
     third = model.generate(IDS[:1], max_new_tokens=12)
     assert np.any(third != second)
     np.testing.assert_array_equal(third, greedy(model, IDS[:1], 12))

@@ -101,7 +101,8 @@ class OPTConfig(ModelConfig):
             raise ConfigError(f"OPTConfig.pruned_heads is {given!r}, expected lists of heads by layer") from error
         for layer, heads in pruned.items():
             if not heads < set(range(self.num_attention_heads)) or not 0 <= layer < self.num_hidden_layers:
-                raise ConfigError(f"OPTConfig.pruned_heads prunes {heads} of layer {layer}: expected some of its heads")
+                found = f"prunes {sorted(heads)} of layer {layer}"
+                raise ConfigError(f"OPTConfig.pruned_heads {found}: expected some of its heads")
 
     @property
     def pruned_heads(self) -> dict[int, list[int]]:
