@@ -162,21 +162,20 @@ def _talk(write: Any, opening: list[dict[str, str]], settings: dict[str, Any]) -
     for turn in itertools.count():
         try:
             line = input("> ").strip()
+            if line == "/exit":
+                return
+            if line == "/reset":
+                messages = list(opening)
+                _write("the chat is forgotten\n")
+            elif line.startswith("/"):
+                _write(f"there is no {line.split()[0]}: /reset or /exit\n")
+            elif line:
+                messages = _answer(write, [*messages, {"role": "user", "content": line}], turn, settings)
         except EOFError:
             _write("\n")
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # wherever it comes, a second one after an answer's included
             _write("\n")
-            continue
-        if line == "/exit":
-            return
-        if line == "/reset":
-            messages = list(opening)
-            _write("the chat is forgotten\n")
-        elif line.startswith("/"):
-            _write(f"there is no {line.split()[0]}: /reset or /exit\n")
-        elif line:
-            messages = _answer(write, [*messages, {"role": "user", "content": line}], turn, settings)
 
 
 def _answer(write: Any, messages: list[dict[str, str]], turn: int, settings: dict[str, Any]) -> list[dict[str, str]]:
