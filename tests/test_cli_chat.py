@@ -138,9 +138,9 @@ def test_control_c_stops_the_answer_and_control_d_leaves(folder, terminal, wing)
     chat.send("")
     assert "[stopped]" in chat.interrupt(r"\n> $")
     assert time.monotonic() - started < 10  # 30,000 tokens take minutes
-    if wing == "pt":  # with JAX's threads about, a busy machine may leave this one unanswered
-        chat.send("half a line")
-        chat.interrupt(r"\n> $")  # at the prompt it leaves the line, and the program stays
+    chat.send("half a line")
+    chat.read("half a line")  # Ctrl-C throws away keys that nobody has read yet, and readline would wait on for those
+    chat.interrupt(r"\n> $")  # at the prompt it leaves the line, and the program stays
     chat.send("/reset\n")
     assert "forgotten" in chat.read(r"\n> $")
     chat.send("dog\n")
