@@ -324,7 +324,10 @@ def _added_token(value: Any, file: str, special: bool = True) -> tokenizers.Adde
         value = {"content": value}
     if not isinstance(value, dict) or not isinstance(value.get("content"), str) or not value["content"]:
         raise CheckpointError(f"{file} has the token {value!r}, expected a text or an object with its content")
-    return tokenizers.AddedToken(value["content"], **{name: bool(value.get(name, flags[name])) for name in flags})
+    try:
+        return tokenizers.AddedToken(value["content"], **{name: bool(value.get(name, flags[name])) for name in flags})
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{file} has the token {value['content']!r}, which is not valid Unicode") from error
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, settings: dict[str, Any], names: dict[str, Any]) -> None:
@@ -332,6 +335,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, settings: dict[str,
     listed = [names[name] for name in SPECIAL if names.get(name) is not None]
     for name in EXTRA:
         more = names.get(name) or []
+        if not isinstance(more, list | dict):
+            raise CheckpointError(f"{folder}: {name} is {more!r}, expected a list of tokens or an object of them")
         listed += more.values() if isinstance(more, dict) else more
     named = [_added_token(value, f"{folder}: a special token") for value in listed]
     special = {token.content for token in named}
