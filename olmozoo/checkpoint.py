@@ -225,7 +225,7 @@ def read_safetensors(file: Path) -> dict[str, TensorInfo]:
         if data + end > size:
             raise CheckpointError(f"{file}: {name} ends at byte {data + end}, the file at {size}: truncated")
         spans.append((begin, end, name))
-        tensors[name] = TensorInfo(file, dtype, shape, _mapped(file, dtype, shape, data + begin))
+        tensors[name] = TensorInfo(file, dtype, shape, mapped(file, dtype, shape, data + begin))
     reached = 0
     for begin, end, name in sorted(spans):
         if begin != reached:
@@ -265,7 +265,9 @@ def _header_entry(file: Path, name: str, entry: Any) -> tuple[np.dtype[Any], tup
     return dtype, shape, (offsets[0], offsets[1])
 
 
-def _mapped(file: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> Callable[[], Array]:
+def mapped(file: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> Callable[[], Array]:
+    """What gives the array that lies at byte `offset` of a file, as a view of the file."""
+
     def read() -> Array:
         if 0 in shape:
             return np.empty(shape, dtype)
@@ -473,8 +475,8 @@ class Output:
         """The size on disk, in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    def bytes(self) -> memoryview:
-        """The values as they go to disk.
+    def array(self) -> Array:
+        """The values, contiguous.
 
         Raises:
             CheckpointError: they are of another dtype.
@@ -482,7 +484,11 @@ class Output:
         array = np.ascontiguousarray(self.read()).reshape(self.shape)
         if array.dtype != self.dtype:
             raise CheckpointError(f"{self.name} is {array.dtype.name}, expected {self.dtype.name}")
-        return array.reshape(-1).view(np.uint8).data
+        return array
+
+    def bytes(self) -> memoryview:
+        """The values as they go to disk; see `array`."""
+        return self.array().reshape(-1).view(np.uint8).data
 
 
 def save_checkpoint(
@@ -556,12 +562,7 @@ def write_weights(
         write: writes one file; default `write_safetensors`.
     """
     write = write or write_safetensors
-    limit = parse_size(max_shard_size)
-    shards: list[list[Output]] = [[]]
-    for output in outputs:
-        if shards[-1] and sum(o.nbytes for o in shards[-1]) + output.nbytes > limit:
-            shards.append([])
-        shards[-1].append(output)
+    shards = grouped(outputs, parse_size(max_shard_size))
     if len(shards) == 1:
         write(folder / single, shards[0])
         return
@@ -573,6 +574,16 @@ def write_weights(
         weight_map.update({output.name: file for output in shard})
     metadata = {"total_size": sum(output.nbytes for output in outputs)}
     write_json(folder / f"{single}.index.json", {"metadata": metadata, "weight_map": weight_map})
+
+
+def grouped(outputs: Iterable[Output], limit: int) -> list[list[Output]]:
+    """Tensors in groups of at most `limit` bytes, in the order given; a larger one is a group of its own."""
+    groups: list[list[Output]] = [[]]
+    for output in outputs:
+        if groups[-1] and sum(o.nbytes for o in groups[-1]) + output.nbytes > limit:
+            groups.append([])
+        groups[-1].append(output)
+    return groups
 
 
 def write_safetensors(file: Path, outputs: list[Output]) -> None:

@@ -1,8 +1,7 @@
 """Models from one framework to another: live ones in memory, checkpoint folders on disk.
 
 On disk every conversion goes tensor by tensor: one is read, turned and written before the next is touched, and a
-bfloat16 value is never anything else on its way. Two formats are made by their own libraries, which hold more: Orbax
-has all tensors mapped at once, a SavedModel is exported by a model in memory.
+bfloat16 value is never anything else on its way.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from olmozoo.checkpoint import (
     aligned_copy,
     dtype_of,
     fail,
+    grouped,
     match_tensors,
     parse_size,
     replacing_folder,
@@ -43,12 +43,13 @@ from olmozoo.checkpoint import (
 )
 from olmozoo.errors import CheckpointError, HubError, InputError
 from olmozoo.families.base import ARCHITECTURES, BASE_PREFIX, HEAD_MODULES, Head, Kind, ModelConfig, Parameter
-from olmozoo.formats import FLAX_WEIGHTS, KERAS, KERAS_WEIGHTS, ORBAX, SAVED_MODEL
+from olmozoo.formats import FLAX_WEIGHTS, KERAS, KERAS_WEIGHTS, ORBAX, SAVED_MODEL, VARIABLES, saved_keys
 from olmozoo.generation import GenerationConfig
 
 WINGS = {"pt": "", "tf": "TF", "flax": "Flax"}  # and how their classes' names begin
 FLAX_LEAVES: dict[Kind, str] = {"linear": "kernel", "embedding": "embedding", "norm": "scale", "bias": "bias"}
 FLAX_CHUNK = 1 << 30  # bytes; flax.serialization cuts larger arrays, since msgpack counts bytes in 32 bits
+ORBAX_PIECE = 1 << 26  # bytes; what TensorStore packs and writes at a time
 ZIP_PIECE = 1 << 18  # bytes; fits the caches
 ZIP_ALIGNMENT = 64  # bytes; as PyTorch aligns tensors in its archives
 
@@ -389,15 +390,23 @@ def write_msgpack(file: Path, outputs: list[Output]) -> None:
 
     A single file holds nested maps; a shard, as Transformers 4 made them, one flat map.
     """
+    single = file.name == FLAX_WEIGHTS
+    with file.open("wb") as stream:
+        _pack(
+            stream, _nested(outputs, lambda output: output) if single else {output.name: output for output in outputs}
+        )
+
+
+def _nested(outputs: list[Output], leaf: Callable[[Output], Any]) -> dict[str, Any]:
+    """A tree of maps by the steps of the tensors' names, with something at each leaf."""
     tree: dict[str, Any] = {}
     for output in outputs:
-        *path, leaf = output.name.split("/") if file.name == FLAX_WEIGHTS else [output.name]
+        *path, last = output.name.split("/")
         place = tree
         for step in path:
             place = place.setdefault(step, {})
-        place[leaf] = output
-    with file.open("wb") as stream:
-        _pack(stream, tree)
+        place[last] = leaf(output)
+    return tree
 
 
 def _pack(stream: BinaryIO, value: Any) -> None:
@@ -460,22 +469,33 @@ def _pack_array(stream: BinaryIO, shape: tuple[int, ...], dtype: str, values: me
 
 
 def _to_orbax(job: _Job, staging: Path) -> None:
-    """Through Orbax itself, which asks for all arrays at once: they are mapped, and its threads read them in turn."""
+    """Orbax writes the tree with one value for each array; then TensorStore, its own store, writes those in pieces."""
     try:
         import orbax.checkpoint as ocp
+        import tensorstore
     except ImportError as error:
         raise CheckpointError("writing orbax needs orbax-checkpoint: pip install 'olmozoo[flax]'") from error
-    tree: dict[str, Any] = {}
-    for (parameter, _), turned in zip(job.tensors.items(), _flax_tensors(job), strict=True):
-        *path, leaf = turned.name.split("/")
-        place = tree
-        for step in path:
-            place = place.setdefault(step, {})
-        values = job.tensors[parameter].read()
-        place[leaf] = values.T if parameter.kind == "linear" else values
+    folder = (staging / ORBAX).absolute()
+    tensors = _flax_tensors(job)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((staging / ORBAX).absolute(), tree)
+            checkpointer.save(folder, _nested(tensors, lambda output: np.zeros(1, output.dtype)))
+        for part in ("d", "ocdbt.process_0"):
+            shutil.rmtree(folder / part)
+        (folder / "manifest.ocdbt").unlink()
+        for output in tensors:
+            store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{output.name.replace('/', '.')}/"}
+            count = output.shape[0]
+            rows = min(count, max(1, ORBAX_PIECE * count // output.nbytes))
+            spec = {"driver": "zarr", "kvstore": store, "metadata": {"chunks": [rows, *output.shape[1:]]}}
+            array = tensorstore.open(spec, create=True, dtype=output.dtype, shape=output.shape).result()
+            values = output.array()
+            for row in range(0, count, rows):
+                piece = slice(row, min(row + rows, count))
+                array[piece].write(values[piece]).result()
+            del values  # or it is still there while the next one is read
+    except CheckpointError:
+        raise
     except Exception as error:  # of many kinds
         raise CheckpointError(f"Orbax could not write: {error}") from error
 
@@ -584,12 +604,44 @@ def _to_keras(job: _Job, staging: Path) -> None:
 
 
 def _to_saved_model(job: _Job, staging: Path) -> None:
-    """As the Keras wing's `export` does, by a model in memory."""
+    """As the Keras wing's `export` does, of a model whose memory is never touched; then TensorFlow saves the values.
+
+    It saves several tensors a file, as many as the largest tensor has bytes, and joins those as it does what several
+    machines have saved.
+    """
     model = _empty_model("tf", job.config, job.head, lambda: next(iter(job.tensors.values())).dtype)
-    for parameter, output in job.tensors.items():
-        model._bind(parameter, output.read())
+    import tensorflow
+
+    from olmozoo.tf.base import to_tensor
+
+    folder = staging / SAVED_MODEL
+    parts: list[str] = []
+
+    def save(values: dict[str, Any]) -> None:
+        parts.append(str(folder / f"part-{len(parts)}"))
+        whole = [""] * len(values)
+        tensorflow.raw_ops.SaveV2(
+            prefix=parts[-1], tensor_names=list(values), shape_and_slices=whole, tensors=list(values.values())
+        )
+
     try:
-        model.export(staging / SAVED_MODEL, verbose=False)
+        model.export(folder, verbose=False)
+        reader = tensorflow.train.load_checkpoint(str(folder / VARIABLES))
+        keys = saved_keys(reader)
+        others = reader.get_variable_to_shape_map().keys() - {key for key, _ in keys.values()}
+        save({key: reader.get_tensor(key) for key in sorted(others)})
+        for file in (folder / VARIABLES).parent.iterdir():
+            file.unlink()
+        (folder / "fingerprint.pb").unlink()  # of the values that were there before; there need not be one
+        for group in grouped(job.tensors.values(), max(output.nbytes for output in job.tensors.values())):
+            values = {}
+            for output in group:
+                key, transposed = keys[output.name]
+                values[key] = to_tensor(aligned_copy(output.array(), transposed))
+            save(values)
+        tensorflow.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, destination_prefix=str(folder / VARIABLES))
+    except CheckpointError:
+        raise
     except Exception as error:  # of many kinds
         raise CheckpointError(f"TensorFlow could not write: {error}") from error
 

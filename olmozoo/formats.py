@@ -10,6 +10,7 @@ is opened for its arrays alone. Where the bytes of a tensor lie plainly in the f
 from __future__ import annotations
 
 import io
+import math
 import re
 import struct
 import zipfile
@@ -20,10 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from olmozoo.checkpoint import DTYPE_CODES, DTYPES, WEIGHTS, Array, TensorInfo, aligned_copy, fail
+from olmozoo.checkpoint import DTYPE_CODES, DTYPES, WEIGHTS, Array, TensorInfo, aligned_copy, fail, mapped
 from olmozoo.errors import CheckpointError
 
 FLAX_WEIGHTS, KERAS_WEIGHTS, KERAS, SAVED_MODEL, ORBAX = WEIGHTS[3:]
+VARIABLES = "variables/variables"  # what the names of a SavedModel's files of values begin with
 
 # What frameworks call the leaves; the kernel is the one that has its two dimensions the other way round.
 LEAVES = {"kernel": "weight", "embedding": "weight", "embeddings": "weight", "scale": "weight", "gamma": "weight"}
@@ -127,15 +129,8 @@ def _tensor(
     return TensorInfo(path, dtype, shape[::-1] if transposed else shape, values)
 
 
-def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> Callable[[], Array]:
-    return lambda: np.memmap(path, dtype=dtype, mode="c", offset=offset, shape=shape).view(np.ndarray)
-
-
 def _nbytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-    size = dtype.itemsize
-    for dimension in shape:
-        size *= dimension
-    return size
+    return math.prod(shape) * dtype.itemsize
 
 
 def _gather(path: Path, found: Iterator[tuple[str, TensorInfo]]) -> dict[str, TensorInfo]:
@@ -185,7 +180,7 @@ def _read_h5(
                     problems.append(str(error))
                     continue
                 transposed = transposed and len(shape) == 2
-                values = _mapped(path, dtype, shape, start + offset)
+                values = mapped(path, dtype, shape, start + offset)
                 tensors[canonical] = _tensor(path, dtype, shape, values, transposed)
     except Exception as error:  # of many kinds, for what can be wrong inside a file
         raise CheckpointError(f"{path} is not a readable HDF5 file: {error}") from error
@@ -365,7 +360,7 @@ def _leaves(path: Path, tree: dict[str, Any], prefix: str) -> Iterator[tuple[str
         canonical, transposed = _flax_name(name)
         if isinstance(value, _Leaf):
             dtype, shape = value.dtype, value.shape
-            read = _mapped(path, dtype, shape, value.offset)
+            read = mapped(path, dtype, shape, value.offset)
         else:
             dtype, shape, read = _chunked(path, name, value)
         yield canonical, _tensor(path, dtype, shape, read, transposed and len(shape) == 2)
@@ -389,7 +384,7 @@ def _chunked(path: Path, name: str, value: Any) -> tuple[np.dtype[Any], tuple[in
         raise CheckpointError(f"{path}: {name} has {found} bytes, expected {_nbytes(dtype, shape)} for {list(shape)}")
 
     def read() -> Array:
-        pieces = [_mapped(path, dtype, chunk.shape, chunk.offset)() for chunk in chunks]
+        pieces = [mapped(path, dtype, chunk.shape, chunk.offset)() for chunk in chunks]
         return np.concatenate(pieces).reshape(shape)
 
     return dtype, shape, read
@@ -437,29 +432,39 @@ def _read_saved_model(folder: Path) -> dict[str, TensorInfo]:
     """The variables of a SavedModel that a wing exported, from their file alone: no function in it is loaded."""
     try:
         import tensorflow
-        from tensorflow.core.protobuf import trackable_object_graph_pb2
     except ImportError as error:
         raise _needs(folder, "tensorflow", "tf") from error
 
     def found() -> Iterator[tuple[str, TensorInfo]]:
-        reader = tensorflow.train.load_checkpoint(str(folder / "variables" / "variables"))
+        reader = tensorflow.train.load_checkpoint(str(folder / VARIABLES))
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
-        graph = trackable_object_graph_pb2.TrackableObjectGraph()
-        graph.ParseFromString(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
-        names = {entry.full_name: entry.checkpoint_key for node in graph.nodes for entry in node.attributes}
-        for name, key in names.items():
-            if not name.endswith("/seed_generator_state"):
-                canonical, transposed = _flax_name(name.partition("/")[2])  # the model's own name comes first
-                dtype, shape = np.dtype(dtypes[key].as_numpy_dtype), tuple(shapes[key])
-                if dtype not in DTYPE_CODES:
-                    raise CheckpointError(f"{name} has dtype {dtype}")
-                values = _guarded(folder, canonical, partial(reader.get_tensor, key))
-                yield canonical, _tensor(folder, dtype, shape, values, transposed)
+        for canonical, (key, transposed) in saved_keys(reader).items():
+            dtype, shape = np.dtype(dtypes[key].as_numpy_dtype), tuple(shapes[key])
+            if dtype not in DTYPE_CODES:
+                raise CheckpointError(f"{canonical} has dtype {dtype}")
+            values = _guarded(folder, canonical, partial(reader.get_tensor, key))
+            yield canonical, _tensor(folder, dtype, shape, values, transposed)
 
     try:
         return _gather(folder, found())
     except Exception as error:  # of many kinds, for what can be wrong inside a file
         raise CheckpointError(f"{folder} is not a readable SavedModel: {error}") from error
+
+
+def saved_keys(reader: Any) -> dict[str, tuple[str, bool]]:
+    """Canonical name -> key in the variables of a SavedModel, and whether it is transposed there."""
+    from tensorflow.core.protobuf import trackable_object_graph_pb2
+
+    graph = trackable_object_graph_pb2.TrackableObjectGraph()
+    graph.ParseFromString(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
+    keys: dict[str, tuple[str, bool]] = {}
+    for entry in (entry for node in graph.nodes for entry in node.attributes):
+        name = entry.full_name.partition("/")[2]  # the model's own name comes first
+        if not name.endswith("seed_generator_state"):
+            canonical, transposed = _flax_name(name)
+            if keys.setdefault(canonical, (entry.checkpoint_key, transposed))[0] != entry.checkpoint_key:
+                raise CheckpointError(f"{canonical} is there twice")
+    return keys
 
 
 def _guarded(folder: Path, name: str, read: Callable[[], Array]) -> Callable[[], Array]:

@@ -99,6 +99,9 @@ def test_a_saved_model_serves_and_comes_back(tmp_path, family, head, dtype):
     convert_checkpoint(source, tmp_path / "there", to="savedmodel", verify=True)
     convert_checkpoint(tmp_path / "there", tmp_path / "back", to="safetensors")
     assert tree(tmp_path / "back") == tree(source)
+    variables = [name for name, _ in tf.train.list_variables(str(tmp_path / "there/saved_model/variables/variables"))]
+    table = [parameter for parameter in config.parameters(head) if parameter.tied_to is None]
+    assert len(variables) == len(table) + 1, "each is there once, and the names"
     if dtype == "float32":
         ids, mask = left_padded(config)
         loaded = tf.saved_model.load(str(tmp_path / "there" / "saved_model"))
@@ -238,7 +241,7 @@ def test_a_compiled_keras_model_with_its_optimizer_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_flax_and_orbax_alone_read_the_wings_own_tree(tmp_path, family):
+def test_flax_and_orbax_alone_read_the_wings_own_tree(tmp_path, monkeypatch, family):
     serialization = pytest.importorskip("flax.serialization")
     import jax
     import orbax.checkpoint as ocp
@@ -246,11 +249,13 @@ def test_flax_and_orbax_alone_read_the_wings_own_tree(tmp_path, family):
     source = write_checkpoint(tmp_path / "source", CONFIGS[family], dtype=dtype_of("bfloat16"))
     params = model_of("flax", family, "causal_lm", source).params
     convert_checkpoint(source, tmp_path / "there", to="flax-msgpack")
+    monkeypatch.setattr(sys.modules["olmozoo.convert"], "ORBAX_PIECE", 1000)  # most arrays have several
     convert_checkpoint(source, tmp_path / "orb", to="orbax")
     from_flax = serialization.msgpack_restore((tmp_path / "there" / "flax_model.msgpack").read_bytes())
     with ocp.StandardCheckpointer() as checkpointer:
         from_orbax = checkpointer.restore((tmp_path / "orb" / "orbax").absolute(), target=params)
-    for found in (from_flax, from_orbax):
+        untold = checkpointer.restore((tmp_path / "orb" / "orbax").absolute())
+    for found in (from_flax, from_orbax, untold):
         assert jax.tree.structure(found) == jax.tree.structure(params)
         same = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(np.asarray(a), b), params, found)
         assert all(jax.tree.leaves(same))
@@ -498,6 +503,30 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, to, dtype):
     tracemalloc.stop()
     assert peak < 2 * largest + 600_000  # what libraries allocate meanwhile
     assert sum(p.size for p in config.parameters("causal_lm")) * (4 if dtype else 2) > 8 * largest
+
+
+PEAK = """
+import resource, sys
+from olmozoo.convert import convert_checkpoint
+peaks = []
+for source in sys.argv[1:3]:
+    convert_checkpoint(source, source + "-there", to=sys.argv[3])
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peaks[1] - peaks[0])
+"""
+
+
+@pytest.mark.parametrize("to", [name for name in FORMATS if name not in STREAMED])
+def test_libraries_hold_few_tensors_at_a_time(tmp_path, to):
+    needs(to)
+    config = CONFIGS["olmo2"].replace(hidden_size=768, intermediate_size=8192, num_hidden_layers=4, vocab_size=64)
+    for name, made in (("small", CONFIGS["olmo2"]), ("large", config)):
+        write_checkpoint(tmp_path / name, made, dtype="float32")
+    arguments = (tmp_path / "small", tmp_path / "large", to)
+    done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True)
+    sizes = [parameter.size * 4 for parameter in config.parameters("causal_lm")]
+    assert int(done.stdout) < 4 * max(sizes)
+    assert sum(sizes) > 12 * max(sizes)
 
 
 @pytest.mark.parametrize("to", ["safetensors", "pt-bin", "keras", "keras-weights", "flax-msgpack", "orbax"])

@@ -207,7 +207,6 @@ class PreTrainedModel(keras.Model):
                 tf.TensorSpec(shape, dtype, "input_ids"), tf.TensorSpec(shape, dtype, "attention_mask")
             )
         archive = keras.export.ExportArchive()
-        archive.track(self)
         archive.add_endpoint("serve", serve)
         archive.write_out(os.fspath(filepath), verbose=verbose is not False, **options)
 
