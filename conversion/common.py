@@ -17,7 +17,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from rich.table import Table
 from tensors import Source, from_info, same_bits, stacked
 
-from olmozoo.checkpoint import Array, Checkpoint, Output, fail, replacing_folder, save_checkpoint
+from olmozoo.checkpoint import (
+    GENERATION_CONFIG,
+    Array,
+    Checkpoint,
+    Output,
+    fail,
+    replacing_folder,
+    write_config,
+    write_json,
+    write_weights,
+)
 from olmozoo.errors import CheckpointError, ConfigError, InputError, OlmozooError
 from olmozoo.families.base import ModelConfig, Parameter
 
@@ -135,7 +145,7 @@ def to_canonical(
     dry_run: bool,
     verify: bool,
 ) -> None:
-    """Write a canonical folder from foreign tensors, then compare it with them.
+    """Write a canonical folder from foreign tensors, and compare it with them before it takes its place.
 
     Raises:
         CheckpointError: the tensors do not fit the config, or what was written differs.
@@ -171,7 +181,7 @@ def write_canonical(
     max_shard_size: str,
     verify: bool,
 ) -> None:
-    """Write a canonical folder with a progress bar, then read it again and compare.
+    """Write a canonical folder with a progress bar, read it again and compare; only then does it take its place.
 
     Args:
         dst: the folder.
@@ -180,30 +190,30 @@ def write_canonical(
         dtype: gives their dtype.
         total: bytes to write, for the bar.
         files: name -> content of more files.
-        max_shard_size: as for `save_checkpoint`.
+        max_shard_size: as for `write_weights`.
         verify: whether to compare.
 
     Raises:
         CheckpointError: the folder cannot be written, or what was written differs.
     """
+
+    def counted(parameter: Parameter) -> Output:
+        return Output(parameter.name, dtype(parameter), parameter.shape, lambda: advance(read(parameter)))
+
     tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    with progress("writing", total) as advance:
-        save_checkpoint(
-            dst,
-            config,
-            "causal_lm",
-            read=lambda parameter: advance(read(parameter)),
-            dtype=dtype,
-            generation_config={name: value for name, value in tokens.items() if value is not None},
-            max_shard_size=max_shard_size,
-        )
-    for name, content in files.items():
-        (dst / name).unlink(missing_ok=True)
-        (dst / name).write_bytes(content)
-    if verify:
-        written = canonical_sources(dst, type(config).from_folder(dst))
-        table = {parameter.name: parameter for parameter in config.parameters("causal_lm")}
-        compare((name, functools.partial(read, table[name]), source) for name, source in written.items())
+    table = {p.name: p for p in config.parameters("causal_lm") if p.tied_to is None}
+    with replacing_folder(dst) as staging:
+        with progress("writing", total) as advance:
+            outputs = [counted(parameter) for parameter in table.values()]
+            write_config(staging, config, "causal_lm", outputs)
+            write_weights(staging, outputs, max_shard_size)
+        write_json(staging / GENERATION_CONFIG, {name: value for name, value in tokens.items() if value is not None})
+        for name, content in files.items():
+            (staging / name).unlink(missing_ok=True)
+            (staging / name).write_bytes(content)
+        if verify:
+            written = canonical_sources(staging, type(config).from_folder(staging))
+            compare((name, functools.partial(read, table[name]), source) for name, source in written.items())
 
 
 def from_canonical(
@@ -217,7 +227,7 @@ def from_canonical(
     dry_run: bool,
     verify: bool,
 ) -> None:
-    """Write foreign tensors from a canonical folder, then compare them with it.
+    """Write foreign tensors from a canonical folder, and compare them with it before they take their place.
 
     Args:
         src: the canonical folder.
@@ -242,16 +252,17 @@ def from_canonical(
     def joined(parameters: list[Parameter]) -> Array:
         return stacked([sources[parameter.name] for parameter in parameters])
 
-    with progress("writing", sum(map(size, sources.values()))) as advance, replacing_folder(dst) as staging:
-        outputs = [
-            Output(name, dtype_of(name, parts, sources), foreign_shape(parts), lambda p=parts: advance(joined(p)))  # type: ignore[misc]
-            for name, parts in held.items()
-        ]
-        write(staging, outputs)
-    if verify:
-        written = read(dst)
-        check_sources(written, held, dst)
-        compare((name, functools.partial(joined, parts), written[name]) for name, parts in held.items())
+    with replacing_folder(dst) as staging:
+        with progress("writing", sum(map(size, sources.values()))) as advance:
+            outputs = [
+                Output(name, dtype_of(name, parts, sources), foreign_shape(parts), lambda p=parts: advance(joined(p)))  # type: ignore[misc]
+                for name, parts in held.items()
+            ]
+            write(staging, outputs)
+        if verify:
+            written = read(staging)
+            check_sources(written, held, staging)
+            compare((name, functools.partial(joined, parts), written[name]) for name, parts in held.items())
 
 
 def dtype_of(name: str, parts: list[Parameter], sources: dict[str, Source]) -> np.dtype[Any]:

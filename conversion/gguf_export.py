@@ -212,8 +212,8 @@ def pre_tokenizer(data: Any, where: Path) -> str:
     )
 
 
-def write(file: Path, config: OlmoConfig | Olmo2Config, tensors: list[Tensor], src: Path) -> None:
-    """Write the file beside its place, one tensor in memory at a time, and put it there when it is whole."""
+def write(file: Path, config: OlmoConfig | Olmo2Config, tensors: list[Tensor], src: Path, verify: bool) -> None:
+    """Write the file beside its place, one tensor in memory at a time; it goes there when it is whole and checked."""
     part = file.with_name(f".{file.name}.part")
     file.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(part, gguf.MODEL_ARCH_NAMES[arch_of(config)])
@@ -232,6 +232,9 @@ def write(file: Path, config: OlmoConfig | Olmo2Config, tensors: list[Tensor], s
             for tensor in tensors:
                 writer.write_tensor_data(np.ascontiguousarray(advance(tensor.read())).view(np.uint8))
         writer.close()
+        if verify:
+            written = read_back(part)
+            compare((tensor.name, tensor.read, written[tensor.name]) for tensor in tensors)
         os.replace(part, file)
     finally:
         writer.close()
@@ -266,10 +269,7 @@ def main(
             table.add_row(parameter.name, tensor.name, str(list(parameter.shape)), tensor.dtype.name)
         out.print(table, f"dry run: {len(tensors)} tensors, nothing was written")
         return
-    write(out_file, config, tensors, src)
-    if verify:
-        written = read_back(out_file)
-        compare((tensor.name, tensor.read, written[tensor.name]) for tensor in tensors)
+    write(out_file, config, tensors, src, verify)
 
 
 if __name__ == "__main__":

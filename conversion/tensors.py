@@ -15,7 +15,7 @@ import numpy as np
 from olmozoo.checkpoint import Array, TensorInfo
 from olmozoo.errors import CheckpointError
 
-BAND = 1 << 22  # bytes compared at a time
+BAND = 1 << 19  # bytes compared at a time: little memory, and in the caches
 
 
 @dataclass(frozen=True)

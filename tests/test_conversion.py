@@ -362,11 +362,11 @@ def test_a_failed_run_leaves_the_old_folder_and_a_killed_ones_remains_go(tmp_pat
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_wrong_write_is_found_at_the_end(tmp_path, name, monkeypatch):
+def test_a_wrong_write_is_found_and_does_not_take_its_place(tmp_path, name, monkeypatch):
     import common
 
     module, src = PROGRAMS[name]
-    real = common.save_checkpoint
+    real = common.write_weights
 
     def flip(folder, *arguments, **options):
         real(folder, *arguments, **options)
@@ -375,9 +375,10 @@ def test_a_wrong_write_is_found_at_the_end(tmp_path, name, monkeypatch):
         data[-1] ^= 1
         file.write_bytes(data)
 
-    monkeypatch.setattr(common, "save_checkpoint", flip)
+    monkeypatch.setattr(common, "write_weights", flip)
     with pytest.raises(CheckpointError, match="what was written is not what was read"):
         module.main(src, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [], "it does not take its place"
     module.main(src, tmp_path / "out", verify=False)
 
 
