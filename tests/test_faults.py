@@ -1,5 +1,7 @@
 """Processes that are killed and disks that are full: a folder is wholly the old checkpoint or wholly the new one."""
 
+import importlib
+import importlib.util
 import json
 import os
 import random
@@ -13,6 +15,7 @@ import pytest
 
 from olmozoo import Olmo2Config
 from olmozoo.checkpoint import Checkpoint, load_weights, save_checkpoint
+from olmozoo.convert import convert_checkpoint
 
 CONFIG = Olmo2Config(
     vocab_size=2048,
@@ -22,8 +25,10 @@ CONFIG = Olmo2Config(
     num_attention_heads=4,
     tie_word_embeddings=True,
 )  # 3.7 MB in float32
-TRIALS = 25  # kills of saves, and as many of conversions
-FORMATS = ("safetensors", "flax-msgpack")
+TRIALS = 25  # kills of saves; and of conversions, a fifth of that for each format
+FORMATS = {"safetensors": "numpy", "flax-msgpack": "numpy", "keras-weights": "h5py", "keras": "h5py"}
+FORMATS |= {"pt-bin": "torch", "orbax": "orbax.checkpoint"}  # and what writes them
+FORMATS = {to: library for to, library in FORMATS.items() if importlib.util.find_spec(library.partition(".")[0])}
 
 
 def save(folder, number, config=CONFIG) -> None:
@@ -50,15 +55,17 @@ def number_of(folder: Path) -> int:
 
 
 def serve(root: str) -> None:
-    """Save or convert in a forked process, and kill that, for each line on standard input: what, first number, delay.
+    """Save or convert in a forked process, and kill that, for each line on standard input.
 
-    Nothing is imported in the forked process, so that the delay is all spent in saving.
+    A line is: "save" or a format, the first number, how many are to be whole first, and the seconds from then on.
+    Nothing is imported in the forked process, so that they are all spent in saving.
     """
-    from olmozoo.convert import convert_checkpoint
-
     folder = Path(root)
+    for library in set(FORMATS.values()):
+        importlib.import_module(library)
     for line in sys.stdin:
-        what, first, delay = line.split()
+        what, first, whole, delay = line.split()
+        done, told = os.pipe()
         process = os.fork()
         if process == 0:
             for number in range(int(first), sys.maxsize):
@@ -66,10 +73,15 @@ def serve(root: str) -> None:
                     save(folder / "saved", number)
                 else:
                     source = folder / ("even", "odd")[number % 2]
-                    convert_checkpoint(source, folder / "converted", to=FORMATS[number // 2 % 2], max_shard_size="2MB")
+                    convert_checkpoint(source, folder / "converted", to=what, max_shard_size="2MB")
+                os.write(told, b".")
+        for _ in range(int(whole)):
+            os.read(done, 1)
         time.sleep(float(delay))
         os.kill(process, 9)
         os.waitpid(process, 0)
+        os.close(done)
+        os.close(told)
         print("killed", flush=True)
 
 
@@ -81,8 +93,8 @@ def server(tmp_path_factory):
     program = [sys.executable, __file__, str(root)]
     with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
-        def kill(what, first, delay):
-            process.stdin.write(f"{what} {first} {delay}\n")
+        def kill(what, first, whole, delay):
+            process.stdin.write(f"{what} {first} {whole} {delay}\n")
             process.stdin.flush()
             assert process.stdout.readline() == "killed\n"
 
@@ -103,7 +115,7 @@ def test_saves_that_are_killed_leave_the_old_checkpoint_or_the_new_one(server):
     last, interrupted, advanced = 2, 0, 0
     stream = random.Random(0)
     for _ in range(TRIALS):
-        kill("save", last + 1, stream.uniform(0, 3 * took))
+        kill("save", last + 1, 0, stream.uniform(0, 3 * took))
         interrupted += bool(abandoned(root))
         number = number_of(root / "saved")
         assert number >= last, "an older checkpoint than the last one"
@@ -120,22 +132,20 @@ def test_saves_that_are_killed_leave_the_old_checkpoint_or_the_new_one(server):
 
 def test_conversions_that_are_killed_leave_the_old_checkpoint_or_the_new_one(server):
     root, kill = server
-    from olmozoo.convert import convert_checkpoint
-
-    convert_checkpoint(root / "even", root / "converted", to=FORMATS[1])
-    started = time.perf_counter()
-    convert_checkpoint(root / "odd", root / "converted", to=FORMATS[0], max_shard_size="2MB")
-    took = time.perf_counter() - started
-    found, interrupted = [], 0
     stream = random.Random(1)
-    for trial in range(TRIALS):
-        kill("convert", trial, stream.uniform(0, 4 * took))
-        interrupted += bool(abandoned(root))
-        found.append(number_of(root / "converted"))
-        assert len(abandoned(root)) <= 1
+    found, interrupted = [], 0
+    for to in FORMATS:
+        started = time.perf_counter()
+        kill(to, 1, 2, 0)
+        took = (time.perf_counter() - started) / 2
+        for trial in range(TRIALS // 5):
+            kill(to, trial, trial % 3, stream.uniform(0, 2 * took))
+            interrupted += bool(abandoned(root))
+            found.append(number_of(root / "converted"))
+            assert len(abandoned(root)) <= 1
+    print(f"{interrupted} of {len(found)} kills in the middle of a conversion")
+    assert interrupted > len(found) // 10, "kills have to come in the middle too"
     assert set(found) == {1, 2}
-    print(f"{interrupted} kills in the middle of a conversion")
-    assert interrupted > 2
     convert_checkpoint(root / "even", root / "converted", to="safetensors")
     assert number_of(root / "converted") == 2
     assert abandoned(root) == []
@@ -149,9 +159,8 @@ FULL = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_faults import LARGER, number_of, save
+from test_faults import LARGER, convert_checkpoint, number_of, save
 from olmozoo import CheckpointError
-from olmozoo.convert import convert_checkpoint
 {limit}
 root = Path({root!r})
 save(root / "old", 1)

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from olmozoo import CheckpointError, ConfigError, Olmo2Config, OlmoConfig, OlmozooError, OPTConfig, Tokenizer
 from olmozoo.checkpoint import Checkpoint, load_weights, read_safetensors
+from olmozoo.convert import convert_checkpoint
 from olmozoo.families.base import ModelConfig
 from olmozoo.generation import GenerationConfig
 
@@ -194,6 +195,29 @@ def test_a_good_file_with_a_damaged_header(folder, tmp_path_factory, data):
     (target / "model.safetensors").write_bytes(data.draw(damaged(good, 0, header)))
     with ours(), np.errstate(all="ignore"):
         load(target)
+
+
+OTHERS = {"flax-msgpack": "flax_model.msgpack", "keras-weights": "model.weights.h5", "keras": "model.keras"}
+
+
+@pytest.fixture(scope="module")
+def others(folder, tmp_path_factory):
+    """The same in formats of other frameworks: the folder and its file of weights."""
+    pytest.importorskip("h5py")
+    root = tmp_path_factory.mktemp("others")
+    for to in OTHERS:
+        convert_checkpoint(folder, root / to, to=to, dtype="bfloat16")  # half of a file is then not values
+    return {to: (root / to / name, (root / to / name).read_bytes()) for to, name in OTHERS.items()}
+
+
+@pytest.mark.parametrize("to", OTHERS)
+@fuzz
+@given(st.data())
+def test_damaged_files_of_other_frameworks(others, to, data):
+    file, good = others[to]
+    file.write_bytes(data.draw(damaged(good)))
+    with ours(), np.errstate(all="ignore"):
+        load(file.parent)
 
 
 names = (
