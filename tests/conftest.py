@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and tests 
 
 import gc
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,11 @@ import tokenizers
 from olmozoo.backend import BACKENDS, installed
 from olmozoo.checkpoint import save_checkpoint
 from olmozoo.families.base import Head, ModelConfig, Parameter
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # in the first process of all: the others get it from that one
+    PROGRAMS = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 WINGS = [
     pytest.param(name, marks=pytest.mark.skipif(name not in installed(), reason=f"olmozoo[{name}] is not installed"))

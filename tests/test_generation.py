@@ -77,10 +77,15 @@ def small(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("small"), config_of("olmo2"))
 
 
-def share(cases, name, wing):
-    """All cases for PyTorch, and a part of them where each case has to be compiled."""
-    step = 1 if wing == "pt" else 5
-    return list(cases.items())[NAMES.index(name) % step :: step]
+def share(cases, name, wing, step=5):
+    """All cases for PyTorch, and one in `step` of them where each case has to be compiled."""
+    step = 1 if wing == "pt" else step
+    return list(cases.items() if isinstance(cases, dict) else cases)[NAMES.index(name) % step :: step]
+
+
+def skip_what_is_the_same(name, wing):
+    if wing != "pt" and name == "olmo-clip-tied":
+        pytest.skip("as for OLMo 2: once is enough where everything has to be compiled")
 
 
 def config_of(name):
@@ -261,12 +266,13 @@ def test_streams_chunks_and_guesses_change_nothing(folder, name, wing):
     config = config_of(name)
     ids, mask = prompts(config)
     expected = np.asarray(generate(wing, model, ids, mask).sequences)
-    for settings in (
+    cases = [
         {"prefill_chunk_size": 4},
         {"prompt_lookup_num_tokens": 3},
         {"prompt_lookup_num_tokens": 9, "max_matching_ngram_size": 3, "prefill_chunk_size": 100},
         {"compile": True} if wing == "pt" and name == "olmo2" else {},
-    ):
+    ]
+    for settings in share(cases, name, wing, step=3):
         found = generate(wing, model, ids, mask, **settings)
         assert np.array_equal(found.sequences, expected), settings
         streamer = Recorder()
@@ -301,6 +307,7 @@ def test_guesses_from_the_text_save_calls(tmp_path, wing, monkeypatch):
 
 @pytest.mark.parametrize("wing", WINGS)
 def test_a_given_cache_is_gone_on_from(folder, name, wing):
+    skip_what_is_the_same(name, wing)
     model = load(folder, wing).model
     config = config_of(name)
     ids, mask = prompts(config)
@@ -345,23 +352,23 @@ def test_a_given_cache_is_gone_on_from(folder, name, wing):
 def test_prompts_of_embeddings_and_of_nothing(folder, name, wing):
     model = load(folder, wing).model
     ids, mask = prompts(config_of(name))
-    expected = np.asarray(generate(wing, model, ids, mask).sequences)
     table = np.asarray(model._read(next(model.config.backbone()))) if wing == "tf" else None
     if wing == "pt":
         table = model.get_input_embeddings().weight.detach().numpy()
     if wing == "flax":
         table = np.asarray(model.get_input_embeddings())
-    for settings in ({}, {"num_beams": 2}, {"prefill_chunk_size": 4}):
+    for settings in share([{}, {"num_beams": 2}, {"prefill_chunk_size": 4}], name, wing, step=3):
         plain = np.asarray(generate(wing, model, ids, mask, **settings).sequences)[:, LENGTH:]
         found = generate(wing, model, None, mask, inputs_embeds=table[ids], **settings).sequences
         assert np.array_equal(found, plain)
+        assert plain.shape[1] > 0
     alone = generate(wing, model, None, bos_token_id=9).sequences
     assert np.array_equal(alone, generate(wing, model, np.array([[9]])).sequences)
-    assert expected.shape[1] > LENGTH
 
 
 @pytest.mark.parametrize("wing", WINGS)
 def test_stop_strings_end_a_row_with_the_token_that_completes_one(folder, name, wing):
+    skip_what_is_the_same(name, wing)
     model, letters = load(folder, wing).model, Letters()
     ids, mask = prompts(config_of(name))
     settings = {"eos_token_id": [], "tokenizer": letters}
