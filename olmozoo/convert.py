@@ -390,11 +390,9 @@ def write_msgpack(file: Path, outputs: list[Output]) -> None:
 
     A single file holds nested maps; a shard, as Transformers 4 made them, one flat map.
     """
-    single = file.name == FLAX_WEIGHTS
+    tree = {output.name: output for output in outputs}
     with file.open("wb") as stream:
-        _pack(
-            stream, _nested(outputs, lambda output: output) if single else {output.name: output for output in outputs}
-        )
+        _pack(stream, _nested(outputs, lambda output: output) if file.name == FLAX_WEIGHTS else tree)
 
 
 def _nested(outputs: list[Output], leaf: Callable[[Output], Any]) -> dict[str, Any]:

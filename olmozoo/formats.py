@@ -462,8 +462,8 @@ def saved_keys(reader: Any) -> dict[str, tuple[str, bool]]:
         name = entry.full_name.partition("/")[2]  # the model's own name comes first
         if not name.endswith("seed_generator_state"):
             canonical, transposed = _flax_name(name)
-            if keys.setdefault(canonical, (entry.checkpoint_key, transposed))[0] != entry.checkpoint_key:
-                raise CheckpointError(f"{canonical} is there twice")
+            # Where a model was tracked by Keras's `ExportArchive`, each variable is there twice.
+            keys.setdefault(canonical, (entry.checkpoint_key, transposed))
     return keys
 
 

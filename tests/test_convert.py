@@ -110,6 +110,22 @@ def test_a_saved_model_serves_and_comes_back(tmp_path, family, head, dtype):
         assert np.abs(served["logits"].numpy()[mask.astype(bool)] - expected).max() < 1e-5
 
 
+def test_a_saved_model_that_keras_tracked_is_read(tmp_path):
+    keras = pytest.importorskip("keras")
+    import tensorflow as tf
+
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo"], dtype="float32")
+    model = model_of("tf", "olmo", "causal_lm", source)
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    signature = [tf.TensorSpec((None, None), tf.int32)]
+    archive.add_endpoint("serve", lambda ids: model(ids, use_cache=False).logits, input_signature=signature)
+    shutil.copytree(source, tmp_path / "there", ignore=shutil.ignore_patterns("*.safetensors"))
+    archive.write_out(str(tmp_path / "there/saved_model"), verbose=False)
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", to="safetensors")
+    assert tree(tmp_path / "back") == tree(source)
+
+
 @pytest.mark.parametrize("to", ["safetensors", "pt-bin", "flax-msgpack"])
 def test_shards(tmp_path, to):
     needs(to)
