@@ -455,9 +455,10 @@ def test_a_live_model_of_another_wing_gives_the_same_and_shares_nothing(tmp_path
         disturb(to, made)
         assert np.abs(answer(to, made, config) - before).max() > 1e-3
         assert np.array_equal(answer(source, model, config), before)
-        after = answer(to, made, config)
+        with scope("flax"):
+            made = olmozoo.convert(model, to=to)  # anew: what was disturbed may have moved
         disturb(source, model)
-        assert np.array_equal(answer(to, made, config), after)
+        assert np.abs(answer(to, made, config) - before).max() < 1e-9
 
 
 def disturb(wing: str, model) -> None:
