@@ -1,4 +1,4 @@
-"""`torch.save` archives without PyTorch: tensors as views of the mapped file, and written one at a time.
+"""`torch.save` archives read without PyTorch: tensors as views of the mapped file.
 
 An archive is a zip file of stored (uncompressed) records: `NAME/data.pkl`, a pickle that refers to storages, and one
 record `NAME/data/KEY` for each storage (https://docs.pytorch.org/docs/stable/notes/serialization.html).
@@ -8,29 +8,20 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 import struct
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 from pickles import Record, unpickle
 from tensors import Source, mapped, whole_numbers
 
-from olmozoo.checkpoint import ALIGNMENT, Output
+from olmozoo.checkpoint import dtype_of
+from olmozoo.convert import STORAGES as STORAGE_NAMES
 from olmozoo.errors import CheckpointError
 
-STORAGES = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-}
-STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
+STORAGES = {kind: dtype_of(name) for name, kind in STORAGE_NAMES.items()}
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip record: signature, ..., lengths of the name and of extra fields
 
 
@@ -179,53 +170,3 @@ def as_source(value: Any, name: str) -> Source:
 def _plain(value: Any) -> Any:
     """A torch.Size as the tuple in it."""
     return value.args[0] if isinstance(value, Record) and value.kind == "Size" and value.args else value
-
-
-def write_archive(file: Path, outputs: Sequence[Output], *, single: bool = False) -> None:
-    """Write a state dict, or the one tensor of `outputs` by itself, with one tensor in memory at a time.
-
-    What is written loads with `torch.load(file, weights_only=True)`, also with `mmap=True`.
-    """
-    with zipfile.ZipFile(file, "x") as records:
-        # A ZipInfo of our own, and not a name alone, has a fixed date: the same weights give the same bytes.
-        records.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickled(outputs, single))
-        records.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
-        for key, output in enumerate(outputs):
-            array = np.ascontiguousarray(output.read()).reshape(output.shape)
-            if array.dtype != output.dtype:
-                raise CheckpointError(f"{output.name} is {array.dtype.name}, expected {output.dtype.name}")
-            entry = zipfile.ZipInfo(f"archive/data/{key}")
-            entry.file_size = output.nbytes
-            assert records.fp is not None
-            longer = 20 if output.nbytes * 1.05 > zipfile.ZIP64_LIMIT else 0  # zipfile's own rule for a longer header
-            padding = -(records.fp.tell() + LOCAL_HEADER.size + len(entry.filename) + longer + 4) % ALIGNMENT
-            entry.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding  # as torch.save aligns its records
-            with records.open(entry, "w") as stream:
-                stream.write(array.reshape(-1).view(np.uint8).data)
-            del array  # or it is still there while the next one is read
-        records.writestr(zipfile.ZipInfo("archive/version"), "3\n")
-
-
-def _pickled(outputs: Sequence[Output], single: bool) -> bytes:
-    """The pickle of tensors whose storages lie in the records 0, 1, ...
-
-    It is put together by hand, since the pickle module pickles references to functions of `torch` only if it can import
-    them. Protocol 2, as torch.save.
-    """
-
-    def plain(value: Any) -> bytes:
-        # what pickle writes for it, less the protocol, the frame of memory (protocol 2 has none) and the stop
-        return pickle.dumps(value, protocol=2)[2:-1]
-
-    def tensor(key: int, output: Output) -> bytes:
-        size = math.prod(output.shape)
-        strides = tuple(math.prod(output.shape[i + 1 :]) for i in range(len(output.shape)))
-        storage = b"(" + plain("storage") + b"ctorch\n" + STORAGE_NAMES[output.dtype].encode() + b"\n"
-        storage += plain(str(key)) + plain("cpu") + plain(size) + b"tQ"
-        arguments = b"(" + storage + plain(0) + plain(output.shape) + plain(strides) + plain(False)
-        return b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"ccollections\nOrderedDict\n)RtR"
-
-    if single:
-        return b"\x80\x02" + tensor(0, outputs[0]) + b"."
-    entries = b"".join(plain(output.name) + tensor(key, output) for key, output in enumerate(outputs))
-    return b"\x80\x02}(" + entries + b"u."

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 import yaml
-from archives import as_source, read_archive, write_archive
+from archives import as_source, read_archive
 from common import (
     LAYER,
     DryRun,
@@ -40,6 +40,7 @@ from sharded import METADATA, read_distributed, read_ranks
 from tensors import Source, from_info
 
 from olmozoo.checkpoint import SAFETENSORS, Output, read_safetensors, write_safetensors
+from olmozoo.convert import write_pickled
 from olmozoo.errors import CheckpointError, ConfigError, InputError
 from olmozoo.families.base import ModelConfig, is_number
 from olmozoo.families.olmo import OlmoConfig
@@ -371,7 +372,7 @@ def main(
         fresh(folder, CONFIG, UNSHARDED)
         (folder / CONFIG).write_text(yaml.safe_dump({"model": model}), encoding="utf-8")
         if form == "pt":
-            write_archive(folder / UNSHARDED, list(outputs))
+            write_pickled(folder / UNSHARDED, list(outputs))
         else:
             encoded = [Output(encode_key(output.name), output.dtype, output.shape, output.read) for output in outputs]
             write_safetensors(folder / SAFETENSORS, encoded)

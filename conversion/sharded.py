@@ -14,11 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from archives import as_source, read_archive, write_archive
+from archives import as_source, read_archive
 from pickles import Record, unpickle
 from tensors import Piece, Source, assembled, reshaped, whole_numbers
 
 from olmozoo.checkpoint import DTYPES, Output, fail
+from olmozoo.convert import write_pickled
 from olmozoo.errors import CheckpointError, MissingBackendError
 
 METADATA = ".metadata"
@@ -245,7 +246,7 @@ def write_distributed(folder: Path, outputs: Sequence[Output]) -> None:
     places = {}
     for number, output in enumerate(outputs):
         file = folder / f"__0_{number}.distcp"
-        write_archive(file, [output], single=True)
+        write_pickled(file, [output], single=True)
         shape = torch.Size(output.shape)
         origin = torch.Size([0] * len(shape))
         entries[output.name] = dcp.TensorStorageMetadata(

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -52,6 +52,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 ALIGNMENT = 64  # bytes: a cache line, and what TensorFlow and XLA ask of memory they did not set aside themselves
+PIECE = 1 << 20  # bytes that are written at a time; fits the caches
+BAND = 1 << 24  # bytes that are transposed before they are written
 TILE = 128  # rows and columns that are transposed at a time
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_DIMENSIONS = 64  # the limit of NumPy
@@ -447,22 +449,31 @@ def aligned_copy(array: Array, transposed: bool) -> Array:
     start = -memory.ctypes.data % ALIGNMENT
     shape = array.shape[::-1] if transposed else array.shape
     result = memory[start : start + array.nbytes].view(array.dtype).reshape(shape)
+    if transposed:
+        _turn(array, result)
+    else:
+        _on_all_cores(lambda rows: np.copyto(result[rows], array[rows]), len(array), array.nbytes)
+    return result
+
+
+def _turn(array: Array, result: Array) -> None:
+    """Write the transpose of a matrix into `result`."""
 
     def fill(rows: slice) -> None:
-        if not transposed:
-            result[rows] = array[rows]
-            return
-        for row in range(rows.start, min(rows.stop, len(result)), TILE):
-            part = slice(row, min(row + TILE, rows.stop))
-            for column in range(0, len(array), TILE):
-                tile = array[column : column + TILE, part].copy()
-                result[part, column : column + TILE] = tile.T
+        for row in range(rows.start, min(rows.stop, len(array)), TILE):
+            for column in range(0, len(result), TILE):
+                tile = array[row : row + TILE, column : column + TILE].copy()
+                result[column : column + TILE, row : row + TILE] = tile.T
 
-    threads = (os.cpu_count() or 1) if array.nbytes > 1 << 20 else 1
-    share = -(-len(result) // threads)
+    _on_all_cores(fill, len(array), array.nbytes)
+
+
+def _on_all_cores(work: Callable[[slice], None], rows: int, nbytes: int) -> None:
+    """Share rows out, where there are enough bytes for that to pay."""
+    threads = (os.cpu_count() or 1) if nbytes > 1 << 20 else 1
+    share = max(TILE, -(-rows // threads // TILE) * TILE)
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(fill, (slice(row, row + share) for row in range(0, len(result), share))))
-    return result
+        list(pool.map(work, (slice(row, row + share) for row in range(0, rows, share))))
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -476,6 +487,7 @@ class Output:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     read: Callable[[], Array]
+    transposed: bool = False  # whether `read` gives the transpose of that
 
     @property
     def nbytes(self) -> int:
@@ -483,19 +495,49 @@ class Output:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def array(self) -> Array:
-        """The values, contiguous.
+        """The values as they go to disk, contiguous.
 
         Raises:
             CheckpointError: they are of another dtype.
         """
-        array = np.ascontiguousarray(self.read()).reshape(self.shape)
+        return aligned_copy(self._read(), transposed=True) if self.transposed else self._read()
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The bytes that go to disk, in pieces; each holds until the next is asked for.
+
+        They come through a little memory that stays the same: systems are several times slower in writing from a mapped
+        file, and in setting memory aside for each tensor.
+
+        Raises:
+            CheckpointError: the values are of another dtype.
+        """
+        array = self._read()
+        if not self.transposed:
+            values = array.reshape(-1).view(np.uint8)
+            memory = np.empty(min(PIECE, len(values)), np.uint8)
+            for start in range(0, len(values), PIECE):
+                piece = memory[: min(PIECE, len(values) - start)]
+                np.copyto(piece, values[start : start + PIECE])
+                yield piece.data
+            return
+        rows, width = self.shape
+        count = min(rows, max(1, BAND // (width * self.dtype.itemsize) // TILE) * TILE)
+        memory = np.empty((count, width), self.dtype)
+        for row in range(0, rows, count):
+            band = memory[: min(count, rows - row)]
+            _turn(array[:, row : row + count], band)
+            yield band.reshape(-1).view(np.uint8).data
+
+    def write(self, stream: IO[bytes]) -> None:
+        """Write the bytes that go to disk into a file; see `pieces`."""
+        for piece in self.pieces():
+            stream.write(piece)
+
+    def _read(self) -> Array:
+        array = np.ascontiguousarray(self.read()).reshape(self.shape[::-1] if self.transposed else self.shape)
         if array.dtype != self.dtype:
             raise CheckpointError(f"{self.name} is {array.dtype.name}, expected {self.dtype.name}")
         return array
-
-    def bytes(self) -> memoryview:
-        """The values as they go to disk; see `array`."""
-        return self.array().reshape(-1).view(np.uint8).data
 
 
 def save_checkpoint(
@@ -610,7 +652,7 @@ def write_safetensors(file: Path, outputs: list[Output]) -> None:
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for output in outputs:
-            stream.write(output.bytes())
+            output.write(stream)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -9,22 +9,22 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import io
 import json
+import math
 import os
 import pickle
 import re
 import shutil
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from olmozoo import hub
 from olmozoo.checkpoint import (
+    ALIGNMENT,
     EVERY_WEIGHT,
     GENERATION_CONFIG,
     PICKLED,
@@ -32,7 +32,6 @@ from olmozoo.checkpoint import (
     Checkpoint,
     Output,
     aligned,
-    aligned_copy,
     dtype_of,
     fail,
     grouped,
@@ -51,8 +50,12 @@ WINGS = {"pt": "", "tf": "TF", "flax": "Flax"}  # and how their classes' names b
 FLAX_LEAVES: dict[Kind, str] = {"linear": "kernel", "embedding": "embedding", "norm": "scale", "bias": "bias"}
 FLAX_CHUNK = 1 << 30  # bytes; flax.serialization cuts larger arrays, since msgpack counts bytes in 32 bits
 ORBAX_PIECE = 1 << 26  # bytes; what TensorStore packs and writes at a time
-ZIP_PIECE = 1 << 18  # bytes; fits the caches
-ZIP_ALIGNMENT = 64  # bytes; as PyTorch aligns tensors in its archives
+STORAGES = {  # what PyTorch calls the values of a dtype
+    "float64": "DoubleStorage",
+    "float32": "FloatStorage",
+    "float16": "HalfStorage",
+    "bfloat16": "BFloat16Storage",
+}
 
 
 # -- live models ------------------------------------------------------------------------------------------------------
@@ -291,18 +294,23 @@ def _copy_settings(source: Any, folder: Path, staging: Path, hub_options: dict[s
 def _verify(staging: Path, config: ModelConfig, head: Head | None, tensors: dict[Parameter, Output]) -> None:
     written = _tensors(Checkpoint(staging), config, head, None)
     problems = [
-        f"{output.name} differs"
-        for parameter, output in tensors.items()
-        if written[parameter].dtype != output.dtype or written[parameter].bytes() != output.bytes()
+        f"{output.name} differs" for parameter, output in tensors.items() if not _same(written[parameter], output)
     ]
     fail("what was written is not what was read", problems)
+
+
+def _same(a: Output, b: Output) -> bool:
+    """Whether two tensors go to disk as the same bits."""
+    if a.dtype != b.dtype:
+        return False
+    return all(bytes(one) == bytes(other) for one, other in zip(a.pieces(), b.pieces(), strict=True))
 
 
 def _turned(parameter: Parameter, output: Output, name: str) -> Output:
     """The tensor as Keras and Flax have it, under another name: linear weights are (in, out)."""
     if parameter.kind != "linear":
         return dataclasses.replace(output, name=name)
-    return Output(name, output.dtype, output.shape[::-1], lambda: aligned_copy(output.read(), transposed=True))
+    return dataclasses.replace(output, name=name, shape=output.shape[::-1], transposed=True)
 
 
 # -- safetensors and PyTorch ------------------------------------------------------------------------------------------
@@ -316,63 +324,54 @@ def _to_pickled(job: _Job, staging: Path) -> None:
     write_weights(staging, list(job.tensors.values()), job.max_shard_size, PICKLED, write_pickled)
 
 
-def write_pickled(file: Path, outputs: list[Output]) -> None:
-    """Write a state dict as `torch.save` does, one tensor in memory at a time: a zip with the pickle and the values.
+def write_pickled(file: Path, outputs: list[Output], *, single: bool = False) -> None:
+    """Write a state dict as `torch.save` does, without PyTorch and with one tensor in memory at a time.
 
-    Raises:
-        CheckpointError: PyTorch is not installed.
+    It is a zip of stored entries: a pickle, and the values of each tensor. `torch.load(file, weights_only=True)` loads
+    it, also with `mmap=True`.
+
+    Args:
+        file: a new file.
+        outputs: the tensors.
+        single: write the one tensor that there is, and not a dict.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise CheckpointError(f"writing {file.name} needs PyTorch: pip install 'olmozoo[pt]'") from error
-    storages = {
-        "float64": torch.DoubleStorage,
-        "float32": torch.FloatStorage,
-        "float16": torch.HalfStorage,
-        "bfloat16": torch.BFloat16Storage,
-    }
-
-    class Storage:
-        def __init__(self, number: int) -> None:
-            self.number = number
-
-    class Pickler(pickle.Pickler):
-        """Pickles an output as a tensor whose storage is another entry of the archive."""
-
-        def persistent_id(self, value: Any) -> Any:
-            if not isinstance(value, Storage):
-                return None
-            output = outputs[value.number]
-            count = output.nbytes // output.dtype.itemsize
-            return ("storage", storages[output.dtype.name], str(value.number), "cpu", count)
-
-        def reducer_override(self, value: Any) -> Any:
-            if not isinstance(value, Output):
-                return NotImplemented
-            strides = tuple(int(np.prod(value.shape[i + 1 :], dtype=np.int64)) for i in range(len(value.shape)))
-            storage = Storage(numbers[value.name])
-            return torch._utils._rebuild_tensor_v2, (storage, 0, value.shape, strides, False, OrderedDict())
-
-    numbers = {output.name: number for number, output in enumerate(outputs)}
-    pickled = io.BytesIO()
-    Pickler(pickled, protocol=2).dump({output.name: output for output in outputs})
-    with file.open("wb") as stream, zipfile.ZipFile(stream, "w") as archive:
-        for name, content in (("data.pkl", pickled.getvalue()), ("byteorder", b"little"), ("version", b"3\n")):
-            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)
+    with zipfile.ZipFile(file, "x") as archive:
+        # A ZipInfo of our own, and not a name alone, has a fixed date: the same weights give the same bytes.
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickled(outputs, single))
+        archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
         for number, output in enumerate(outputs):
             entry = zipfile.ZipInfo(f"archive/data/{number}")
+            assert archive.fp is not None
             header = 30 + len(entry.filename) + 20 + 4  # the entry's own, its sizes in 64 bits, the padding's head
-            padding = -(stream.tell() + header) % ZIP_ALIGNMENT
-            entry.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
-            with archive.open(entry, "w", force_zip64=True) as record:
-                _write_checked(record, output.bytes())
+            padding = -(archive.fp.tell() + header) % ALIGNMENT
+            entry.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)  # as torch.save aligns tensors
+            with archive.open(entry, "w", force_zip64=True) as stream:
+                output.write(stream)
+        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
 
 
-def _write_checked(entry: IO[bytes], values: memoryview) -> None:
-    """Write into an archive, which sums up what it writes: in pieces, so that memory is read once for both."""
-    for start in range(0, len(values), ZIP_PIECE):
-        entry.write(values[start : start + ZIP_PIECE])
+def _pickled(outputs: list[Output], single: bool) -> bytes:
+    """The pickle of tensors whose storages lie in the entries 0, 1, ...
+
+    It is put together by hand, since the pickle module pickles references to functions of `torch` only if it can import
+    them. Protocol 2, as torch.save.
+    """
+
+    def plain(value: Any) -> bytes:
+        # what pickle writes for it, less the protocol, the frame of memory (protocol 2 has none) and the stop
+        return pickle.dumps(value, protocol=2)[2:-1]
+
+    def tensor(number: int, output: Output) -> bytes:
+        strides = tuple(math.prod(output.shape[i + 1 :]) for i in range(len(output.shape)))
+        storage = b"(" + plain("storage") + b"ctorch\n" + STORAGES[output.dtype.name].encode() + b"\n"
+        storage += plain(str(number)) + plain("cpu") + plain(math.prod(output.shape)) + b"tQ"
+        arguments = b"(" + storage + plain(0) + plain(output.shape) + plain(strides) + plain(False)
+        return b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"ccollections\nOrderedDict\n)RtR"
+
+    if single:
+        return b"\x80\x02" + tensor(0, outputs[0]) + b"."
+    entries = b"".join(plain(output.name) + tensor(number, output) for number, output in enumerate(outputs))
+    return b"\x80\x02}(" + entries + b"u."
 
 
 # -- Flax -------------------------------------------------------------------------------------------------------------
@@ -442,33 +441,37 @@ def _text(text: str) -> bytes:
 
 
 def _pack_output(stream: BinaryIO, output: Output) -> None:
-    values = output.bytes()
-    if len(values) <= FLAX_CHUNK:
-        _pack_array(stream, output.shape, output.dtype.name, values)
+    left, chunks = output.nbytes, 0
+    if left <= FLAX_CHUNK:
+        _pack_head(stream, output.shape, output.dtype, left)
+        output.write(stream)
         return
-    pieces = [values[start : start + FLAX_CHUNK] for start in range(0, len(values), FLAX_CHUNK)]
     stream.write(_head(3, 0x80, 16, {}))
-    for key, value in (
-        ("__msgpack_chunked_array__", True),
-        ("shape", {str(axis): size for axis, size in enumerate(output.shape)}),
-        ("chunks", None),
-    ):
-        _pack(stream, key)
-        if value is not None:
-            _pack(stream, value)
-    stream.write(_head(len(pieces), 0x80, 16, {0xDE: 2}))
-    for number, piece in enumerate(pieces):
-        _pack(stream, str(number))
-        _pack_array(stream, (len(piece) // output.dtype.itemsize,), output.dtype.name, piece)
+    _pack(stream, "__msgpack_chunked_array__")
+    _pack(stream, True)
+    _pack(stream, "shape")
+    _pack(stream, {str(axis): size for axis, size in enumerate(output.shape)})
+    _pack(stream, "chunks")
+    stream.write(_head(-(-left // FLAX_CHUNK), 0x80, 16, {0xDE: 2}))
+    room = 0
+    for piece in output.pieces():
+        while len(piece):
+            if room == 0:
+                room = min(left, FLAX_CHUNK)
+                _pack(stream, str(chunks))
+                _pack_head(stream, (room // output.dtype.itemsize,), output.dtype, room)
+                chunks += 1
+            written, piece = piece[:room], piece[room:]
+            stream.write(written)
+            room, left = room - len(written), left - len(written)
 
 
-def _pack_array(stream: BinaryIO, shape: tuple[int, ...], dtype: str, values: memoryview) -> None:
-    """An extension of type 1: shape, dtype and bytes."""
+def _pack_head(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype[Any], nbytes: int) -> None:
+    """All of an array but its bytes: an extension of type 1, with shape and dtype."""
     content = bytes([0x93, 0x90 + len(shape)])
-    content += b"".join(_head(size, 0, 128, {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}) for size in shape) + _text(dtype)
-    content += _head(len(values), 0, 0, {0xC4: 1, 0xC5: 2, 0xC6: 4})
-    stream.write(_head(len(content) + len(values), 0, 0, {0xC7: 1, 0xC8: 2, 0xC9: 4}) + b"\x01" + content)
-    stream.write(values)
+    content += b"".join(_head(size, 0, 128, {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}) for size in shape) + _text(dtype.name)
+    content += _head(nbytes, 0, 0, {0xC4: 1, 0xC5: 2, 0xC6: 4})
+    stream.write(_head(len(content) + nbytes, 0, 0, {0xC7: 1, 0xC8: 2, 0xC9: 4}) + b"\x01" + content)
 
 
 def _to_orbax(job: _Job, staging: Path) -> None:
@@ -569,7 +572,7 @@ def _to_keras_weights(job: _Job, staging: Path) -> None:
     with file.open("r+b") as stream:
         for offset, output in places:
             stream.seek(offset)
-            stream.write(output.bytes())
+            output.write(stream)
 
 
 def _to_keras(job: _Job, staging: Path) -> None:
@@ -600,7 +603,7 @@ def _to_keras(job: _Job, staging: Path) -> None:
         with archive.open(zipfile.ZipInfo(KERAS_WEIGHTS), "w", force_zip64=True) as entry:
             for offset, output in places:
                 entry.write(rest.read(offset - rest.tell()))
-                _write_checked(entry, output.bytes())
+                output.write(entry)
                 rest.seek(output.nbytes, os.SEEK_CUR)
             entry.write(rest.read())
     skeleton.unlink()

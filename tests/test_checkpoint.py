@@ -16,6 +16,7 @@ from conftest import random_values, write_checkpoint
 from olmozoo import CheckpointError, Olmo2Config, OPTConfig
 from olmozoo.checkpoint import (
     Checkpoint,
+    Output,
     dtype_of,
     load_weights,
     parse_size,
@@ -477,3 +478,19 @@ def test_an_old_folder_put_aside_by_a_killed_save_comes_back(tmp_path, monkeypat
     for name, array in load(folder).items():
         assert np.array_equal(array, expected[name])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (128, 129), (1, 700), (700, 1)])
+def test_a_tensor_goes_to_disk_in_pieces(monkeypatch, shape):
+    monkeypatch.setattr("olmozoo.checkpoint.PIECE", 1000)
+    monkeypatch.setattr("olmozoo.checkpoint.BAND", 1000)
+    array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    plain = Output("x", array.dtype, shape, lambda: array)
+    turned = Output("x", array.dtype, shape[::-1], lambda: array, transposed=True)
+    assert b"".join(map(bytes, plain.pieces())) == array.tobytes()
+    assert b"".join(map(bytes, turned.pieces())) == array.T.tobytes()
+    assert np.array_equal(turned.array(), array.T)
+    assert len([*plain.pieces()]) == -(-array.nbytes // 1000)
+    assert len([*turned.pieces()]) == -(-shape[1] // 128)
+    with pytest.raises(CheckpointError, match="x is float32, expected float16"):
+        next(Output("x", np.dtype(np.float16), shape, lambda: array).pieces())

@@ -25,6 +25,7 @@ import tensors  # noqa: E402
 
 from olmozoo import Olmo2Config, OlmoConfig, OPTConfig  # noqa: E402
 from olmozoo.checkpoint import Output, read_safetensors, write_safetensors  # noqa: E402
+from olmozoo.convert import write_pickled  # noqa: E402
 from olmozoo.errors import CheckpointError, ConfigError, InputError  # noqa: E402
 from olmozoo.families.base import ModelConfig, read_json  # noqa: E402
 
@@ -290,7 +291,7 @@ def changed_native(src, folder, change):
     state = {name: source.read() for name, source in olmo_native.read_tensors(src).items()}
     state = change(state)
     (folder / "model.pt").unlink()
-    archives.write_archive(folder / "model.pt", outputs(state))
+    write_pickled(folder / "model.pt", outputs(state))
     return folder
 
 
