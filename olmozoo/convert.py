@@ -18,7 +18,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
@@ -536,9 +536,9 @@ def _snake_case(name: str) -> str:
 
 
 def _skeleton(file: Path, job: _Job) -> list[tuple[int, Output]]:
-    """Write a Keras weights file with room for the tensors, and return them with the bytes at which they belong.
+    """Make a Keras weights file with holes for the tensors, and return them with the bytes at which they belong.
 
-    The room is a hole in the file: nothing is written twice, and no value passes through the HDF5 library.
+    Nothing is written twice, and no value passes through the HDF5 library.
     """
     try:
         import h5py
@@ -567,18 +567,25 @@ def _skeleton(file: Path, job: _Job) -> list[tuple[int, Output]]:
 
 
 def _to_keras_weights(job: _Job, staging: Path) -> None:
-    file = staging / KERAS_WEIGHTS
-    places = _skeleton(file, job)
-    with file.open("r+b") as stream:
+    with (staging / KERAS_WEIGHTS).open("xb") as stream:
+        _fill(stream, job, staging)
+
+
+def _fill(stream: IO[bytes], job: _Job, staging: Path) -> None:
+    """Write a Keras weights file from its beginning to its end: systems are slow in writing into holes."""
+    skeleton = staging / f".{KERAS_WEIGHTS}"
+    places = _skeleton(skeleton, job)
+    with skeleton.open("rb") as rest:
         for offset, output in places:
-            stream.seek(offset)
+            stream.write(rest.read(offset - rest.tell()))
             output.write(stream)
+            rest.seek(output.nbytes, os.SEEK_CUR)
+        stream.write(rest.read())
+    skeleton.unlink()
 
 
 def _to_keras(job: _Job, staging: Path) -> None:
     """The archive that `model.save("model.keras")` writes, with no model made."""
-    skeleton = staging / f".{KERAS_WEIGHTS}"
-    places = _skeleton(skeleton, job)
     dtype = next(iter(job.tensors.values())).dtype.name
     config = {
         "module": f"olmozoo.tf.{job.config.model_type}",
@@ -597,16 +604,11 @@ def _to_keras(job: _Job, staging: Path) -> None:
         "registered_name": f"olmozoo>{job.keras_class}",
         "compile_config": {},
     }
-    with zipfile.ZipFile(staging / KERAS, "w") as archive, skeleton.open("rb") as rest:
+    with zipfile.ZipFile(staging / KERAS, "x") as archive:
         archive.writestr(zipfile.ZipInfo("metadata.json"), json.dumps({"keras_version": "3"}))
         archive.writestr(zipfile.ZipInfo("config.json"), json.dumps(config))
         with archive.open(zipfile.ZipInfo(KERAS_WEIGHTS), "w", force_zip64=True) as entry:
-            for offset, output in places:
-                entry.write(rest.read(offset - rest.tell()))
-                output.write(entry)
-                rest.seek(output.nbytes, os.SEEK_CUR)
-            entry.write(rest.read())
-    skeleton.unlink()
+            _fill(entry, job, staging)
 
 
 def _to_saved_model(job: _Job, staging: Path) -> None:
