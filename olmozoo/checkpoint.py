@@ -432,13 +432,6 @@ def match_tensors(
     return {name: source for name, source in sources.items() if name in wanted and name not in fresh}, fresh
 
 
-def aligned(array: Array, transposed: bool) -> Array:
-    """The array itself, where it is not to be turned and lies as any framework takes it over; or an `aligned_copy`."""
-    flags = array.flags
-    as_it_is = not transposed and flags.c_contiguous and flags.writeable and array.ctypes.data % ALIGNMENT == 0
-    return array if as_it_is else aligned_copy(array, transposed)
-
-
 def aligned_copy(array: Array, transposed: bool) -> Array:
     """A copy of an array, or of its transpose: one pass over it, on all cores, into memory aligned for any framework.
 

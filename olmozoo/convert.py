@@ -31,7 +31,7 @@ from olmozoo.checkpoint import (
     Array,
     Checkpoint,
     Output,
-    aligned,
+    aligned_copy,
     dtype_of,
     fail,
     grouped,
@@ -85,24 +85,20 @@ def convert(model: Any, to: str) -> Any:
     config, head = model.config, model.head
     read = _live_reader(model, wing)
     table = [parameter for parameter in config.parameters(head) if parameter.tied_to is None]
-
-    def copied(parameter: Parameter) -> Array:
-        return np.array(read(parameter), order="C")
-
     made = _empty_model(to, config, head, lambda: np.result_type(*{read(parameter).dtype for parameter in table}))
     made.generation_config = copy.deepcopy(model.generation_config)
     if to == "flax":
         from olmozoo.flax.base import to_leaf
 
-        made.params = made._bind((parameter, to_leaf(parameter, copied(parameter))) for parameter in table)
+        made.params = made._bind((parameter, to_leaf(parameter, read(parameter))) for parameter in table)
         return made
     for parameter in table:
         if to == "pt":
             from olmozoo.pt.base import to_tensor
 
-            made._bind(parameter, to_tensor(copied(parameter)))
+            made._bind(parameter, to_tensor(np.array(read(parameter), order="C")))
         else:
-            made._bind(parameter, copied(parameter).astype(dtype_of(made.variable_dtype), copy=False))
+            made._bind(parameter, read(parameter).astype(dtype_of(made.variable_dtype), copy=False))
     if to == "pt":
         made.tie_weights()
         made.train(getattr(model, "training", False) is True)
@@ -645,7 +641,7 @@ def _to_saved_model(job: _Job, staging: Path) -> None:
             values = {}
             for output in group:
                 key, transposed = keys[output.name]
-                values[key] = to_tensor(aligned(output.array(), transposed))
+                values[key] = to_tensor(aligned_copy(output.array(), transposed))
             save(values)
         tensorflow.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, destination_prefix=str(folder / VARIABLES))
     except CheckpointError:

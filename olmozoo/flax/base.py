@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from olmozoo.checkpoint import Checkpoint, aligned, dtype_of, load_weights, save_checkpoint
+from olmozoo.checkpoint import Checkpoint, aligned_copy, dtype_of, load_weights, save_checkpoint
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.base import BASE_PREFIX, Head, Kind, ModelConfig, Parameter
 from olmozoo.flax.cache import KVCache
@@ -369,7 +369,7 @@ def oriented(parameter: Parameter, array: np.ndarray) -> np.ndarray:
 
 def to_leaf(parameter: Parameter, array: np.ndarray) -> jax.Array:
     """The values on the default device. On the CPU, JAX takes over memory so aligned as it is."""
-    return jax.device_put(aligned(array, transposed=parameter.kind == "linear"))
+    return jax.device_put(aligned_copy(array, transposed=parameter.kind == "linear"))
 
 
 def to_array(parameter: Parameter, leaf: jax.Array) -> np.ndarray:

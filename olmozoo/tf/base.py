@@ -13,7 +13,7 @@ import numpy as np
 import optree
 import tensorflow as tf
 
-from olmozoo.checkpoint import Checkpoint, aligned, initial_weights, load_weights, save_checkpoint
+from olmozoo.checkpoint import Checkpoint, aligned_copy, initial_weights, load_weights, save_checkpoint
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.base import BASE_PREFIX, Head, ModelConfig, Parameter
 from olmozoo.generation import GenerationConfig
@@ -245,7 +245,7 @@ class PreTrainedModel(keras.Model):
         return getattr(self._layer(parameter)[0], LEAVES[parameter.kind])
 
     def _bind(self, parameter: Parameter, array: np.ndarray) -> None:
-        self._find(parameter).assign(to_tensor(aligned(array, transposed=parameter.kind == "linear")))
+        self._find(parameter).assign(to_tensor(aligned_copy(array, transposed=parameter.kind == "linear")))
 
     def _read(self, parameter: Parameter) -> np.ndarray:
         tensor = tf.convert_to_tensor(self._find(parameter))
