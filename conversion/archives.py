@@ -6,7 +6,6 @@ record `NAME/data/KEY` for each storage (https://docs.pytorch.org/docs/stable/no
 
 from __future__ import annotations
 
-import io
 import math
 import struct
 import zipfile
@@ -20,6 +19,7 @@ from tensors import Source, mapped, whole_numbers
 from olmozoo.checkpoint import dtype_of
 from olmozoo.convert import STORAGES as STORAGE_NAMES
 from olmozoo.errors import CheckpointError
+from olmozoo.formats import Window
 
 STORAGES = {kind: dtype_of(name) for name, kind in STORAGE_NAMES.items()}
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip record: signature, ..., lengths of the name and of extra fields
@@ -36,36 +36,6 @@ class Storage:
     where: str
 
 
-class _Window(io.RawIOBase):
-    """A part of a file that reads as a file."""
-
-    def __init__(self, stream: io.BufferedReader, begin: int, length: int) -> None:
-        self.stream, self.begin, self.length, self.position = stream, begin, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        position = offset + (0, self.position, self.length)[whence]
-        if position < 0:
-            raise OSError(f"a position of {position}")
-        self.position = position
-        return position
-
-    def tell(self) -> int:
-        return self.position
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(self.length - self.position, 0)
-        self.stream.seek(self.begin + self.position)
-        data = self.stream.read(left if size is None or size < 0 else min(size, left))
-        self.position += len(data)
-        return data
-
-
 def read_archive(file: Path, begin: int = 0, length: int | None = None) -> Any:
     """The object in an archive, with `Record`s for tensors; see `as_source`. No tensor is read.
 
@@ -79,7 +49,7 @@ def read_archive(file: Path, begin: int = 0, length: int | None = None) -> Any:
     """
     where = str(file) if length is None else f"{file}, bytes {begin} to {begin + length}"
     with file.open("rb") as stream:
-        window = _Window(stream, begin, file.stat().st_size - begin if length is None else length)
+        window = Window(stream, begin, file.stat().st_size - begin if length is None else length)
         try:
             records = zipfile.ZipFile(window)
         except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError, EOFError) as error:

@@ -205,22 +205,25 @@ def _plain(name: str, dataset: Any, size: int) -> tuple[np.dtype[Any], tuple[int
     return dtype, shape, offset
 
 
-class _Window(io.RawIOBase):
+class Window(io.RawIOBase):
     """A part of a file, as a file of its own."""
 
-    def __init__(self, stream: Any, start: int, size: int) -> None:
-        self.stream, self.start, self.size, self.position = stream, start, size, 0
+    def __init__(self, stream: Any, start: int, length: int) -> None:
+        self.stream, self.start, self.length, self.position = stream, start, length, 0
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
-        return self.position
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
+        if position < 0:
+            raise OSError(f"a position of {position}")
+        self.position = position
+        return position
 
     def tell(self) -> int:
         return self.position
 
     def readinto(self, buffer: Any) -> int:
         self.stream.seek(self.start + self.position)
-        view = memoryview(buffer)[: max(0, self.size - self.position)]
+        view = memoryview(buffer)[: max(0, self.length - self.position)]
         count: int = self.stream.readinto(view)
         self.position += count
         return count
@@ -242,7 +245,7 @@ def _read_keras_archive(path: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{path} is not a zip archive with a {KERAS_WEIGHTS}: {error}") from error
         if entry.compress_type != zipfile.ZIP_STORED or start + entry.file_size > path.stat().st_size:
             raise CheckpointError(f"{path}: {KERAS_WEIGHTS} is compressed or truncated")
-        return _read_h5(path, _Window(stream, start, entry.file_size), start, _keras_name)
+        return _read_h5(path, Window(stream, start, entry.file_size), start, _keras_name)
 
 
 # -- msgpack: Transformers 4's Flax files, and Flax's own -------------------------------------------------------------

@@ -316,7 +316,7 @@ def test_chunks_out_of_bounds_are_refused(tmp_path, core):
 def test_a_window_reads_as_a_file_of_its_own(tmp_path):
     (tmp_path / "x").write_bytes(b"abcdefghij")
     with (tmp_path / "x").open("rb") as stream:
-        window = archives._Window(stream, 2, 5)
+        window = archives.Window(stream, 2, 5)
         assert window.read() == b"cdefg"
         assert window.seek(-2, io.SEEK_END) == 3
         assert window.read(100) == b"fg"
