@@ -345,10 +345,10 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, settings: dict[str,
     if where == "added_tokens.json":
         entries = [(i, text) for text, i in _optional(folder / where).items()]
     else:
-        listed = settings["added_tokens_decoder"]
-        if not isinstance(listed, dict):
-            raise CheckpointError(f"{folder / where}: added_tokens_decoder is {listed!r}, expected an object")
-        entries = list(listed.items())
+        added = settings["added_tokens_decoder"]
+        if not isinstance(added, dict):
+            raise CheckpointError(f"{folder / where}: added_tokens_decoder is {added!r}, expected an object")
+        entries = list(added.items())
     try:
         entries = sorted((int(i), value) for i, value in entries)  # the library numbers them in the order they come
     except (TypeError, ValueError, OverflowError) as error:
