@@ -75,14 +75,13 @@ def serve(root: str) -> None:
                     source = folder / ("even", "odd")[number % 2]
                     convert_checkpoint(source, folder / "converted", to=what, max_shard_size="2MB")
                 os.write(told, b".")
-        for _ in range(int(whole)):
-            os.read(done, 1)
+        os.close(told)
+        alive = all(os.read(done, 1) for _ in range(int(whole)))
         time.sleep(float(delay))
         os.kill(process, 9)
         os.waitpid(process, 0)
         os.close(done)
-        os.close(told)
-        print("killed", flush=True)
+        print("killed" if alive else "died by itself", flush=True)
 
 
 @pytest.fixture(scope="module")
