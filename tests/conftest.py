@@ -34,6 +34,11 @@ WINGS = [
 def memory_given_back():
     """After each file, let go of what frameworks have compiled: programs pile up to gigabytes otherwise."""
     yield
+    let_programs_go()
+
+
+def let_programs_go() -> None:
+    """Free what frameworks have compiled and nothing uses any more."""
     gc.collect()
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()

@@ -2,13 +2,11 @@
 
 import contextlib
 import copy
-import gc
 import pickle
-import sys
 
 import numpy as np
 import pytest
-from conftest import WINGS, left_padded, write_checkpoint
+from conftest import WINGS, left_padded, let_programs_go, write_checkpoint
 from test_parity import CONFIGS
 from wings import scope
 
@@ -56,9 +54,7 @@ SAMPLES = {
 def programs_let_go():
     """Each case compiles its own: together they would fill the memory."""
     yield
-    gc.collect()
-    if "jax" in sys.modules:
-        sys.modules["jax"].clear_caches()
+    let_programs_go()
 
 
 @pytest.fixture(scope="module", params=NAMES)
