@@ -432,16 +432,21 @@ def match_tensors(
     return {name: source for name, source in sources.items() if name in wanted and name not in fresh}, fresh
 
 
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An array whose memory is aligned for any framework, and untouched: it takes none before it is written to."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
 def aligned_copy(array: Array, transposed: bool) -> Array:
     """A copy of an array, or of its transpose: one pass over it, on all cores, into memory aligned for any framework.
 
     A transpose goes by tiles that fit the nearest cache, each copied before it is turned: lines that lie a power of two
     apart would push each other out.
     """
-    memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    shape = array.shape[::-1] if transposed else array.shape
-    result = memory[start : start + array.nbytes].view(array.dtype).reshape(shape)
+    result = aligned_empty(array.shape[::-1] if transposed else array.shape, array.dtype)
     if transposed:
         _turn(array, result)
     else:

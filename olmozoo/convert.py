@@ -616,7 +616,7 @@ def _to_saved_model(job: _Job, staging: Path) -> None:
     model = _empty_model("tf", job.config, job.head, lambda: next(iter(job.tensors.values())).dtype)
     import tensorflow
 
-    from olmozoo.tf.base import to_tensor
+    from olmozoo.tf.layers import to_tensor
 
     folder = staging / SAVED_MODEL
     parts: list[str] = []

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import random_values, write_checkpoint
 
-from olmozoo import CheckpointError, Olmo2Config, OPTConfig
+from olmozoo import CheckpointError, Olmo2Config, OPTConfig, backend
 from olmozoo.checkpoint import (
     Checkpoint,
     Output,
@@ -59,6 +59,33 @@ def test_the_largest_weights_come_first(tmp_path):
     ]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) > 3
+
+
+PEAK = """
+import resource, sys
+from olmozoo import backend
+peaks = []
+for folder in sys.argv[2:]:
+    model = backend.load(folder, sys.argv[1])
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peaks[1] - peaks[0])
+"""
+
+
+@pytest.mark.parametrize(("wing", "share"), [("pt", 0.15), ("tf", 1.05), ("flax", 1.05)])
+def test_a_model_that_loads_is_in_memory_once(tmp_path, wing, share):  # PyTorch's weights stay in the mapped file
+    if wing not in backend.installed():
+        pytest.skip(f"the {wing} wing is not installed")
+    large = CONFIG.replace(hidden_size=1536, intermediate_size=1500, num_hidden_layers=12)
+    for name, config in (("small", CONFIG), ("large", large)):
+        save_checkpoint(
+            tmp_path / name, config, "causal_lm", lambda p: np.ones(p.shape, "float32"), lambda p: "float32"
+        )
+    command = [sys.executable, "-c", PEAK, wing, tmp_path / "small", tmp_path / "large"]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    size = (tmp_path / "large" / "model.safetensors").stat().st_size
+    assert size > 4e8
+    assert grown / size < share
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])

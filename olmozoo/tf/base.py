@@ -20,7 +20,7 @@ from olmozoo.generation import GenerationConfig
 from olmozoo.hub import resolve
 from olmozoo.outputs import OUTPUTS, ModelOutput
 from olmozoo.tf.cache import KVCache
-from olmozoo.tf.layers import Tensor, embedding, linear
+from olmozoo.tf.layers import Tensor, embedding, linear, to_tensor
 
 LEAVES = {"linear": "kernel", "embedding": "embeddings", "norm": "scale", "bias": "bias"}  # what layers call them
 
@@ -359,13 +359,6 @@ def global_policy(policy: keras.DTypePolicy) -> Iterator[None]:
         yield
     finally:
         keras.config.set_dtype_policy(previous)
-
-
-def to_tensor(array: np.ndarray) -> Tensor:
-    """The array as a tensor, sharing its memory."""
-    if array.dtype.name == "bfloat16":  # DLPack takes NumPy's own dtypes only
-        return tf.bitcast(to_tensor(array.view(np.uint16)), tf.bfloat16)
-    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
 def replace_layer(parent: keras.Layer, name: str, layer: keras.Layer) -> None:

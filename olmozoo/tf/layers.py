@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from olmozoo.checkpoint import aligned_empty, dtype_of
 from olmozoo.errors import InputError
 from olmozoo.families.rope import Rope
 
@@ -56,9 +58,16 @@ def static(value: Any) -> int | None:
     return None if known is None else int(known)
 
 
-def unset(shape: Any, dtype: Any = None) -> Tensor:
+def to_tensor(array: np.ndarray) -> Tensor:
+    """The array as a tensor, sharing its memory."""
+    if array.dtype.name == "bfloat16":  # DLPack takes NumPy's own dtypes only
+        return tf.bitcast(to_tensor(array.view(np.uint16)), tf.bfloat16)
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
+def unset(shape: tuple[int, ...], dtype: Any = None) -> Tensor:
     """An initializer that sets nothing: values come from the parameter table or from a checkpoint, for every model."""
-    return tf.raw_ops.Empty(shape=shape, dtype=tf.as_dtype(dtype))
+    return to_tensor(aligned_empty(tuple(shape), dtype_of(keras.backend.standardize_dtype(dtype))))
 
 
 def linear(size: int, bias: bool, name: str) -> keras.layers.Dense:
