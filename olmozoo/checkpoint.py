@@ -18,8 +18,9 @@ import re
 import shutil
 import struct
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -504,27 +505,34 @@ class Output:
         """The bytes that go to disk, in pieces; each holds until the next is asked for.
 
         They come through a little memory that stays the same: systems are several times slower in writing from a mapped
-        file, and in setting memory aside for each tensor.
+        file, and in setting memory aside for each tensor. The next piece is made while one is written.
 
         Raises:
             CheckpointError: the values are of another dtype.
         """
         array = self._read()
-        if not self.transposed:
-            values = array.reshape(-1).view(np.uint8)
-            memory = np.empty(min(PIECE, len(values)), np.uint8)
-            for start in range(0, len(values), PIECE):
-                piece = memory[: min(PIECE, len(values) - start)]
-                np.copyto(piece, values[start : start + PIECE])
-                yield piece.data
-            return
-        rows, width = self.shape
-        count = min(rows, max(1, BAND // (width * self.dtype.itemsize) // TILE) * TILE)
-        memory = np.empty((count, width), self.dtype)
-        for row in range(0, rows, count):
-            band = memory[: min(count, rows - row)]
-            _turn(array[:, row : row + count], band)
-            yield band.reshape(-1).view(np.uint8).data
+        source = array.T if self.transposed else array.reshape(-1).view(np.uint8)
+        count = max(1, BAND // array[:, :1].nbytes // TILE) * TILE if self.transposed else PIECE
+        starts = range(0, len(source), count)
+        memories = [np.empty_like(source[start:][:count], order="C") for start in starts[:2]]
+
+        def fill(number: int) -> memoryview:
+            part = source[starts[number] :][:count]
+            piece = memories[number % 2][: len(part)]
+            if self.transposed:
+                _turn(part.T, piece)
+            else:
+                np.copyto(piece, part)
+            return piece.reshape(-1).view(np.uint8).data
+
+        with ThreadPoolExecutor(1) as ahead:
+            pieces: deque[Future[memoryview]] = deque()
+            for number in range(len(starts)):
+                pieces.append(ahead.submit(fill, number))
+                if number > 0:
+                    yield pieces.popleft().result()
+            for last in pieces:
+                yield last.result()
 
     def write(self, stream: IO[bytes]) -> None:
         """Write the bytes that go to disk into a file; see `pieces`."""
