@@ -469,7 +469,10 @@ def _turn(array: Array, result: Array) -> None:
 
 def _on_all_cores(work: Callable[[slice], None], rows: int, nbytes: int) -> None:
     """Share rows out, where there are enough bytes for that to pay."""
-    threads = (os.cpu_count() or 1) if nbytes > 1 << 20 else 1
+    threads = os.cpu_count() or 1
+    if threads == 1 or nbytes <= 1 << 20:
+        work(slice(0, rows))
+        return
     share = max(TILE, -(-rows // threads // TILE) * TILE)
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(work, (slice(row, row + share) for row in range(0, rows, share))))
@@ -525,6 +528,9 @@ class Output:
                 np.copyto(piece, part)
             return piece.reshape(-1).view(np.uint8).data
 
+        if len(starts) < 2:
+            yield from map(fill, range(len(starts)))
+            return
         with ThreadPoolExecutor(1) as ahead:
             pieces: deque[Future[memoryview]] = deque()
             for number in range(len(starts)):
