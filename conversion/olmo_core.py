@@ -8,6 +8,7 @@ Reading needs neither OLMo-core nor PyTorch; `--reverse` needs PyTorch, whose cl
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -338,7 +339,7 @@ def main(
         fresh(folder, CONFIG, FOLDER)
         write_json(folder / CONFIG, from_config(config, src, outputs[0].dtype.name))
         (folder / FOLDER).mkdir()
-        named = [Output(PREFIX + output.name, output.dtype, output.shape, output.read) for output in outputs]
+        named = [dataclasses.replace(output, name=PREFIX + output.name) for output in outputs]
         write_distributed(folder / FOLDER, named)
 
     from_canonical(

@@ -10,6 +10,7 @@ SRC is any kind of checkpoint the trainer has written: unsharded (model.safetens
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -374,7 +375,7 @@ def main(
         if form == "pt":
             write_pickled(folder / UNSHARDED, list(outputs))
         else:
-            encoded = [Output(encode_key(output.name), output.dtype, output.shape, output.read) for output in outputs]
+            encoded = [dataclasses.replace(output, name=encode_key(output.name)) for output in outputs]
             write_safetensors(folder / SAFETENSORS, encoded)
 
     from_canonical(
