@@ -442,21 +442,26 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 def aligned_copy(array: Array, transposed: bool) -> Array:
-    """A copy of an array, or of its transpose: one pass over it, on all cores, into memory aligned for any framework.
-
-    A transpose goes by tiles that fit the nearest cache, each copied before it is turned: lines that lie a power of two
-    apart would push each other out.
-    """
+    """A copy of an array, or of its transpose, in memory aligned for any framework."""
     result = aligned_empty(array.shape[::-1] if transposed else array.shape, array.dtype)
+    copy_into(result, array, transposed)
+    return result
+
+
+def copy_into(result: Array, array: Array, transposed: bool) -> None:
+    """Write an array, or its transpose, into another: one pass, on all cores."""
     if transposed:
         _turn(array, result)
     else:
         _on_all_cores(lambda rows: np.copyto(result[rows], array[rows]), len(array), array.nbytes)
-    return result
 
 
 def _turn(array: Array, result: Array) -> None:
-    """Write the transpose of a matrix into `result`."""
+    """Write the transpose of a matrix into `result`.
+
+    It goes by tiles that fit the nearest cache, each copied before it is turned: lines that lie a power of two apart
+    would push each other out.
+    """
 
     def fill(rows: slice) -> None:
         for row in range(rows.start, min(rows.stop, len(array)), TILE):
@@ -496,49 +501,63 @@ class Output:
         """The size on disk, in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    def array(self) -> Array:
-        """The values as they go to disk, contiguous.
+    def fill(self, result: Array) -> None:
+        """Write the values as they go to disk into an array of the shape.
 
         Raises:
             CheckpointError: they are of another dtype.
         """
-        return aligned_copy(self._read(), transposed=True) if self.transposed else self._read()
+        copy_into(result, self._read(), self.transposed)
 
-    def pieces(self) -> Iterator[memoryview]:
-        """The bytes that go to disk, in pieces; each holds until the next is asked for.
+    def bands(self, limit: int) -> Iterator[Array]:
+        """The values as they go to disk, in bands of rows; each holds until the next is asked for.
 
         They come through a little memory that stays the same: systems are several times slower in writing from a mapped
-        file, and in setting memory aside for each tensor. The next piece is made while one is written.
+        file, and in setting memory aside for each tensor. The next band is made while one is written.
+
+        Args:
+            limit: bytes a band, of at least a row.
 
         Raises:
             CheckpointError: the values are of another dtype.
         """
         array = self._read()
-        source = array.T if self.transposed else array.reshape(-1).view(np.uint8)
-        count = max(1, BAND // array[:, :1].nbytes // TILE) * TILE if self.transposed else PIECE
+        source = array.T if self.transposed else array
+        count = self.rows(limit)
         starts = range(0, len(source), count)
         memories = [np.empty_like(source[start:][:count], order="C") for start in starts[:2]]
 
-        def fill(number: int) -> memoryview:
+        def fill(number: int) -> Array:
             part = source[starts[number] :][:count]
-            piece = memories[number % 2][: len(part)]
+            band = memories[number % 2][: len(part)]
             if self.transposed:
-                _turn(part.T, piece)
+                _turn(part.T, band)
             else:
-                np.copyto(piece, part)
-            return piece.reshape(-1).view(np.uint8).data
+                np.copyto(band, part)
+            return band
 
         if len(starts) < 2:
             yield from map(fill, range(len(starts)))
             return
         with ThreadPoolExecutor(1) as ahead:
-            pieces: deque[Future[memoryview]] = deque()
+            bands: deque[Future[Array]] = deque()
             for number in range(len(starts)):
-                pieces.append(ahead.submit(fill, number))
+                bands.append(ahead.submit(fill, number))
                 if number > 0:
-                    yield pieces.popleft().result()
-            for last in pieces:
+                    yield bands.popleft().result()
+            for last in bands:
                 yield last.result()
+
+    def rows(self, limit: int) -> int:
+        """The rows in a band of at most `limit` bytes, with all bands as even as can be; at least one."""
+        count = max(1, self.shape[0])
+        most = max(1, limit * count // max(1, self.nbytes))
+        return -(-count // -(-count // most))
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The bytes that go to disk, band by band; see `bands`."""
+        for band in self.bands(BAND if self.transposed else PIECE):
+            yield band.reshape(-1).view(np.uint8).data
 
     def write(self, stream: IO[bytes]) -> None:
         """Write the bytes that go to disk into a file; see `pieces`."""

@@ -31,7 +31,7 @@ from olmozoo.checkpoint import (
     Array,
     Checkpoint,
     Output,
-    aligned_copy,
+    aligned_empty,
     dtype_of,
     fail,
     grouped,
@@ -49,7 +49,7 @@ from olmozoo.generation import GenerationConfig
 WINGS = {"pt": "", "tf": "TF", "flax": "Flax"}  # and how their classes' names begin
 FLAX_LEAVES: dict[Kind, str] = {"linear": "kernel", "embedding": "embedding", "norm": "scale", "bias": "bias"}
 FLAX_CHUNK = 1 << 30  # bytes; flax.serialization cuts larger arrays, since msgpack counts bytes in 32 bits
-ORBAX_PIECE = 1 << 26  # bytes; what TensorStore packs and writes at a time
+ORBAX_PIECE = 1 << 24  # bytes; what TensorStore writes at a time
 STORAGES = {  # what PyTorch calls the values of a dtype
     "float64": "DoubleStorage",
     "float32": "FloatStorage",
@@ -487,15 +487,12 @@ def _to_orbax(job: _Job, staging: Path) -> None:
         (folder / "manifest.ocdbt").unlink()
         for output in tensors:
             store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{output.name.replace('/', '.')}/"}
-            count = output.shape[0]
-            rows = min(count, max(1, ORBAX_PIECE * count // output.nbytes))
-            spec = {"driver": "zarr", "kvstore": store, "metadata": {"chunks": [rows, *output.shape[1:]]}}
+            rows = output.rows(ORBAX_PIECE)
+            metadata = {"chunks": [rows, *output.shape[1:]], "compressor": None}
+            spec = {"driver": "zarr", "kvstore": store, "metadata": metadata}
             array = tensorstore.open(spec, create=True, dtype=output.dtype, shape=output.shape).result()
-            values = output.array()
-            for row in range(0, count, rows):
-                piece = slice(row, min(row + rows, count))
-                array[piece].write(values[piece]).result()
-            del values  # or it is still there while the next one is read
+            for number, band in enumerate(output.bands(ORBAX_PIECE)):
+                array[number * rows : number * rows + len(band)].write(band).result()
     except CheckpointError:
         raise
     except Exception as error:  # of many kinds
@@ -613,7 +610,8 @@ def _to_saved_model(job: _Job, staging: Path) -> None:
     It saves several tensors a file, as many as the largest tensor has bytes, and joins those as it does what several
     machines have saved.
     """
-    model = _empty_model("tf", job.config, job.head, lambda: next(iter(job.tensors.values())).dtype)
+    dtype = next(iter(job.tensors.values())).dtype
+    model = _empty_model("tf", job.config, job.head, lambda: dtype)
     import tensorflow
 
     from olmozoo.tf.layers import to_tensor
@@ -629,6 +627,8 @@ def _to_saved_model(job: _Job, staging: Path) -> None:
         )
 
     try:
+        for variable in model.weights:  # what `export` saves of them is one value each; the others come below
+            tensorflow.raw_ops.AssignVariableOp(resource=variable.value.handle, value=to_tensor(np.zeros(1, dtype)))
         model.export(folder, verbose=False)
         reader = tensorflow.train.load_checkpoint(str(folder / VARIABLES))
         keys = saved_keys(reader)
@@ -637,11 +637,16 @@ def _to_saved_model(job: _Job, staging: Path) -> None:
         for file in (folder / VARIABLES).parent.iterdir():
             file.unlink()
         (folder / "fingerprint.pb").unlink()  # of the values that were there before; there need not be one
-        for group in grouped(job.tensors.values(), max(output.nbytes for output in job.tensors.values())):
-            values = {}
+        turned = [_turned(p, output, keys[output.name][0]) for p, output in job.tensors.items()]
+        limit = max(output.nbytes for output in turned)
+        memory = aligned_empty((limit + ALIGNMENT * len(turned),), np.dtype(np.uint8))  # the same for every group
+        for group in grouped(turned, limit):
+            values, start = {}, 0
             for output in group:
-                key, transposed = keys[output.name]
-                values[key] = to_tensor(aligned_copy(output.array(), transposed))
+                array = memory[start:][: output.nbytes].view(output.dtype).reshape(output.shape)
+                output.fill(array)
+                values[output.name] = to_tensor(array)
+                start += -(-output.nbytes // ALIGNMENT) * ALIGNMENT
             save(values)
         tensorflow.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, destination_prefix=str(folder / VARIABLES))
     except CheckpointError:
