@@ -18,7 +18,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from olmozoo.checkpoint import (
     fail,
     grouped,
     match_tensors,
+    new_file,
     parse_size,
     replacing_folder,
     write_config,
@@ -331,18 +332,17 @@ def write_pickled(file: Path, outputs: list[Output], *, single: bool = False) ->
         outputs: the tensors.
         single: write the one tensor that there is, and not a dict.
     """
-    with zipfile.ZipFile(file, "x") as archive:
+    with new_file(file) as stream, zipfile.ZipFile(stream, "w") as archive:
         # A ZipInfo of our own, and not a name alone, has a fixed date: the same weights give the same bytes.
         archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickled(outputs, single))
         archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
         for number, output in enumerate(outputs):
             entry = zipfile.ZipInfo(f"archive/data/{number}")
-            assert archive.fp is not None
             header = 30 + len(entry.filename) + 20 + 4  # the entry's own, its sizes in 64 bits, the padding's head
-            padding = -(archive.fp.tell() + header) % ALIGNMENT
+            padding = -(stream.tell() + header) % ALIGNMENT
             entry.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)  # as torch.save aligns tensors
-            with archive.open(entry, "w", force_zip64=True) as stream:
-                output.write(stream)
+            with archive.open(entry, "w", force_zip64=True) as values:
+                output.write(values)
         archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
 
 
@@ -391,7 +391,7 @@ def write_msgpack(file: Path, outputs: list[Output]) -> None:
     A single file holds nested maps; a shard, as Transformers 4 made them, one flat map.
     """
     tree = {output.name: output for output in outputs}
-    with file.open("wb") as stream:
+    with new_file(file) as stream:
         _pack(stream, _nested(outputs, lambda output: output) if file.name == FLAX_WEIGHTS else tree)
 
 
@@ -407,7 +407,7 @@ def _nested(outputs: list[Output], leaf: Callable[[Output], Any]) -> dict[str, A
     return tree
 
 
-def _pack(stream: BinaryIO, value: Any) -> None:
+def _pack(stream: IO[bytes], value: Any) -> None:
     if isinstance(value, Output):
         _pack_output(stream, value)
     elif isinstance(value, dict):
@@ -436,7 +436,7 @@ def _text(text: str) -> bytes:
     return _head(len(data), 0xA0, 32, {0xD9: 1, 0xDA: 2, 0xDB: 4}) + data
 
 
-def _pack_output(stream: BinaryIO, output: Output) -> None:
+def _pack_output(stream: IO[bytes], output: Output) -> None:
     left, chunks = output.nbytes, 0
     if left <= FLAX_CHUNK:
         _pack_head(stream, output.shape, output.dtype, left)
@@ -462,7 +462,7 @@ def _pack_output(stream: BinaryIO, output: Output) -> None:
             room, left = room - len(written), left - len(written)
 
 
-def _pack_head(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype[Any], nbytes: int) -> None:
+def _pack_head(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any], nbytes: int) -> None:
     """All of an array but its bytes: an extension of type 1, with shape and dtype."""
     content = bytes([0x93, 0x90 + len(shape)])
     content += b"".join(_head(size, 0, 128, {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}) for size in shape) + _text(dtype.name)
@@ -560,7 +560,7 @@ def _skeleton(file: Path, job: _Job) -> list[tuple[int, Output]]:
 
 
 def _to_keras_weights(job: _Job, staging: Path) -> None:
-    with (staging / KERAS_WEIGHTS).open("xb") as stream:
+    with new_file(staging / KERAS_WEIGHTS) as stream:
         _fill(stream, job, staging)
 
 
@@ -597,7 +597,7 @@ def _to_keras(job: _Job, staging: Path) -> None:
         "registered_name": f"olmozoo>{job.keras_class}",
         "compile_config": {},
     }
-    with zipfile.ZipFile(staging / KERAS, "x") as archive:
+    with new_file(staging / KERAS) as stream, zipfile.ZipFile(stream, "w") as archive:
         archive.writestr(zipfile.ZipInfo("metadata.json"), json.dumps({"keras_version": "3"}))
         archive.writestr(zipfile.ZipInfo("config.json"), json.dumps(config))
         with archive.open(zipfile.ZipInfo(KERAS_WEIGHTS), "w", force_zip64=True) as entry:

@@ -509,21 +509,20 @@ def test_an_old_folder_put_aside_by_a_killed_save_comes_back(tmp_path, monkeypat
 
 @pytest.mark.parametrize("shape", [(300, 400), (128, 129), (1, 700), (700, 1)])
 def test_a_tensor_goes_to_disk_in_pieces(monkeypatch, shape):
-    monkeypatch.setattr("olmozoo.checkpoint.PIECE", 1000)
     monkeypatch.setattr("olmozoo.checkpoint.BAND", 1000)
+    monkeypatch.setattr("olmozoo.checkpoint.TURNED_BAND", 2000)
     array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     plain = Output("x", array.dtype, shape, lambda: array)
     turned = Output("x", array.dtype, shape[::-1], lambda: array, transposed=True)
-    assert b"".join(map(bytes, plain.pieces())) == array.tobytes()
-    assert b"".join(map(bytes, turned.pieces())) == array.T.tobytes()
-    filled = np.empty(turned.shape, turned.dtype)
-    turned.fill(filled)
-    assert np.array_equal(filled, array.T)
-    assert np.array_equal(np.concatenate([band.copy() for band in turned.bands(2000)]), array.T)
-    for output in (plain, turned):
+    for output, expected, limit in ((plain, array, 1000), (turned, array.T, 2000)):
+        assert b"".join(map(bytes, output.pieces())) == expected.tobytes()
         sizes = [len(piece) for piece in output.pieces()]
-        row = array.nbytes // output.shape[0]
-        assert max(sizes) <= max(1000, row)
-        assert len(sizes) == -(-output.shape[0] // max(1, 1000 // row))
+        row = array.nbytes // len(expected)
+        assert max(sizes) <= max(limit, row)
+        assert len(sizes) == -(-len(expected) // max(1, limit // row))
+        assert np.array_equal(np.concatenate([band.copy() for band in output.bands(3000)]), expected)
+        filled = np.empty(output.shape, output.dtype)
+        output.fill(filled)
+        assert np.array_equal(filled, expected)
     with pytest.raises(CheckpointError, match="x is float32, expected float16"):
         next(Output("x", np.dtype(np.float16), shape, lambda: array).pieces())

@@ -155,6 +155,7 @@ def test_encoded_keys_run_nothing(tmp_path, native):
     for data in (attack(tmp_path), pickle.dumps((("a", 1), False)), pickle.dumps((("a",), True)), b"not a pickle"):
         key = base64.urlsafe_b64encode(data).decode()
         output = Output(key, FLOAT, (1,), lambda: np.zeros(1, FLOAT))
+        (native / "model.safetensors").unlink(missing_ok=True)
         write_safetensors(native / "model.safetensors", [output])
         with pytest.raises(CheckpointError, match="the key"):
             olmo_native.main(native, tmp_path / "out")

@@ -22,7 +22,7 @@ from wings import scope
 import olmozoo
 from olmozoo import CheckpointError, InputError, Olmo2Config, OlmoConfig, OPTConfig
 from olmozoo.backend import load
-from olmozoo.checkpoint import PIECE, Checkpoint, Output, dtype_of
+from olmozoo.checkpoint import BAND, Checkpoint, Output, dtype_of
 from olmozoo.convert import FORMATS, convert_checkpoint, head_of
 from olmozoo.families.base import ARCHITECTURES
 from olmozoo.hub import resolve
@@ -184,7 +184,7 @@ def test_a_cast_is_named_in_the_config_and_never_overflows(tmp_path):
 def test_what_was_written_wrong_is_found_and_does_not_take_its_place(tmp_path, monkeypatch, back):
     config = CONFIGS["olmo2"].replace(vocab_size=40_000)
     source = write_checkpoint(tmp_path / "source", config, dtype="float32")
-    assert config.vocab_size * config.hidden_size * 4 > 3_000_000 > 2 * PIECE, "the last tensor has several pieces"
+    assert config.vocab_size * config.hidden_size * 4 > 3_000_000 > 2 * BAND, "the last tensor has several bands"
     target = write_checkpoint(tmp_path / "target", CONFIGS["opt"], dtype="float32")
     before = tree(target)
     write = FORMATS["safetensors"]
@@ -292,7 +292,7 @@ def test_flax_and_orbax_alone_read_the_wings_own_tree(tmp_path, monkeypatch, fam
 def test_arrays_of_many_chunks_are_those_of_flax(tmp_path, monkeypatch):
     serialization = pytest.importorskip("flax.serialization")
     monkeypatch.setattr(sys.modules["olmozoo.convert"], "FLAX_CHUNK", 512)
-    monkeypatch.setattr(sys.modules["olmozoo.checkpoint"], "PIECE", 300)  # which ends at other places
+    monkeypatch.setattr(sys.modules["olmozoo.checkpoint"], "BAND", 300)  # which ends at other places
     monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 512)
     source = write_checkpoint(tmp_path / "source", CONFIGS["opt"], dtype="float32")
     convert_checkpoint(source, tmp_path / "there", to="flax-msgpack", verify=True)
