@@ -1,6 +1,6 @@
 """Time and peak memory of converting a checkpoint, beside the time that `cp` takes for the same bytes.
 
-    python benchmarks/conversion.py [--size 6GB] [--dtype bfloat16] [--to safetensors,pt-bin,flax-msgpack,keras-weights]
+    python benchmarks/conversion.py [--size 6GB] [--dtype bfloat16] [--to safetensors,orbax]
 
 A checkpoint of that size is made in a temporary folder, with the shapes of OLMo 2 7B and as many blocks as fit, and
 removed in the end; the disk must hold three of them. Each conversion runs in a process of its own, right after a `cp`,
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="6GB")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--to", default="safetensors,pt-bin,flax-msgpack,keras-weights")
+    parser.add_argument("--to", default="safetensors,pt-bin,flax-msgpack,keras-weights,orbax,savedmodel")
     parser.add_argument("--max-shard-size", default="5GB")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", help="where the temporary folder is made; default the system's own")
