@@ -466,8 +466,8 @@ def _turn(array: Array, result: Array) -> None:
     """
 
     def fill(rows: slice) -> None:
-        for row in range(rows.start, min(rows.stop, len(array)), TILE):
-            for column in range(0, len(result), TILE):
+        for column in range(0, len(result), TILE):
+            for row in range(rows.start, min(rows.stop, len(array)), TILE):
                 tile = array[row : row + TILE, column : column + TILE].copy()
                 result[column : column + TILE, row : row + TILE] = tile.T
 
