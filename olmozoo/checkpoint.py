@@ -446,11 +446,11 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 def aligned_copy(array: Array, transposed: bool) -> Array:
     """A copy of an array, or of its transpose, in memory aligned for any framework."""
     result = aligned_empty(array.shape[::-1] if transposed else array.shape, array.dtype)
-    copy_into(result, array, transposed)
+    _copy_into(result, array, transposed)
     return result
 
 
-def copy_into(result: Array, array: Array, transposed: bool) -> None:
+def _copy_into(result: Array, array: Array, transposed: bool) -> None:
     """Write an array, or its transpose, into another: one pass, on all cores."""
     if transposed:
         _turn(array, result)
@@ -509,7 +509,7 @@ class Output:
         Raises:
             CheckpointError: they are of another dtype.
         """
-        copy_into(result, self._read(), self.transposed)
+        _copy_into(result, self._read(), self.transposed)
 
     def bands(self, limit: int) -> Iterator[Array]:
         """The values as they go to disk, in bands of rows; each holds until the next is asked for.
@@ -626,7 +626,11 @@ class _SmallWrites(io.FileIO):
 
 
 def new_file(path: Path) -> IO[bytes]:
-    """A new file, to write tensors into."""
+    """A new file, to write tensors into.
+
+    Raises:
+        FileExistsError: there is one: it may be a hard link to that of an older checkpoint.
+    """
     return io.BufferedWriter(_SmallWrites(path, "x"), WRITE)
 
 
@@ -685,7 +689,7 @@ def grouped(outputs: Iterable[Output], limit: int) -> list[list[Output]]:
 
 
 def write_safetensors(file: Path, outputs: list[Output]) -> None:
-    """Write one safetensors file, in the order given, one tensor in memory at a time."""
+    """Write one new safetensors file, in the order given, one tensor in memory at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for output in outputs:

@@ -386,7 +386,7 @@ def _to_msgpack(job: _Job, staging: Path) -> None:
 
 
 def write_msgpack(file: Path, outputs: list[Output]) -> None:
-    """Write arrays as flax.serialization does, one in memory at a time.
+    """Write arrays into a new file as flax.serialization does, one in memory at a time.
 
     A single file holds nested maps; a shard, as Transformers 4 made them, one flat map.
     """

@@ -15,10 +15,12 @@ from conftest import random_values, write_checkpoint
 
 from olmozoo import CheckpointError, Olmo2Config, OPTConfig, backend
 from olmozoo.checkpoint import (
+    WRITE,
     Checkpoint,
     Output,
     dtype_of,
     load_weights,
+    new_file,
     parse_size,
     read_safetensors,
     replacing_folder,
@@ -505,6 +507,19 @@ def test_an_old_folder_put_aside_by_a_killed_save_comes_back(tmp_path, monkeypat
     for name, array in load(folder).items():
         assert np.array_equal(array, expected[name])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_new_file_takes_little_at_a_time_loses_nothing_and_is_never_an_old_one(tmp_path):
+    data = np.random.default_rng(0).bytes(5 * WRITE + 7)
+    with new_file(tmp_path / "new") as stream:
+        stream.write(data[:3])
+        stream.write(data[3:])
+    assert (tmp_path / "new").read_bytes() == data
+    with pytest.raises(FileExistsError):
+        new_file(tmp_path / "new")
+    assert (tmp_path / "new").read_bytes() == data
+    with new_file(tmp_path / "other") as stream:
+        assert stream.raw.write(data) == WRITE
 
 
 @pytest.mark.parametrize("shape", [(300, 400), (128, 129), (1, 700), (700, 1)])
