@@ -35,6 +35,7 @@ from olmozoo.checkpoint import (
     dtype_of,
     fail,
     grouped,
+    let_go,
     match_tensors,
     new_file,
     parse_size,
@@ -493,6 +494,7 @@ def _to_orbax(job: _Job, staging: Path) -> None:
             array = tensorstore.open(spec, create=True, dtype=output.dtype, shape=output.shape).result()
             for number, band in enumerate(output.bands(ORBAX_PIECE)):
                 array[number * rows : number * rows + len(band)].write(band).result()
+            let_go(folder)
     except CheckpointError:
         raise
     except Exception as error:  # of many kinds
@@ -625,6 +627,7 @@ def _to_saved_model(job: _Job, staging: Path) -> None:
         tensorflow.raw_ops.SaveV2(
             prefix=parts[-1], tensor_names=list(values), shape_and_slices=whole, tensors=list(values.values())
         )
+        let_go(folder)
 
     try:
         for variable in model.weights:  # what `export` saves of them is one value each; the others come below

@@ -15,6 +15,8 @@ from conftest import random_values, write_checkpoint
 
 from olmozoo import CheckpointError, Olmo2Config, OPTConfig, backend
 from olmozoo.checkpoint import (
+    BAND,
+    PASSING,
     WRITE,
     Checkpoint,
     Output,
@@ -26,6 +28,7 @@ from olmozoo.checkpoint import (
     replacing_folder,
     save_checkpoint,
 )
+from olmozoo.convert import convert_checkpoint
 
 CONFIG = Olmo2Config(
     vocab_size=37,
@@ -509,17 +512,36 @@ def test_an_old_folder_put_aside_by_a_killed_save_comes_back(tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_new_file_takes_little_at_a_time_loses_nothing_and_is_never_an_old_one(tmp_path):
-    data = np.random.default_rng(0).bytes(5 * WRITE + 7)
-    with new_file(tmp_path / "new") as stream:
+@pytest.mark.parametrize(("kept", "most"), [(True, WRITE), (False, BAND)])
+def test_a_new_file_takes_little_at_a_time_loses_nothing_and_is_never_an_old_one(tmp_path, kept, most):
+    data = np.random.default_rng(0).bytes(PASSING + 5 * BAND + 7)
+    with new_file(tmp_path / "new", kept) as stream:
         stream.write(data[:3])
         stream.write(data[3:])
     assert (tmp_path / "new").read_bytes() == data
     with pytest.raises(FileExistsError):
-        new_file(tmp_path / "new")
+        new_file(tmp_path / "new", kept)
     assert (tmp_path / "new").read_bytes() == data
-    with new_file(tmp_path / "other") as stream:
-        assert stream.raw.write(data) == WRITE
+    with new_file(tmp_path / "other", kept) as stream:
+        assert stream.raw.write(data) == most
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked to let go of a file")
+def test_what_is_converted_passes_through_memory_and_what_is_saved_stays(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *call: asked.append((os.fstat(call[0]).st_size, *call[1:])))
+    monkeypatch.setattr("olmozoo.checkpoint.PASSING", 10_000)
+    monkeypatch.setattr("olmozoo.checkpoint.BAND", 1000)
+    folder = write_checkpoint(tmp_path / "saved", CONFIG)
+    assert asked == []
+    convert_checkpoint(folder, tmp_path / "converted", to="safetensors")
+    size = (tmp_path / "converted" / "model.safetensors").stat().st_size
+    assert {call[1:] for call in asked} == {(0, 0, os.POSIX_FADV_DONTNEED)}
+    steps = np.diff([0, *(call[0] for call in asked), size])
+    assert len(steps) > 4
+    assert all(steps[:-1] >= 10_000)
+    assert all(steps < 11_000)
+    assert (tmp_path / "converted" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("shape", [(300, 400), (128, 129), (1, 700), (700, 1)])
