@@ -51,7 +51,8 @@ from olmozoo.generation import GenerationConfig
 WINGS = {"pt": "", "tf": "TF", "flax": "Flax"}  # and how their classes' names begin
 FLAX_LEAVES: dict[Kind, str] = {"linear": "kernel", "embedding": "embedding", "norm": "scale", "bias": "bias"}
 FLAX_CHUNK = 1 << 30  # bytes; flax.serialization cuts larger arrays, since msgpack counts bytes in 32 bits
-ORBAX_PIECE = 1 << 24  # bytes; what TensorStore writes at a time
+ORBAX_PIECE = 1 << 24  # bytes; what TensorStore writes at a time, each in a file of its own
+ORBAX_PASSING = 1 << 26  # bytes; after so many the system is asked to let go of the files
 STORAGES = {  # what PyTorch calls the values of a dtype
     "float64": "DoubleStorage",
     "float32": "FloatStorage",
@@ -486,6 +487,7 @@ def _to_orbax(job: _Job, staging: Path) -> None:
         for part in ("d", "ocdbt.process_0"):
             shutil.rmtree(folder / part)
         (folder / "manifest.ocdbt").unlink()
+        waiting = 0
         for output in tensors:
             store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{output.name.replace('/', '.')}/"}
             rows = output.rows(ORBAX_PIECE)
@@ -494,7 +496,10 @@ def _to_orbax(job: _Job, staging: Path) -> None:
             array = tensorstore.open(spec, create=True, dtype=output.dtype, shape=output.shape).result()
             for number, band in enumerate(output.bands(ORBAX_PIECE)):
                 array[number * rows : number * rows + len(band)].write(band).result()
-            let_go(folder)
+                waiting += band.nbytes
+                if waiting >= ORBAX_PASSING:
+                    let_go(folder)
+                    waiting = 0
     except CheckpointError:
         raise
     except Exception as error:  # of many kinds

@@ -22,7 +22,7 @@ from wings import scope
 import olmozoo
 from olmozoo import CheckpointError, InputError, Olmo2Config, OlmoConfig, OPTConfig
 from olmozoo.backend import load
-from olmozoo.checkpoint import BAND, Checkpoint, Output, dtype_of
+from olmozoo.checkpoint import BAND, Checkpoint, Output, dtype_of, let_go
 from olmozoo.convert import FORMATS, convert_checkpoint, head_of
 from olmozoo.families.base import ARCHITECTURES
 from olmozoo.hub import resolve
@@ -107,10 +107,13 @@ def test_a_saved_model_serves_and_comes_back(tmp_path, monkeypatch, family, head
         sizes.append((folder / "variables/variables.data-00000-of-00001").stat().st_size)
 
     monkeypatch.setattr(PreTrainedModel, "export", measured)
+    asked = sizes_when_asked_to_let_go(monkeypatch)
     convert_checkpoint(source, tmp_path / "there", to="savedmodel", verify=True)
     names = tf.train.load_checkpoint(str(tmp_path / "there/saved_model/variables/variables"))
     names = len(names.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
     assert sizes[0] < names + 1000 < sum(path.stat().st_size for path in source.glob("*.safetensors")), "once written"
+    assert len(asked) > 2
+    assert asked[1:] == sorted(asked[1:])  # before, the unset values were there
     convert_checkpoint(tmp_path / "there", tmp_path / "back", to="safetensors")
     assert tree(tmp_path / "back") == tree(source)
     variables = [name for name, _ in tf.train.list_variables(str(tmp_path / "there/saved_model/variables/variables"))]
@@ -215,6 +218,18 @@ def test_what_was_written_wrong_is_found_and_does_not_take_its_place(tmp_path, m
     assert tree(target) == before
 
 
+def sizes_when_asked_to_let_go(monkeypatch) -> list[int]:
+    """Make the list of how large the folder of a conversion is each time that its files are let go of."""
+    room, sizes = sys.modules["olmozoo.convert"], []
+
+    def asked(folder):
+        sizes.append(sum(path.stat().st_size for path in folder.rglob("*")))
+        let_go(folder)
+
+    monkeypatch.setattr(room, "let_go", asked)
+    return sizes
+
+
 # -- others' loaders --------------------------------------------------------------------------------------------------
 
 
@@ -283,7 +298,12 @@ def test_flax_and_orbax_alone_read_the_wings_own_tree(tmp_path, monkeypatch, fam
     params = model_of("flax", family, "causal_lm", source).params
     convert_checkpoint(source, tmp_path / "there", to="flax-msgpack")
     monkeypatch.setattr(sys.modules["olmozoo.convert"], "ORBAX_PIECE", 1000)  # most arrays have several
+    monkeypatch.setattr(sys.modules["olmozoo.convert"], "ORBAX_PASSING", 2000)
+    asked = sizes_when_asked_to_let_go(monkeypatch)
     convert_checkpoint(source, tmp_path / "orb", to="orbax")
+    total = sum(array.nbytes for array in jax.tree.leaves(params))
+    assert 3 < total // 3000 <= len(asked) <= total // 2000
+    assert asked == sorted(asked)
     from_flax = serialization.msgpack_restore((tmp_path / "there" / "flax_model.msgpack").read_bytes())
     with ocp.StandardCheckpointer() as checkpointer:
         from_orbax = checkpointer.restore((tmp_path / "orb" / "orbax").absolute(), target=params)
