@@ -652,17 +652,17 @@ def new_file(path: Path, kept: bool = False) -> IO[bytes]:
     return io.BufferedWriter(_NewFile(path, kept), WRITE)
 
 
-def let_go(file: int | Path) -> None:
-    """Ask the system to write a file to disk, or every file of a folder, and to keep none of it in memory.
+def let_go(place: int | Path) -> None:
+    """Ask the system to write to disk a file, by its descriptor, or every file of a folder, and to keep none in memory.
 
     It does not wait: what is not on disk by then stays until it is asked again. Systems that cannot be asked keep it.
     """
     if not hasattr(os, "posix_fadvise"):
         return
-    if isinstance(file, int):
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    if isinstance(place, int):
+        os.posix_fadvise(place, 0, 0, os.POSIX_FADV_DONTNEED)
         return
-    for path in [file, *file.rglob("*")]:
+    for path in place.rglob("*"):
         if path.is_file():
             with path.open("rb") as stream:
                 let_go(stream.fileno())
