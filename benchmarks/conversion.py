@@ -4,8 +4,10 @@
 
 A checkpoint of that size is made in a temporary folder, with the shapes of OLMo 2 7B and as many blocks as fit, and
 removed in the end; the disk must hold three of them. Each conversion runs in a process of its own, right after a `cp`,
-and what both wrote is flushed to disk between them, outside the time; shown is each one's best round. Peak memory is
-resident memory of any kind: with the interpreter and what is mapped of the source, without the kernel's cache of files.
+and what both wrote is flushed to disk between them, outside the time; shown is each one's best round. They do not end
+alike: `cp` leaves its copy in the system's memory, most of it not yet on disk, where a conversion leaves little. Peak
+memory is resident memory of any kind: with the interpreter and what is mapped of the source, without the
+kernel's cache of files.
 """
 
 from __future__ import annotations

@@ -463,8 +463,8 @@ def _copy_into(result: Array, array: Array, transposed: bool) -> None:
 def _turn(array: Array, result: Array) -> None:
     """Write the transpose of a matrix into `result`.
 
-    It goes by tiles that fit the nearest cache, each copied before it is turned: lines that lie a power of two apart
-    would push each other out. NumPy turns whole numbers two times as fast as bfloat16.
+    It goes by tiles that fit the cache of a core, each copied before it is turned: lines that lie a power of two apart
+    would push each other out. NumPy turns whole numbers faster than bfloat16.
     """
     bits = np.dtype(f"u{array.itemsize}")
     array, result = array.view(bits), result.view(bits)
@@ -630,7 +630,7 @@ class _NewFile(io.FileIO):
         count = super().write(memoryview(data)[: WRITE if self.kept else BAND])
         self.waiting += count
         if self.waiting >= PASSING and not self.kept:
-            let_go(self.fileno())
+            _let_go(self.fileno())
             self.waiting = 0
         return count
 
@@ -638,9 +638,9 @@ class _NewFile(io.FileIO):
 def new_file(path: Path, kept: bool = False) -> IO[bytes]:
     """A new file, to write tensors into.
 
-    What is written stays in the system's memory until it has come to disk, and mostly after that. New memory for it
-    costs more than the copying: a file of gigabytes takes two to four times as long as one that passes through the same
-    few megabytes.
+    What is written stays in the system's memory until it has come to disk, and mostly after that. New memory for it can
+    cost more than the copying: on a virtual machine a file of gigabytes took twice as long as one that passed through
+    the same few megabytes. Whoever reads such a file next reads it from disk.
 
     Args:
         path: where; its folder is there.
@@ -652,20 +652,20 @@ def new_file(path: Path, kept: bool = False) -> IO[bytes]:
     return io.BufferedWriter(_NewFile(path, kept), WRITE)
 
 
-def let_go(place: int | Path) -> None:
-    """Ask the system to write to disk a file, by its descriptor, or every file of a folder, and to keep none in memory.
+def let_go(folder: Path) -> None:
+    """Ask the system to write every file of a folder to disk and to keep none in memory.
 
     It does not wait: what is not on disk by then stays until it is asked again. Systems that cannot be asked keep it.
     """
-    if not hasattr(os, "posix_fadvise"):
-        return
-    if isinstance(place, int):
-        os.posix_fadvise(place, 0, 0, os.POSIX_FADV_DONTNEED)
-        return
-    for path in place.rglob("*"):
+    for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as stream:
-                let_go(stream.fileno())
+                _let_go(stream.fileno())
+
+
+def _let_go(descriptor: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_config(folder: Path, config: ModelConfig, head: Head | None, outputs: list[Output]) -> None:

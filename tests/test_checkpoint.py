@@ -544,7 +544,7 @@ def test_what_is_converted_passes_through_memory_and_what_is_saved_stays(monkeyp
     assert (tmp_path / "converted" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("shape", [(300, 400), (128, 129), (1, 700), (700, 1)])
+@pytest.mark.parametrize("shape", [(300, 400), (128, 129), (256, 257), (1, 700), (700, 1)])
 def test_a_tensor_goes_to_disk_in_pieces(monkeypatch, shape):
     monkeypatch.setattr("olmozoo.checkpoint.BAND", 1000)
     monkeypatch.setattr("olmozoo.checkpoint.TURNED_BAND", 2000)
