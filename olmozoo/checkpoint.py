@@ -446,18 +446,13 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 def aligned_copy(array: Array, transposed: bool) -> Array:
-    """A copy of an array, or of its transpose, in memory aligned for any framework."""
+    """A copy of an array, or of its transpose, in memory aligned for any framework: one pass, on all cores."""
     result = aligned_empty(array.shape[::-1] if transposed else array.shape, array.dtype)
-    _copy_into(result, array, transposed)
-    return result
-
-
-def _copy_into(result: Array, array: Array, transposed: bool) -> None:
-    """Write an array, or its transpose, into another: one pass, on all cores."""
     if transposed:
         _turn(array, result)
     else:
         _on_all_cores(lambda rows: np.copyto(result[rows], array[rows]), len(array), array.nbytes)
+    return result
 
 
 def _turn(array: Array, result: Array) -> None:
@@ -507,14 +502,6 @@ class Output:
         """The size on disk, in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    def fill(self, result: Array) -> None:
-        """Write the values as they go to disk into an array of the shape.
-
-        Raises:
-            CheckpointError: they are of another dtype.
-        """
-        _copy_into(result, self._read(), self.transposed)
-
     def bands(self, limit: int) -> Iterator[Array]:
         """The values as they go to disk, in bands of rows; each holds until the next is asked for.
 
@@ -527,7 +514,9 @@ class Output:
         Raises:
             CheckpointError: the values are of another dtype.
         """
-        array = self._read()
+        array = np.ascontiguousarray(self.read()).reshape(self.shape[::-1] if self.transposed else self.shape)
+        if array.dtype != self.dtype:
+            raise CheckpointError(f"{self.name} is {array.dtype.name}, expected {self.dtype.name}")
         source = array.T if self.transposed else array
         count = self.rows(limit)
         starts = range(0, len(source), count)
@@ -569,12 +558,6 @@ class Output:
         """Write the bytes that go to disk into a file; see `pieces`."""
         for piece in self.pieces():
             stream.write(piece)
-
-    def _read(self) -> Array:
-        array = np.ascontiguousarray(self.read()).reshape(self.shape[::-1] if self.transposed else self.shape)
-        if array.dtype != self.dtype:
-            raise CheckpointError(f"{self.name} is {array.dtype.name}, expected {self.dtype.name}")
-        return array
 
 
 def save_checkpoint(

@@ -188,6 +188,10 @@ class PreTrainedModel(keras.Model):
             super().export(filepath, format=format, verbose=verbose, input_signature=input_signature, **options)
             return
 
+        shape = (None, None)
+        signature = tf.TensorSpec(shape, tf.int32, "input_ids"), tf.TensorSpec(shape, tf.int32, "attention_mask")
+
+        @tf.function(autograph=False, input_signature=signature)
         def forward(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
             output = self(
                 input_ids,
@@ -200,12 +204,12 @@ class PreTrainedModel(keras.Model):
             )
             return dict(output.items())
 
-        serve = tf.function(forward, autograph=False)
+        @tf.function(autograph=False)
+        def serve(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+            return forward(tf.cast(input_ids, tf.int32), tf.cast(attention_mask, tf.int32))  # traced once for both
+
         for dtype in (tf.int32, tf.int64):
-            shape = (None, None)
-            serve.get_concrete_function(
-                tf.TensorSpec(shape, dtype, "input_ids"), tf.TensorSpec(shape, dtype, "attention_mask")
-            )
+            serve.get_concrete_function(*(tf.TensorSpec(shape, dtype, spec.name) for spec in signature))
         archive = keras.export.ExportArchive()
         archive.add_endpoint("serve", serve)
         archive.write_out(os.fspath(filepath), verbose=verbose is not False, **options)
