@@ -445,6 +445,12 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
+def aligned(array: Array, transposed: bool) -> Array:
+    """An array, or its transpose, in memory aligned for any framework: the array itself where it lies so already."""
+    ready = array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % ALIGNMENT == 0
+    return array if ready and not transposed else aligned_copy(array, transposed)
+
+
 def aligned_copy(array: Array, transposed: bool) -> Array:
     """A copy of an array, or of its transpose, in memory aligned for any framework: one pass, on all cores."""
     result = aligned_empty(array.shape[::-1] if transposed else array.shape, array.dtype)

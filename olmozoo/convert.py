@@ -101,7 +101,7 @@ def convert(model: Any, to: str) -> Any:
 
             made._bind(parameter, to_tensor(np.array(read(parameter), order="C")))
         else:
-            made._bind(parameter, read(parameter).astype(dtype_of(made.variable_dtype), copy=False))
+            made._bind(parameter, read(parameter).astype(dtype_of(made.variable_dtype)))
     if to == "pt":
         made.tie_weights()
         made.train(getattr(model, "training", False) is True)

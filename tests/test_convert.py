@@ -542,7 +542,7 @@ def disturb(wing: str, model) -> None:
                 parameter.mul_(1.25)
     elif wing == "tf":
         for variable in model.weights:
-            variable.assign(variable * 1.25)
+            variable.value.assign_add(variable.value * 0.25)
     else:
         import jax
 

@@ -3,10 +3,12 @@
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import left_padded, random_values, write_checkpoint
+from safetensors.numpy import load, load_file
 
 from olmozoo import InputError, Olmo2Config
 from olmozoo.checkpoint import SAFETENSORS
@@ -111,6 +113,24 @@ def test_copies_are_whole_and_aligned():
             assert result.flags.c_contiguous
             assert result.ctypes.data % 64 == 0
             np.testing.assert_array_equal(result, array.T if transposed else array)
+
+
+def test_what_lies_aligned_is_the_mapped_file_and_never_changes_it(tmp_path):
+    config = CONFIG.replace(vocab_size=64, hidden_size=32)  # so that everything lies aligned
+    folder = write_checkpoint(tmp_path / "a", config, dtype="float32")
+    before = (folder / SAFETENSORS).read_bytes()
+    model = zoo.TFOlmo2ForCausalLM.from_pretrained(folder)
+    turned = {id(model._find(p)) for p in config.parameters("causal_lm") if p.kind == "linear"}
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    bounds = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
+    for variable in model.weights:
+        address = np.frombuffer(variable.value.read_value(), np.float32).ctypes.data  # of the memory itself
+        assert any(low <= address < high for low, high in bounds) == (id(variable) not in turned)
+        variable.value.assign_add(variable.value)
+    assert (folder / SAFETENSORS).read_bytes() == before
+    model.save_pretrained(folder)
+    for name, array in load_file(folder / SAFETENSORS).items():
+        assert np.array_equal(array, 2 * load(before)[name])
 
 
 def test_mixed_policies_load_wide_variables(tmp_path):

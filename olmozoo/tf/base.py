@@ -13,7 +13,7 @@ import numpy as np
 import optree
 import tensorflow as tf
 
-from olmozoo.checkpoint import Checkpoint, aligned_copy, initial_weights, load_weights, save_checkpoint
+from olmozoo.checkpoint import Checkpoint, aligned, initial_weights, load_weights, save_checkpoint
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.base import BASE_PREFIX, Head, ModelConfig, Parameter
 from olmozoo.generation import GenerationConfig
@@ -102,6 +102,9 @@ class PreTrainedModel(keras.Model):
         **config_overrides: Any,
     ) -> Self:
         """A model with the weights of a checkpoint.
+
+        On the CPU and in the checkpoint's own dtype, what is not turned for Keras (embeddings, norms and biases) is the
+        mapped file itself where it lies aligned there: it is read when it is used, and nothing ever changes the file.
 
         Args:
             path_or_repo: a folder, or a repository on the hub.
@@ -249,7 +252,8 @@ class PreTrainedModel(keras.Model):
         return getattr(self._layer(parameter)[0], LEAVES[parameter.kind])
 
     def _bind(self, parameter: Parameter, array: np.ndarray) -> None:
-        self._find(parameter).assign(to_tensor(aligned_copy(array, transposed=parameter.kind == "linear")))
+        """Give a parameter its values. It may take the array's memory over: whoever needs that keeps a copy."""
+        self._find(parameter).assign(to_tensor(aligned(array, transposed=parameter.kind == "linear")))
 
     def _read(self, parameter: Parameter) -> np.ndarray:
         tensor = tf.convert_to_tensor(self._find(parameter))
