@@ -35,10 +35,11 @@ def main() -> None:
     parser.add_argument("--max-shard-size", default="5GB")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", help="where the temporary folder is made; default the system's own")
+    parser.add_argument("--preset", default="olmo2-7b", help=argparse.SUPPRESS)
     parser.add_argument("--make", help=argparse.SUPPRESS)  # of a process of its own, whose memory is not measured
     options = parser.parse_args()
     if options.make:
-        make(Path(options.make), options.size, options.dtype)
+        make(Path(options.make), options.size, options.dtype, options.preset)
         return
 
     from rich.console import Console
@@ -68,13 +69,13 @@ def main() -> None:
         Console().print(f"the program alone takes {idle / 1e6:,.0f} MB")
 
 
-def make(folder: Path, size: str, dtype: str) -> None:
-    """Write a checkpoint of about that size."""
+def make(folder: Path, size: str, dtype: str, preset: str) -> None:
+    """Write a checkpoint of about that size, with the shapes of a preset."""
     from olmozoo import Olmo2Config
     from olmozoo.checkpoint import dtype_of, parse_size, save_checkpoint
 
     kind = dtype_of(dtype)
-    config = Olmo2Config.from_preset("olmo2-7b", num_hidden_layers=1)
+    config = Olmo2Config.from_preset(preset, num_hidden_layers=1)
 
     def weigh(layers: int) -> int:
         return sum(p.size for p in config.replace(num_hidden_layers=layers).parameters("causal_lm")) * kind.itemsize
@@ -102,12 +103,15 @@ def contents(folder: Path) -> list[int]:
 
 def run(command: list[str]) -> tuple[float, int]:
     """Run a command; the seconds it took and the most bytes it had in memory."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=HERE)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    with tempfile.TemporaryFile() as said:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=said, stderr=said, cwd=HERE)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        if status:
+            said.seek(0)
+            raise SystemExit(f"{' '.join(command)} failed:\n{said.read().decode()}")
+    return seconds, usage.ru_maxrss * 1024
 
 
 def clear(folder: Path) -> None:
