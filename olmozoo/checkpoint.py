@@ -618,8 +618,9 @@ class _NewFile(io.FileIO):
     def write(self, data: Any) -> int:
         count = super().write(memoryview(data)[: WRITE if self.kept else BAND])
         self.waiting += count
-        if self.waiting >= PASSING and not self.kept:
-            _let_go(self.fileno())
+        if self.waiting >= PASSING and not self.kept and hasattr(os, "posix_fadvise"):
+            # Does not wait: what is not on disk by then stays in memory until it is asked again.
+            os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self.waiting = 0
         return count
 
@@ -639,22 +640,6 @@ def new_file(path: Path, kept: bool = False) -> IO[bytes]:
         FileExistsError: there is one: it may be a hard link to that of an older checkpoint.
     """
     return io.BufferedWriter(_NewFile(path, kept), WRITE)
-
-
-def let_go(folder: Path) -> None:
-    """Ask the system to write every file of a folder to disk and to keep none in memory.
-
-    It does not wait: what is not on disk by then stays until it is asked again. Systems that cannot be asked keep it.
-    """
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                _let_go(stream.fileno())
-
-
-def _let_go(descriptor: int) -> None:
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_config(folder: Path, config: ModelConfig, head: Head | None, outputs: list[Output]) -> None:

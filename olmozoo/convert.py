@@ -34,7 +34,6 @@ from olmozoo.checkpoint import (
     Output,
     dtype_of,
     fail,
-    let_go,
     match_tensors,
     new_file,
     parse_size,
@@ -50,8 +49,6 @@ from olmozoo.generation import GenerationConfig
 WINGS = {"pt": "", "tf": "TF", "flax": "Flax"}  # and how their classes' names begin
 FLAX_LEAVES: dict[Kind, str] = {"linear": "kernel", "embedding": "embedding", "norm": "scale", "bias": "bias"}
 FLAX_CHUNK = 1 << 30  # bytes; flax.serialization cuts larger arrays, since msgpack counts bytes in 32 bits
-ORBAX_PIECE = 1 << 24  # bytes; what TensorStore writes at a time, each in a file of its own
-ORBAX_PASSING = 1 << 26  # bytes; after so many the system is asked to let go of the files
 TABLE_MAGIC = bytes.fromhex("57fb808b247547db")  # the last bytes of a table of LevelDB
 STORAGES = {  # what PyTorch calls the values of a dtype
     "float64": "DoubleStorage",
@@ -473,7 +470,7 @@ def _pack_head(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any], 
 
 
 def _to_orbax(job: _Job, staging: Path) -> None:
-    """Orbax writes the tree with one value for each array; then TensorStore, its own store, writes those in pieces."""
+    """Orbax writes the tree with one value for each array, in folders; then those are made anew, in one piece each."""
     try:
         import orbax.checkpoint as ocp
         import tensorstore
@@ -482,24 +479,17 @@ def _to_orbax(job: _Job, staging: Path) -> None:
     folder = (staging / ORBAX).absolute()
     tensors = _flax_tensors(job)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder, _nested(tensors, lambda output: np.zeros(1, output.dtype)))
-        for part in ("d", "ocdbt.process_0"):
-            shutil.rmtree(folder / part)
-        (folder / "manifest.ocdbt").unlink()
-        waiting = 0
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler(use_ocdbt=False)) as checkpointer:
+            tree = _nested(tensors, lambda output: np.zeros(1, output.dtype))
+            checkpointer.save(folder, args=ocp.args.StandardSave(tree))
         for output in tensors:
-            store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{output.name.replace('/', '.')}/"}
-            rows = output.rows(ORBAX_PIECE)
-            metadata = {"chunks": [rows, *output.shape[1:]], "compressor": None}
-            spec = {"driver": "zarr", "kvstore": store, "metadata": metadata}
-            array = tensorstore.open(spec, create=True, dtype=output.dtype, shape=output.shape).result()
-            for number, band in enumerate(output.bands(ORBAX_PIECE)):
-                array[number * rows : number * rows + len(band)].write(band).result()
-                waiting += band.nbytes
-                if waiting >= ORBAX_PASSING:
-                    let_go(folder)
-                    waiting = 0
+            place = folder / output.name.replace("/", ".")
+            shutil.rmtree(place)
+            metadata = {"chunks": output.shape, "compressor": None}
+            spec = {"driver": "zarr", "kvstore": f"file://{place}/", "metadata": metadata}
+            tensorstore.open(spec, create=True, dtype=output.dtype, shape=output.shape).result()
+            with new_file(place / ".".join("0" for _ in output.shape)) as stream:
+                output.write(stream)
     except CheckpointError:
         raise
     except Exception as error:  # of many kinds

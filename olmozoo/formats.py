@@ -10,10 +10,12 @@ is opened for its arrays alone. Where the bytes of a tensor lie plainly in the f
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -397,34 +399,64 @@ def _chunked(path: Path, name: str, value: Any) -> tuple[np.dtype[Any], tuple[in
 
 
 def _read_orbax(folder: Path) -> dict[str, TensorInfo]:
-    """The arrays of an Orbax checkpoint, from its key-value store; what its metadata asks to be made is not made."""
+    """The arrays of an Orbax checkpoint, from its key-value store; what its metadata asks to be made is not made.
+
+    The store is a tree of Orbax's own kind, or plain folders, as older versions and `olmozoo convert` write it.
+    """
     try:
         import tensorstore
     except ImportError as error:
         raise _needs(folder, "orbax-checkpoint", "flax") from error
-    store = {"driver": "ocdbt", "base": f"file://{folder.resolve()}/"}
-    if not (folder / "manifest.ocdbt").is_file():
-        raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no manifest.ocdbt")
+    base = f"file://{folder.resolve()}/"
+    in_folders = not (folder / "manifest.ocdbt").is_file()
+    if in_folders and not any(folder.glob("*/.zarray")) and not any(folder.glob("*/zarr.json")):
+        raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no manifest.ocdbt and no array")
+    try:
+        settings = json.loads((folder / "_METADATA").read_bytes())
+        every_piece = settings["store_array_data_equal_to_fill_value"] is True  # else one of zeros may be left out
+    except (OSError, ValueError, LookupError, TypeError):
+        every_piece = False
 
     def found() -> Iterator[tuple[str, TensorInfo]]:
-        for key in tensorstore.KvStore.open(store).result().list().result():
-            name, _, file = key.decode().rpartition("/")
+        store = tensorstore.KvStore.open(base if in_folders else {"driver": "ocdbt", "base": base}).result()
+        keys = [key.decode() for key in store.list().result()]
+        files = Counter(key.partition("/")[0] for key in keys)
+        for key in keys:
+            name, _, file = key.rpartition("/")
             if file in (".zarray", "zarr.json"):
-                driver = "zarr" if file == ".zarray" else "zarr3"
-                spec = {"driver": driver, "kvstore": {**store, "path": f"{name}/"}}
+                place = (store / f"{name}/").spec().to_json()
+                spec = {"driver": "zarr" if file == ".zarray" else "zarr3", "kvstore": place}
                 array = tensorstore.open(spec, open=True, read=True).result()
                 dtype, shape = np.dtype(array.dtype.numpy_dtype), tuple(array.shape)
                 chunk: Any = tuple(array.chunk_layout.read_chunk.shape or ())
                 if dtype not in DTYPE_CODES or _nbytes(dtype, chunk) > _nbytes(dtype, shape):
                     raise CheckpointError(f"{name} is {dtype} {list(shape)} in chunks of {list(chunk)}")
+                pieces: Any = tuple(array.chunk_layout.write_chunk.shape or ())
+                needed = math.prod(-(-size // piece) for size, piece in zip(shape, pieces, strict=True))
+                if every_piece and files[name] - 1 < needed:
+                    raise CheckpointError(f"{name} has {files[name] - 1} of its {needed} pieces")
                 canonical, transposed = _flax_name(name)
                 values = _guarded(folder, canonical, partial(_read_array, array))
+                piece = folder / name / ".".join("0" for _ in shape)
+                if in_folders and chunk == shape and _is_plain(array) and _is_of_size(piece, _nbytes(dtype, shape)):
+                    values = mapped(piece, dtype, shape, 0)
                 yield canonical, _tensor(folder, dtype, shape, values, transposed)
 
     try:
         return _gather(folder, found())
     except Exception as error:  # of many kinds, for what can be wrong inside a file
         raise CheckpointError(f"{folder} is not a readable Orbax checkpoint: {error}") from error
+
+
+def _is_plain(array: Any) -> bool:
+    """Whether the pieces of an array of TensorStore hold its values as they are in memory."""
+    metadata = array.spec().to_json().get("metadata", {})
+    packed = metadata.get("compressor") or metadata.get("filters") or metadata.get("codecs")
+    return not packed and metadata.get("order") == "C" and not str(metadata.get("dtype")).startswith(">")
+
+
+def _is_of_size(file: Path, nbytes: int) -> bool:
+    return file.is_file() and file.stat().st_size == nbytes
 
 
 def _read_array(array: Any) -> Array:

@@ -22,7 +22,7 @@ from wings import scope
 import olmozoo
 from olmozoo import CheckpointError, InputError, Olmo2Config, OlmoConfig, OPTConfig
 from olmozoo.backend import load
-from olmozoo.checkpoint import BAND, Checkpoint, Output, dtype_of, let_go
+from olmozoo.checkpoint import BAND, Checkpoint, Output, dtype_of
 from olmozoo.convert import FORMATS, convert_checkpoint, head_of
 from olmozoo.families.base import ARCHITECTURES
 from olmozoo.hub import resolve
@@ -250,18 +250,6 @@ def test_what_was_written_wrong_is_found_and_does_not_take_its_place(tmp_path, m
     assert tree(target) == before
 
 
-def sizes_when_asked_to_let_go(monkeypatch) -> list[int]:
-    """Make the list of how large the folder of a conversion is each time that its files are let go of."""
-    room, sizes = sys.modules["olmozoo.convert"], []
-
-    def asked(folder):
-        sizes.append(sum(path.stat().st_size for path in folder.rglob("*")))
-        let_go(folder)
-
-    monkeypatch.setattr(room, "let_go", asked)
-    return sizes
-
-
 # -- others' loaders --------------------------------------------------------------------------------------------------
 
 
@@ -321,7 +309,7 @@ def test_a_compiled_keras_model_with_its_optimizer_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_flax_and_orbax_alone_read_the_wings_own_tree(tmp_path, monkeypatch, family):
+def test_flax_and_orbax_alone_read_the_wings_own_tree(tmp_path, family):
     serialization = pytest.importorskip("flax.serialization")
     import jax
     import orbax.checkpoint as ocp
@@ -329,30 +317,75 @@ def test_flax_and_orbax_alone_read_the_wings_own_tree(tmp_path, monkeypatch, fam
     source = write_checkpoint(tmp_path / "source", CONFIGS[family], dtype=dtype_of("bfloat16"))
     params = model_of("flax", family, "causal_lm", source).params
     convert_checkpoint(source, tmp_path / "there", to="flax-msgpack")
-    monkeypatch.setattr(sys.modules["olmozoo.convert"], "ORBAX_PIECE", 1000)  # most arrays have several
-    monkeypatch.setattr(sys.modules["olmozoo.convert"], "ORBAX_PASSING", 2000)
-    asked = sizes_when_asked_to_let_go(monkeypatch)
     convert_checkpoint(source, tmp_path / "orb", to="orbax")
-    total = sum(array.nbytes for array in jax.tree.leaves(params))
-    assert 3 < total // 3000 <= len(asked) <= total // 2000
-    assert asked == sorted(asked)
     from_flax = serialization.msgpack_restore((tmp_path / "there" / "flax_model.msgpack").read_bytes())
+    folder = (tmp_path / "orb" / "orbax").absolute()
     with ocp.StandardCheckpointer() as checkpointer:
-        from_orbax = checkpointer.restore((tmp_path / "orb" / "orbax").absolute(), target=params)
-        untold = checkpointer.restore((tmp_path / "orb" / "orbax").absolute())
-    for found in (from_flax, from_orbax, untold):
+        from_orbax = checkpointer.restore(folder, target=params)
+        untold = checkpointer.restore(folder)
+    older = ocp.PyTreeCheckpointer().restore(folder)
+    for found in (from_flax, from_orbax, untold, older):
         assert jax.tree.structure(found) == jax.tree.structure(params)
         same = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(np.asarray(a), b), params, found)
         assert all(jax.tree.leaves(same))
     # And the reverse: what they write is read.
     for path, write in (
         ("flax_model.msgpack", lambda file: file.write_bytes(serialization.to_bytes(params))),
-        ("orbax", lambda folder: ocp.PyTreeCheckpointer().save(folder.absolute(), params)),
+        *(
+            ("orbax", lambda folder, options=options: orbax_save(folder, params, **options))
+            for options in (
+                {},
+                {"use_zarr3": True},
+                {"use_ocdbt": False},
+                {"use_ocdbt": False, "use_compression": False},
+                {"use_ocdbt": False, "use_zarr3": True},
+            )
+        ),
     ):
-        shutil.copytree(source, tmp_path / f"own-{path}", ignore=shutil.ignore_patterns("*.safetensors"))
-        write(tmp_path / f"own-{path}" / path)
-        convert_checkpoint(tmp_path / f"own-{path}", tmp_path / "back", to="safetensors")
+        shutil.rmtree(tmp_path / "own", ignore_errors=True)
+        shutil.copytree(source, tmp_path / "own", ignore=shutil.ignore_patterns("*.safetensors"))
+        write(tmp_path / "own" / path)
+        convert_checkpoint(tmp_path / "own", tmp_path / "back", to="safetensors")
         assert tree(tmp_path / "back") == tree(source)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{}, {"dtype": ">f4"}, {"order": "F"}, {"chunks": [24, 50]}, {"compressor": {"id": "zlib"}}, {"filters": []}],
+)
+def test_orbax_arrays_in_folders_are_read_however_they_lie(tmp_path, metadata):
+    tensorstore = pytest.importorskip("tensorstore")
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo"], dtype="float32")
+    convert_checkpoint(source, tmp_path / "there", to="orbax")
+    expected = Checkpoint(source)["lm_head.weight"]
+    place = tmp_path / "there" / "orbax" / "lm_head.kernel"
+    shutil.rmtree(place)
+    spec = {"driver": "zarr", "kvstore": f"file://{place}/", "metadata": {"compressor": None, **metadata}}
+    array = tensorstore.open(spec, create=True, dtype=expected.dtype, shape=expected.T.shape).result()
+    array.write(expected.T).result()
+    assert np.array_equal(Checkpoint(tmp_path / "there")["lm_head.weight"], expected)
+
+
+def orbax_save(folder: Path, params, **options) -> None:
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as checkpointer:
+        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(params))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_ocdbt": False}])
+def test_an_orbax_piece_that_is_not_there_is_missed(tmp_path, options):
+    tensorstore = pytest.importorskip("tensorstore")
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo"], dtype="float32")
+    shutil.copytree(source, tmp_path / "there", ignore=shutil.ignore_patterns("*.safetensors"))
+    folder = tmp_path / "there" / "orbax"
+    orbax_save(folder, model_of("flax", "olmo", "causal_lm", source).params, **options)
+    assert Checkpoint(tmp_path / "there")["lm_head.weight"].any()
+    store = f"file://{folder}/" if options else {"driver": "ocdbt", "base": f"file://{folder}/"}
+    store = tensorstore.KvStore.open(store).result()
+    store.delete_range(tensorstore.KvStore.KeyRange("lm_head.kernel/0", "lm_head.kernel/1")).result()
+    with pytest.raises(CheckpointError, match=r"lm_head.kernel has 0 of its 1 pieces"):
+        Checkpoint(tmp_path / "there")
 
 
 def test_arrays_of_many_chunks_are_those_of_flax(tmp_path, monkeypatch):
