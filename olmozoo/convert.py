@@ -486,7 +486,8 @@ def _to_orbax(job: _Job, staging: Path) -> None:
             place = folder / output.name.replace("/", ".")
             shutil.rmtree(place)
             metadata = {"chunks": output.shape, "compressor": None}
-            spec = {"driver": "zarr", "kvstore": f"file://{place}/", "metadata": metadata}
+            store = {"driver": "file", "path": f"{place}/"}
+            spec = {"driver": "zarr", "kvstore": store, "metadata": metadata}
             tensorstore.open(spec, create=True, dtype=output.dtype, shape=output.shape).result()
             with new_file(place / ".".join("0" for _ in output.shape)) as stream:
                 output.write(stream)
@@ -633,7 +634,7 @@ def _to_saved_model(job: _Job, staging: Path) -> None:
             prefix=str(parts[0]),
             tensor_names=list(values),
             shape_and_slices=[""] * len(values),
-            tensors=[*values.values()],
+            tensors=list(values.values()),
         )
         write_bundle(parts[1], [_turned(p, output, keys[output.name][0]) for p, output in job.tensors.items()])
         tensorflow.raw_ops.MergeV2Checkpoints(

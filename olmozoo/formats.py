@@ -407,20 +407,18 @@ def _read_orbax(folder: Path) -> dict[str, TensorInfo]:
         import tensorstore
     except ImportError as error:
         raise _needs(folder, "orbax-checkpoint", "flax") from error
-    base = f"file://{folder.resolve()}/"
+    base = {"driver": "file", "path": f"{folder.resolve()}/"}
     in_folders = not (folder / "manifest.ocdbt").is_file()
     if in_folders and not any(folder.glob("*/.zarray")) and not any(folder.glob("*/zarr.json")):
         raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no manifest.ocdbt and no array")
-    try:
-        settings = json.loads((folder / "_METADATA").read_bytes())
-        every_piece = settings["store_array_data_equal_to_fill_value"] is True  # else one of zeros may be left out
-    except (OSError, ValueError, LookupError, TypeError):
-        every_piece = False
 
     def found() -> Iterator[tuple[str, TensorInfo]]:
         store = tensorstore.KvStore.open(base if in_folders else {"driver": "ocdbt", "base": base}).result()
         keys = [key.decode() for key in store.list().result()]
-        files = Counter(key.partition("/")[0] for key in keys)
+        present = Counter(
+            key.partition("/")[0] for key in keys if not key.endswith((".zarray", ".zattrs", "zarr.json"))
+        )
+        all_present = _has_every_piece(folder)
         for key in keys:
             name, _, file = key.rpartition("/")
             if file in (".zarray", "zarr.json"):
@@ -433,8 +431,8 @@ def _read_orbax(folder: Path) -> dict[str, TensorInfo]:
                     raise CheckpointError(f"{name} is {dtype} {list(shape)} in chunks of {list(chunk)}")
                 pieces: Any = tuple(array.chunk_layout.write_chunk.shape or ())
                 needed = math.prod(-(-size // piece) for size, piece in zip(shape, pieces, strict=True))
-                if every_piece and files[name] - 1 < needed:
-                    raise CheckpointError(f"{name} has {files[name] - 1} of its {needed} pieces")
+                if all_present and present[name] < needed:
+                    raise CheckpointError(f"{name} has {present[name]} of its {needed} pieces")
                 canonical, transposed = _flax_name(name)
                 values = _guarded(folder, canonical, partial(_read_array, array))
                 piece = folder / name / ".".join("0" for _ in shape)
@@ -446,6 +444,15 @@ def _read_orbax(folder: Path) -> dict[str, TensorInfo]:
         return _gather(folder, found())
     except Exception as error:  # of many kinds, for what can be wrong inside a file
         raise CheckpointError(f"{folder} is not a readable Orbax checkpoint: {error}") from error
+
+
+def _has_every_piece(folder: Path) -> bool:
+    """Whether the writer of an Orbax checkpoint has promised that: else one of zeros may be left out."""
+    try:
+        settings = json.loads((folder / "_METADATA").read_bytes())
+        return settings["store_array_data_equal_to_fill_value"] is True
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def _is_plain(array: Any) -> bool:

@@ -80,15 +80,16 @@ def answer(wing: str, model, config) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_format_and_back_is_byte_identical(tmp_path, to, dtype):
     needs(to)
+    there = tmp_path / "a %41 #?é"
     for family, head in MODELS:
         source = write_checkpoint(tmp_path / "source", CONFIGS[family], head, dtype=dtype_of(dtype))
-        convert_checkpoint(source, tmp_path / "there", to=to, verify=True)
-        assert (tmp_path / "there" / "model.safetensors").exists() == (to == "safetensors")
-        assert head_of(tmp_path / "there", CONFIGS[family], Checkpoint(tmp_path / "there")) == head
-        convert_checkpoint(tmp_path / "there", tmp_path / "back", to="safetensors")
+        convert_checkpoint(source, there, to=to, verify=True)
+        assert (there / "model.safetensors").exists() == (to == "safetensors")
+        assert head_of(there, CONFIGS[family], Checkpoint(there)) == head
+        convert_checkpoint(there, tmp_path / "back", to="safetensors")
         assert tree(tmp_path / "back") == tree(source)
-    convert_checkpoint(tmp_path / "there", tmp_path / "there", to="safetensors")  # in place, from its own files
-    assert tree(tmp_path / "there") == tree(source)
+    convert_checkpoint(there, there, to="safetensors")  # in place, from its own files
+    assert tree(there) == tree(source)
 
 
 @pytest.mark.parametrize(("family", "head", "dtype"), [("olmo", None, "bfloat16"), ("opt", "causal_lm", "float32")])
@@ -96,6 +97,7 @@ def test_a_saved_model_serves_and_comes_back(tmp_path, monkeypatch, family, head
     tf = pytest.importorskip("tensorflow")
     from olmozoo.tf.base import PreTrainedModel
 
+    there = tmp_path / "a %41 #?é"
     config = CONFIGS[family]
     if family == "opt":
         config = config.replace(dropout=0.1)  # which brings a variable that is no weight
@@ -111,21 +113,21 @@ def test_a_saved_model_serves_and_comes_back(tmp_path, monkeypatch, family, head
     monkeypatch.setattr(os, "posix_fadvise", lambda *call: asked.append(os.fstat(call[0]).st_size))
     monkeypatch.setattr("olmozoo.checkpoint.PASSING", 5000)
     monkeypatch.setattr("olmozoo.checkpoint.BAND", 1000)
-    convert_checkpoint(source, tmp_path / "there", to="savedmodel", verify=True)
+    convert_checkpoint(source, there, to="savedmodel", verify=True)
     total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     assert 3 < total // 7000 <= len(asked) <= total // 5000, "the values pass through memory"
     assert asked == sorted(asked)
-    names = tf.train.load_checkpoint(str(tmp_path / "there/saved_model/variables/variables"))
+    names = tf.train.load_checkpoint(str(there / "saved_model/variables/variables"))
     names = len(names.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
     assert sizes[0] < names + 1000 < total, "once written"
-    convert_checkpoint(tmp_path / "there", tmp_path / "back", to="safetensors")
+    convert_checkpoint(there, tmp_path / "back", to="safetensors")
     assert tree(tmp_path / "back") == tree(source)
-    variables = [name for name, _ in tf.train.list_variables(str(tmp_path / "there/saved_model/variables/variables"))]
+    variables = [name for name, _ in tf.train.list_variables(str(there / "saved_model/variables/variables"))]
     table = [parameter for parameter in config.parameters(head) if parameter.tied_to is None]
     assert len(variables) == len(table) + 1, "each is there once, and the names"
     if dtype == "float32":
         ids, mask = left_padded(config)
-        loaded = tf.saved_model.load(str(tmp_path / "there" / "saved_model"))
+        loaded = tf.saved_model.load(str(there / "saved_model"))
         served = loaded.serve(tf.constant(ids), tf.constant(mask))
         expected = answer("tf", model_of("tf", family, head, source), config)
         assert np.abs(served["logits"].numpy()[mask.astype(bool)] - expected).max() < 1e-5

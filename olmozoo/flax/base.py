@@ -368,7 +368,10 @@ def oriented(parameter: Parameter, array: np.ndarray) -> np.ndarray:
 
 
 def to_leaf(parameter: Parameter, array: np.ndarray) -> jax.Array:
-    """The values on the default device. On the CPU, JAX takes over memory so aligned as it is."""
+    """The values on the default device, a copy: nothing that happens to a file changes a JAX array.
+
+    On the CPU, JAX takes over memory so aligned as it is.
+    """
     return jax.device_put(aligned_copy(array, transposed=parameter.kind == "linear"))
 
 
