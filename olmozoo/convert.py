@@ -49,6 +49,7 @@ from olmozoo.generation import GenerationConfig
 WINGS = {"pt": "", "tf": "TF", "flax": "Flax"}  # and how their classes' names begin
 FLAX_LEAVES: dict[Kind, str] = {"linear": "kernel", "embedding": "embedding", "norm": "scale", "bias": "bias"}
 FLAX_CHUNK = 1 << 30  # bytes; flax.serialization cuts larger arrays, since msgpack counts bytes in 32 bits
+CHECKED = 1 << 18  # bytes; few enough to be in the caches still when they are written after their checksum is taken
 TABLE_MAGIC = bytes.fromhex("57fb808b247547db")  # the last bytes of a table of LevelDB
 STORAGES = {  # what PyTorch calls the values of a dtype
     "float64": "DoubleStorage",
@@ -666,8 +667,10 @@ def write_bundle(prefix: Path, outputs: list[Output]) -> None:
         for output in outputs:
             start, checksum = stream.tell(), 0
             for piece in output.pieces():
-                checksum = google_crc32c.extend(checksum, bytes(piece))
-                stream.write(piece)
+                for place in range(0, len(piece), CHECKED):
+                    part = piece[place : place + CHECKED]
+                    checksum = google_crc32c.extend(checksum, bytes(part))
+                    stream.write(part)
             entries[output.name.encode()] = BundleEntryProto(
                 dtype=tensorflow.as_dtype(output.dtype).as_datatype_enum,
                 shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in output.shape]),
