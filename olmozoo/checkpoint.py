@@ -524,7 +524,8 @@ class Output:
         if array.dtype != self.dtype:
             raise CheckpointError(f"{self.name} is {array.dtype.name}, expected {self.dtype.name}")
         source = array.T if self.transposed else array
-        count = self.rows(limit)
+        most = max(1, limit * len(source) // max(1, self.nbytes))
+        count = max(1, -(-len(source) // max(1, -(-len(source) // most))))  # as even as can be
         starts = range(0, len(source), count)
         memories = [np.empty_like(source[start:][:count], order="C") for start in starts[:2]]
 
@@ -548,12 +549,6 @@ class Output:
                     yield bands.popleft().result()
             for last in bands:
                 yield last.result()
-
-    def rows(self, limit: int) -> int:
-        """The rows in a band of at most `limit` bytes, with all bands as even as can be; at least one."""
-        count = max(1, self.shape[0])
-        most = max(1, limit * count // max(1, self.nbytes))
-        return -(-count // -(-count // most))
 
     def pieces(self) -> Iterator[memoryview]:
         """The bytes that go to disk, band by band; see `bands`."""

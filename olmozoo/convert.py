@@ -648,7 +648,7 @@ def _to_saved_model(job: _Job, staging: Path) -> None:
 
 
 def write_bundle(prefix: Path, outputs: list[Output]) -> None:
-    """Write tensors as TensorFlow saves them, without copies of them in its memory and at several times its speed.
+    """Write tensors as TensorFlow saves them, without copies of them in its memory and in about half its time.
 
     A bundle is two files: the values, one tensor after the other, and an index of them, which is a table of LevelDB.
 

@@ -110,12 +110,15 @@ def test_a_saved_model_serves_and_comes_back(tmp_path, monkeypatch, family, head
 
     monkeypatch.setattr(PreTrainedModel, "export", measured)
     asked = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda *call: asked.append(os.fstat(call[0]).st_size))
+    can_ask = hasattr(os, "posix_fadvise")
+    if can_ask:
+        monkeypatch.setattr(os, "posix_fadvise", lambda *call: asked.append(os.fstat(call[0]).st_size))
     monkeypatch.setattr("olmozoo.checkpoint.PASSING", 5000)
     monkeypatch.setattr("olmozoo.checkpoint.BAND", 1000)
     convert_checkpoint(source, there, to="savedmodel", verify=True)
     total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    assert 3 < total // 7000 <= len(asked) <= total // 5000, "the values pass through memory"
+    if can_ask:
+        assert 3 < total // 7000 <= len(asked) <= total // 5000, "the values pass through memory"
     assert asked == sorted(asked)
     names = tf.train.load_checkpoint(str(there / "saved_model/variables/variables"))
     names = len(names.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
