@@ -194,7 +194,6 @@ class PreTrainedModel(keras.Model):
         shape = (None, None)
         signature = tf.TensorSpec(shape, tf.int32, "input_ids"), tf.TensorSpec(shape, tf.int32, "attention_mask")
 
-        @tf.function(autograph=False, input_signature=signature)
         def forward(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
             output = self(
                 input_ids,
@@ -207,9 +206,12 @@ class PreTrainedModel(keras.Model):
             )
             return dict(output.items())
 
+        # Traced here and once: TensorFlow traces a function of functions anew while it saves.
+        traced = tf.function(forward, autograph=False, input_signature=signature).get_concrete_function()
+
         @tf.function(autograph=False)
         def serve(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-            return forward(tf.cast(input_ids, tf.int32), tf.cast(attention_mask, tf.int32))  # traced once for both
+            return traced(tf.cast(input_ids, tf.int32), tf.cast(attention_mask, tf.int32))
 
         for dtype in (tf.int32, tf.int64):
             serve.get_concrete_function(*(tf.TensorSpec(shape, dtype, spec.name) for spec in signature))
