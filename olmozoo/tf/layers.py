@@ -83,14 +83,17 @@ class Embedding(keras.layers.Embedding):
     """
 
     def call(self, ids: Tensor) -> Tensor:
-        table = with_dense_gradient(tf.convert_to_tensor(self.embeddings))
-        return ops.cast(ops.take(table, ops.cast(ids, "int32"), axis=0), self.compute_dtype)
+        return ops.cast(gather(tf.convert_to_tensor(self.embeddings), ops.cast(ids, "int32")), self.compute_dtype)
 
 
 @tf.custom_gradient
-def with_dense_gradient(table: Tensor) -> tuple[Tensor, Any]:
-    """The table as it is, whose gradient is one tensor."""
-    return tf.identity(table), tf.convert_to_tensor
+def gather(table: Tensor, ids: Tensor) -> tuple[Tensor, Any]:
+    """Rows of a table, whose gradient is one tensor, in a SavedModel too."""
+
+    def gradient(upstream: Tensor) -> tuple[Tensor, None]:
+        return tf.math.unsorted_segment_sum(upstream, ids, tf.shape(table)[0]), None
+
+    return tf.gather(table, ids), gradient
 
 
 def embedding(rows: int, size: int, name: str) -> Embedding:
