@@ -7,7 +7,7 @@ removed in the end; the disk must hold three of them. Each conversion runs in a 
 and what both wrote is flushed to disk between them, outside the time; shown is each one's best round. They do not end
 alike: `cp` leaves its copy in the system's memory, most of it not yet on disk, where a conversion leaves little. Peak
 memory is resident memory of any kind: with the interpreter and what is mapped of the source, without the
-kernel's cache of files.
+kernel's cache of files. For savedmodel it is that of the larger of two processes.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ import os
 import pickle
 import re
 import shutil
-import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,14 +42,13 @@ from olmozoo.checkpoint import (
 )
 from olmozoo.errors import CheckpointError, HubError, InputError
 from olmozoo.families.base import ARCHITECTURES, BASE_PREFIX, HEAD_MODULES, Head, Kind, ModelConfig, Parameter
-from olmozoo.formats import FLAX_WEIGHTS, KERAS, KERAS_WEIGHTS, ORBAX, SAVED_MODEL, VARIABLES, saved_keys
+from olmozoo.formats import FLAX_WEIGHTS, KERAS, KERAS_WEIGHTS, ORBAX
 from olmozoo.generation import GenerationConfig
+from olmozoo.saved_model import write_saved_model
 
 WINGS = {"pt": "", "tf": "TF", "flax": "Flax"}  # and how their classes' names begin
 FLAX_LEAVES: dict[Kind, str] = {"linear": "kernel", "embedding": "embedding", "norm": "scale", "bias": "bias"}
 FLAX_CHUNK = 1 << 30  # bytes; flax.serialization cuts larger arrays, since msgpack counts bytes in 32 bits
-CHECKED = 1 << 18  # bytes; few enough to be in the caches still when they are written after their checksum is taken
-TABLE_MAGIC = bytes.fromhex("57fb808b247547db")  # the last bytes of a table of LevelDB
 STORAGES = {  # what PyTorch calls the values of a dtype
     "float64": "DoubleStorage",
     "float32": "FloatStorage",
@@ -604,113 +602,7 @@ def _to_keras(job: _Job, staging: Path) -> None:
 
 
 def _to_saved_model(job: _Job, staging: Path) -> None:
-    """As the Keras wing's `export` does, of a model with one value for each variable; the weights follow as a bundle.
-
-    TensorFlow joins that with its own bundle of what is no weight, as it does what several machines have saved.
-    """
-    try:
-        import google_crc32c  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError("writing savedmodel needs google-crc32c: pip install 'olmozoo[tf]'") from error
-    dtype = next(iter(job.tensors.values())).dtype
-    model = _empty_model("tf", job.config, job.head, lambda: dtype)
-    import tensorflow
-
-    from olmozoo.tf.layers import to_tensor
-
-    folder = staging / SAVED_MODEL
-    parts = [folder / "part-0", folder / "part-1"]
-    try:
-        for variable in model.weights:
-            tensorflow.raw_ops.AssignVariableOp(resource=variable.value.handle, value=to_tensor(np.zeros(1, dtype)))
-        model.export(folder, verbose=False)
-        reader = tensorflow.train.load_checkpoint(str(folder / VARIABLES))
-        keys = saved_keys(reader)
-        others = reader.get_variable_to_shape_map().keys() - {key for key, _ in keys.values()}
-        values = {key: reader.get_tensor(key) for key in sorted(others)}
-        for file in (folder / VARIABLES).parent.iterdir():
-            file.unlink()
-        (folder / "fingerprint.pb").unlink()  # of the values that were there before; there need not be one
-        tensorflow.raw_ops.SaveV2(
-            prefix=str(parts[0]),
-            tensor_names=list(values),
-            shape_and_slices=[""] * len(values),
-            tensors=list(values.values()),
-        )
-        write_bundle(parts[1], [_turned(p, output, keys[output.name][0]) for p, output in job.tensors.items()])
-        tensorflow.raw_ops.MergeV2Checkpoints(
-            checkpoint_prefixes=[str(part) for part in parts], destination_prefix=str(folder / VARIABLES)
-        )
-    except CheckpointError:
-        raise
-    except Exception as error:  # of many kinds
-        raise CheckpointError(f"TensorFlow could not write: {error}") from error
-
-
-def write_bundle(prefix: Path, outputs: list[Output]) -> None:
-    """Write tensors as TensorFlow saves them, without copies of them in its memory and in about half its time.
-
-    A bundle is two files: the values, one tensor after the other, and an index of them, which is a table of LevelDB.
-
-    Args:
-        prefix: what the names of two new files begin with.
-        outputs: the tensors.
-    """
-    import google_crc32c
-    import tensorflow
-    from tensorflow.core.framework.tensor_shape_pb2 import TensorShapeProto
-    from tensorflow.core.framework.versions_pb2 import VersionDef
-    from tensorflow.core.protobuf.tensor_bundle_pb2 import BundleEntryProto, BundleHeaderProto
-
-    entries = {b"": BundleHeaderProto(num_shards=1, version=VersionDef(producer=1)).SerializeToString()}
-    with new_file(Path(f"{prefix}.data-00000-of-00001")) as stream:
-        for output in outputs:
-            start, checksum = stream.tell(), 0
-            for piece in output.pieces():
-                for place in range(0, len(piece), CHECKED):
-                    part = piece[place : place + CHECKED]
-                    checksum = google_crc32c.extend(checksum, bytes(part))
-                    stream.write(part)
-            entries[output.name.encode()] = BundleEntryProto(
-                dtype=tensorflow.as_dtype(output.dtype).as_datatype_enum,
-                shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in output.shape]),
-                offset=start,
-                size=output.nbytes,
-                crc32c=_masked(checksum),
-            ).SerializeToString()
-    with new_file(Path(f"{prefix}.index")) as stream:
-        nothing, block = _write_block(stream, {}), _write_block(stream, dict(sorted(entries.items())))
-        index = _write_block(stream, {max(entries): block})
-        stream.write((nothing + index).ljust(40, b"\0") + TABLE_MAGIC)
-
-
-def _write_block(stream: IO[bytes], entries: dict[bytes, bytes]) -> bytes:
-    """Write a block of a table, each key in full, and return where it lies, as tables put it."""
-    import google_crc32c
-
-    start, starts, content = stream.tell(), [], b""
-    for key, value in entries.items():
-        starts.append(len(content))
-        content += b"\0" + _varint(len(key)) + _varint(len(value)) + key + value
-    starts = starts or [0]
-    content += struct.pack(f"<{len(starts) + 1}I", *starts, len(starts))
-    kind = b"\0"  # not compressed
-    stream.write(content + kind + struct.pack("<I", _masked(google_crc32c.value(content + kind))))
-    return _varint(start) + _varint(len(content))
-
-
-def _masked(checksum: int) -> int:
-    """A checksum as tables keep it, lest that of bytes with a checksum in them be one that says nothing."""
-    return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def _varint(number: int) -> bytes:
-    """A number in as many bytes of seven bits as it takes, the lowest first."""
-    data = bytearray()
-    while number > 0x7F:
-        data.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*data, number])
+    write_saved_model(staging, job.keras_class, [_turned(p, output, output.name) for p, output in job.tensors.items()])
 
 
 FORMATS: dict[str, Callable[[_Job, Path], None]] = {

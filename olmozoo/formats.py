@@ -18,16 +18,19 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from olmozoo.bundle import Bundle, fields
 from olmozoo.checkpoint import DTYPE_CODES, DTYPES, WEIGHTS, Array, TensorInfo, aligned_copy, fail, mapped
 from olmozoo.errors import CheckpointError
 
 FLAX_WEIGHTS, KERAS_WEIGHTS, KERAS, SAVED_MODEL, ORBAX = WEIGHTS[3:]
 VARIABLES = "variables/variables"  # what the names of a SavedModel's files of values begin with
+OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"  # the key of what says which is which
 
 # What frameworks call the leaves; the kernel is the one that has its two dimensions the other way round.
 LEAVES = {"kernel": "weight", "embedding": "weight", "embeddings": "weight", "scale": "weight", "gamma": "weight"}
@@ -471,20 +474,15 @@ def _read_array(array: Any) -> Array:
 
 
 def _read_saved_model(folder: Path) -> dict[str, TensorInfo]:
-    """The variables of a SavedModel that a wing exported, from their file alone: no function in it is loaded."""
-    try:
-        import tensorflow
-    except ImportError as error:
-        raise _needs(folder, "tensorflow", "tf") from error
+    """The variables of a SavedModel that a wing exported, from their files alone: no function in it is loaded."""
+    if find_spec("google_crc32c") is None:
+        raise _needs(folder, "google-crc32c", "tf")
 
     def found() -> Iterator[tuple[str, TensorInfo]]:
-        reader = tensorflow.train.load_checkpoint(str(folder / VARIABLES))
-        shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
-        for canonical, (key, transposed) in saved_keys(reader).items():
-            dtype, shape = np.dtype(dtypes[key].as_numpy_dtype), tuple(shapes[key])
-            if dtype not in DTYPE_CODES:
-                raise CheckpointError(f"{canonical} has dtype {dtype}")
-            values = _guarded(folder, canonical, partial(reader.get_tensor, key))
+        bundle = Bundle(folder / VARIABLES)
+        for canonical, (key, transposed) in saved_keys(bundle.read_text(OBJECT_GRAPH)).items():
+            dtype, shape = bundle.describe(key)
+            values = _guarded(folder, canonical, partial(bundle.read, key))
             yield canonical, _tensor(folder, dtype, shape, values, transposed)
 
     try:
@@ -493,19 +491,21 @@ def _read_saved_model(folder: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{folder} is not a readable SavedModel: {error}") from error
 
 
-def saved_keys(reader: Any) -> dict[str, tuple[str, bool]]:
-    """Canonical name -> key in the variables of a SavedModel, and whether it is transposed there."""
-    from tensorflow.core.protobuf import trackable_object_graph_pb2
+def saved_keys(graph: bytes) -> dict[str, tuple[str, bool]]:
+    """Canonical name -> key in the variables of a SavedModel, and whether it is transposed there.
 
-    graph = trackable_object_graph_pb2.TrackableObjectGraph()
-    graph.ParseFromString(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
+    Args:
+        graph: a message of TensorFlow's `trackable_object_graph.proto`.
+    """
     keys: dict[str, tuple[str, bool]] = {}
-    for entry in (entry for node in graph.nodes for entry in node.attributes):
-        name = entry.full_name.partition("/")[2]  # the model's own name comes first
-        if not name.endswith("seed_generator_state"):
-            canonical, transposed = _flax_name(name)
-            # Where a model was tracked by Keras's `ExportArchive`, each variable is there twice.
-            keys.setdefault(canonical, (entry.checkpoint_key, transposed))
+    for node in fields(graph).get(1, []):
+        for attribute in map(fields, fields(node).get(2, [])):
+            full_name, key = (attribute[number][0].decode() for number in (2, 3))
+            name = full_name.partition("/")[2]  # the model's own name comes first
+            if not name.endswith("seed_generator_state"):
+                canonical, transposed = _flax_name(name)
+                # Where a model was tracked by Keras's `ExportArchive`, each variable is there twice.
+                keys.setdefault(canonical, (key, transposed))
     return keys
 
 

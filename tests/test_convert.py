@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -22,7 +24,8 @@ from wings import scope
 import olmozoo
 from olmozoo import CheckpointError, InputError, Olmo2Config, OlmoConfig, OPTConfig
 from olmozoo.backend import load
-from olmozoo.checkpoint import BAND, Checkpoint, Output, dtype_of
+from olmozoo.bundle import Bundle, checksum_of, masked, write_index, write_values
+from olmozoo.checkpoint import BAND, Checkpoint, Output, dtype_of, save_checkpoint
 from olmozoo.convert import FORMATS, convert_checkpoint, head_of
 from olmozoo.families.base import ARCHITECTURES
 from olmozoo.hub import resolve
@@ -95,20 +98,11 @@ def test_every_format_and_back_is_byte_identical(tmp_path, to, dtype):
 @pytest.mark.parametrize(("family", "head", "dtype"), [("olmo", None, "bfloat16"), ("opt", "causal_lm", "float32")])
 def test_a_saved_model_serves_and_comes_back(tmp_path, monkeypatch, family, head, dtype):
     tf = pytest.importorskip("tensorflow")
-    from olmozoo.tf.base import PreTrainedModel
-
     there = tmp_path / "a %41 #?é"
     config = CONFIGS[family]
     if family == "opt":
         config = config.replace(dropout=0.1)  # which brings a variable that is no weight
     source = write_checkpoint(tmp_path / "source", config, head, dtype=dtype_of(dtype))
-    export, sizes = PreTrainedModel.export, []
-
-    def measured(model, folder, **options):
-        export(model, folder, **options)
-        sizes.append((folder / "variables/variables.data-00000-of-00001").stat().st_size)
-
-    monkeypatch.setattr(PreTrainedModel, "export", measured)
     asked = []
     can_ask = hasattr(os, "posix_fadvise")
     if can_ask:
@@ -120,10 +114,10 @@ def test_a_saved_model_serves_and_comes_back(tmp_path, monkeypatch, family, head
     if can_ask:
         assert 3 < total // 7000 <= len(asked) <= total // 5000, "the values pass through memory"
     assert asked == sorted(asked)
-    names = tf.train.load_checkpoint(str(there / "saved_model/variables/variables"))
-    names = len(names.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
-    assert sizes[0] < names + 1000 < total, "once written"
-    convert_checkpoint(there, tmp_path / "back", to="safetensors")
+    assert {path.name for path in there.iterdir()} <= {"config.json", "generation_config.json", "saved_model"}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tensorflow", None)
+        convert_checkpoint(there, tmp_path / "back", to="safetensors")
     assert tree(tmp_path / "back") == tree(source)
     variables = [name for name, _ in tf.train.list_variables(str(there / "saved_model/variables/variables"))]
     table = [parameter for parameter in config.parameters(head) if parameter.tied_to is None]
@@ -136,33 +130,203 @@ def test_a_saved_model_serves_and_comes_back(tmp_path, monkeypatch, family, head
         assert np.abs(served["logits"].numpy()[mask.astype(bool)] - expected).max() < 1e-5
 
 
+def test_a_saved_model_is_made_without_the_weights(tmp_path, monkeypatch):
+    """What else is a process of its own runs in this one, to be looked at."""
+    pytest.importorskip("tensorflow")
+    from olmozoo import saved_model
+    from olmozoo.tf.base import PreTrainedModel
+
+    class Here:
+        returncode = 0
+
+        def __init__(self, command, **options):
+            self.arguments = command[command.index("-c") + 2 :]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def communicate(self, told):
+            monkeypatch.setattr(sys, "stdin", io.StringIO(told.decode()))
+            saved_model.export(*self.arguments)
+
+        def kill(self):
+            pass
+
+    export, sizes, ends = PreTrainedModel.export, [], []
+
+    def measured(model, folder, **options):
+        export(model, folder, **options)
+        sizes.append((folder / "variables/variables.data-00000-of-00001").stat().st_size)
+        sizes.append(sum(weight.value.read_value().numpy().nbytes for weight in model.weights))
+
+    monkeypatch.setattr(PreTrainedModel, "export", measured)
+    monkeypatch.setattr(saved_model.subprocess, "Popen", Here)
+    monkeypatch.setattr(saved_model.gc, "disable", lambda: None)
+    monkeypatch.setattr(saved_model.os, "_exit", ends.append)
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
+    convert_checkpoint(source, tmp_path / "there", to="savedmodel")
+    graph = len(Bundle(tmp_path / "there/saved_model/variables/variables").read_text("_CHECKPOINTABLE_OBJECT_GRAPH"))
+    values, held = sizes
+    assert held == 4 * sum(parameter.tied_to is None for parameter in CONFIGS["olmo2"].parameters("causal_lm"))
+    assert graph < values < graph + held + 1000
+    assert ends == [0]
+
+
+def test_what_fails_beside_a_saved_model_is_told(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow")
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
+    with monkeypatch.context() as patch:
+        patch.setenv("KERAS_BACKEND", "jax")
+        with pytest.raises(CheckpointError, match=r"TensorFlow could not write: .*needs Keras on TensorFlow"):
+            convert_checkpoint(source, tmp_path / "there", to="savedmodel")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    started = []
+
+    class Spied(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            started.append(self)
+
+    monkeypatch.setattr("olmozoo.saved_model.subprocess.Popen", Spied)
+    large = tmp_path / "large"
+    save_checkpoint(
+        large,
+        CONFIGS["olmo2"],
+        "causal_lm",
+        read=lambda parameter: np.full(parameter.shape, 1e9, np.float32),
+        dtype=lambda parameter: np.float32,
+    )
+    with pytest.raises(CheckpointError, match="too large for float16"):
+        convert_checkpoint(large, tmp_path / "there", to="savedmodel", dtype="float16")
+    assert started[0].returncode == -signal.SIGKILL, "the other process goes on"
+    assert not (tmp_path / "there").exists()
+
+
 def test_a_bundle_is_what_tensorflow_saves(tmp_path, monkeypatch):
     tf = pytest.importorskip("tensorflow")
-    from olmozoo.convert import write_bundle
-
     dtypes = [dtype_of(name) for name in ("bfloat16", "float16", "float32", "float64")]
     rng = np.random.default_rng(0)
     arrays = {f"layer {i}/é": rng.standard_normal((i % 5, i * 3)).astype(dtypes[i % 4]) for i in range(300)}
     arrays["z" * 200], arrays["zz"] = np.ones(1, np.float32), np.ones((700, 300), np.float32)
     outputs = [Output(name, array.dtype, array.shape, lambda a=array: a) for name, array in arrays.items()]
-    monkeypatch.setattr(sys.modules["olmozoo.convert"], "CHECKED", 1001)  # which ends within values
-    write_bundle(tmp_path / "ours", outputs)
-    theirs = str(tmp_path / "theirs")
-    tf.raw_ops.SaveV2(
-        prefix=theirs, tensor_names=list(arrays), shape_and_slices=[""] * len(arrays), tensors=list(arrays.values())
-    )
+    monkeypatch.setattr("olmozoo.bundle.CHECKED", 1001)  # which ends within values
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    write_index(ours, write_values(ours, outputs))
+    save_bundle(theirs, arrays)
     data = tmp_path / "ours.data-00000-of-00001"
-    assert data.read_bytes() == Path(f"{theirs}.data-00000-of-00001").read_bytes()
-    reader, expected = (tf.train.load_checkpoint(str(prefix)) for prefix in (tmp_path / "ours", theirs))
+    assert data.read_bytes() == (tmp_path / "theirs.data-00000-of-00001").read_bytes()
+    reader, expected = (tf.train.load_checkpoint(str(prefix)) for prefix in (ours, theirs))
     assert reader.get_variable_to_shape_map() == expected.get_variable_to_shape_map()
     assert reader.get_variable_to_dtype_map() == expected.get_variable_to_dtype_map()
     for name, array in arrays.items():
         np.testing.assert_array_equal(reader.get_tensor(name), array)
     with pytest.raises(FileExistsError):
-        write_bundle(tmp_path / "ours", outputs)
+        write_values(ours, outputs)
     data.write_bytes(data.read_bytes()[:-1] + b"!")
     with pytest.raises(tf.errors.OpError, match="Checksum does not match"):
-        tf.train.load_checkpoint(str(tmp_path / "ours")).get_tensor("zz")
+        tf.train.load_checkpoint(str(ours)).get_tensor("zz")
+
+
+def save_bundle(prefix: Path, arrays: dict, slices: str = "") -> None:
+    import tensorflow as tf
+
+    tf.raw_ops.SaveV2(
+        prefix=str(prefix),
+        tensor_names=list(arrays),
+        shape_and_slices=[slices] * len(arrays),
+        tensors=list(arrays.values()),
+    )
+
+
+def test_bundles_that_tensorflow_saves_are_read(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    rng = np.random.default_rng(0)
+    dtypes = [dtype_of(name) for name in ("bfloat16", "float16", "float32", "float64")]
+    arrays = {f"layer {i}/é": rng.standard_normal((i % 5, i * 3)).astype(dtypes[i % 4]) for i in range(500)}
+    text = bytes(range(256)) * 200
+    save_bundle(tmp_path / "one", arrays)
+    save_bundle(tmp_path / "two", {"text": tf.constant(text), "empty": tf.constant(b""), "ids": np.arange(3)})
+    tf.raw_ops.MergeV2Checkpoints(
+        checkpoint_prefixes=[str(tmp_path / "one"), str(tmp_path / "two")], destination_prefix=str(tmp_path / "both")
+    )
+    bundle = Bundle(tmp_path / "both")
+    assert bundle.places.keys() == {*arrays, "text", "empty", "ids"}
+    for name, array in arrays.items():
+        assert bundle.describe(name) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(bundle.read(name), array, strict=True)
+    assert bundle.read_text("text") == text
+    assert bundle.read_text("empty") == b""
+    with pytest.raises(CheckpointError, match="ids has TensorFlow's dtype 9"):
+        bundle.describe("ids")
+    with pytest.raises(CheckpointError, match="ids is no text"):
+        bundle.read_text("ids")
+    with pytest.raises(CheckpointError, match="has no nothing"):
+        bundle.read("nothing")
+    for suffix, said in (("data-00001-of-00002", "checksum of text is another"), ("index", "checksum in it is wrong")):
+        file = tmp_path / f"both.{suffix}"
+        data = file.read_bytes()
+        file.write_bytes(data.replace(b"\0\1\2\3", b"\0\1\2\4", 1) if suffix != "index" else b"\1" + data[1:])
+        with pytest.raises(CheckpointError, match=said):
+            Bundle(tmp_path / "both").read_text("text")
+        file.write_bytes(data)
+
+    save_bundle(tmp_path / "part", {"a": np.ones((2, 3), np.float32)}, "4 3 0,2:0,3")
+    with pytest.raises(CheckpointError, match="a lies in slices"):
+        Bundle(tmp_path / "part")
+    entry = write_values(tmp_path / "far", [Output("a", dtypes[2], (3,), lambda: np.ones(3, np.float32))])["a"]
+    for problem, changed in {
+        "ends at byte 16 of far": entry._replace(offset=4),
+        "ends at byte": entry._replace(offset=2**63),
+        "12 bytes, which are not": entry._replace(shape=(4,)),
+        "bytes, which are not": entry._replace(shape=(2**40, 2**40)),
+        "checksum of a is another": entry._replace(checksum=entry.checksum ^ 1),
+    }.items():
+        write_index(tmp_path / "far", {"a": changed})
+        with pytest.raises(CheckpointError, match=problem):
+            Bundle(tmp_path / "far").read("a")
+        (tmp_path / "far.index").unlink()
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([(0, b"b", b""), (0, b"a", b"")], "not in order"),
+        ([(0, b"a", b""), (0, b"a", b"")], "not in order"),
+        ([(0, b"k" * 90, b""), *[(90, bytes([i]), b"") for i in range(3)]], "too many"),
+        ([(0, b"a", b"\x12\x05\x12")], "is broken"),
+        ([(0, b"a", b"\x20" + b"\xff" * 11)], "does not end"),
+        ([(0, b"a", b"\x20\x80")], "does not end"),
+        ([(0, b"a", b"\x20\x01")], "ends at byte 1 of odd.data-00000-of-00001, which has 0"),
+    ],
+)
+def test_a_crafted_index_is_refused(tmp_path, monkeypatch, rows, problem):
+    """Each row of a table: the bytes that its key has in common with the last one, the others, and its value."""
+    pytest.importorskip("google_crc32c")
+    monkeypatch.setattr("olmozoo.bundle.MAX_HEADER", 360)
+    data = b""
+
+    def block(*rows) -> bytes:
+        nonlocal data
+        content = b"".join(bytes([shared, len(own), len(value)]) + own + value for shared, own, value in rows)
+        content += struct.pack("<2I", 0, 1)
+        place = bytes([len(data) & 127 | 128, len(data) >> 7, len(content) & 127 | 128, len(content) >> 7])
+        data += content + b"\0" + struct.pack("<I", masked(checksum_of(content + b"\0")))
+        return place
+
+    entries = block((0, b"", b"\x08\x01"), *rows)
+    index = block((0, b"z", entries))
+    data += (b"\0\0" + index).ljust(40, b"\0") + bytes.fromhex("57fb808b247547db")
+    (tmp_path / "odd.index").write_bytes(data)
+    (tmp_path / "odd.data-00000-of-00001").touch()
+    with pytest.raises(CheckpointError, match=problem):
+        Bundle(tmp_path / "odd")
+    (tmp_path / "odd.index").write_bytes(bytes(361))
+    with pytest.raises(CheckpointError, match="361 bytes, more than 360"):
+        Bundle(tmp_path / "odd")
 
 
 def test_a_saved_model_that_keras_tracked_is_read(tmp_path):
@@ -880,7 +1044,9 @@ def test_broken_folders_raise_our_errors_alone(tmp_path, to):
     inner = next(path for path in (tmp_path / "there").iterdir() if path.is_dir())
     for path in sorted(path for path in inner.rglob("*") if path.is_file()):
         data = path.read_bytes()
-        for spoiled in (b"", data[: len(data) // 2], bytes(len(data))):
+        places = range(0, len(data), len(data) // 9 + 1)
+        flipped = [data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :] for at in places]
+        for spoiled in (b"", data[: len(data) // 2], bytes(len(data)), data + b"\0", *flipped):
             path.write_bytes(spoiled)
             with contextlib.suppress(CheckpointError):
                 checkpoint = Checkpoint(tmp_path / "there")
@@ -894,22 +1060,24 @@ def test_broken_folders_raise_our_errors_alone(tmp_path, to):
         Checkpoint(tmp_path / "there")
 
 
-def test_an_absent_library_of_a_writer_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("library", ["google-crc32c", "tensorflow"])
+def test_an_absent_library_of_a_writer_is_named(tmp_path, monkeypatch, library):
     source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
-    monkeypatch.setitem(sys.modules, "google_crc32c", None)
-    with pytest.raises(CheckpointError, match=r"needs google-crc32c: pip install 'olmozoo\[tf\]'"):
+    monkeypatch.setitem(sys.modules, library.replace("-", "_"), None)
+    with pytest.raises(CheckpointError, match=rf"needs {library}: pip install 'olmozoo\[tf\]'"):
         convert_checkpoint(source, tmp_path / "there", to="savedmodel")
     assert not (tmp_path / "there").exists()
 
 
-@pytest.mark.parametrize("missing", ["h5py", "tensorstore"])
-def test_an_absent_library_is_named(tmp_path, monkeypatch, missing):
-    pytest.importorskip(missing)
-    to = {"h5py": "keras-weights", "tensorstore": "orbax"}[missing]
+@pytest.mark.parametrize(
+    ("missing", "to"), [("h5py", "keras-weights"), ("tensorstore", "orbax"), ("google_crc32c", "savedmodel")]
+)
+def test_an_absent_library_is_named(tmp_path, monkeypatch, missing, to):
+    needs(to)
     source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
     convert_checkpoint(source, tmp_path / "there", to=to)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(CheckpointError, match=r"needs (h5py|orbax-checkpoint): pip install"):
+    with pytest.raises(CheckpointError, match=r"needs (h5py|orbax-checkpoint|google-crc32c): pip install"):
         Checkpoint(tmp_path / "there")
 
 

@@ -150,6 +150,26 @@ def test_conversions_that_are_killed_leave_the_old_checkpoint_or_the_new_one(ser
     assert abandoned(root) == []
 
 
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_saved_model_that_is_killed_leaves_the_old_checkpoint(tmp_path, delay):
+    """What TensorFlow does of it in a process of its own goes on for a while, and is in nobody's way."""
+    pytest.importorskip("tensorflow")
+    save(tmp_path / "source", 2)
+    save(tmp_path / "there", 1)
+    command = [sys.executable, "-m", "olmozoo.cli", "convert", tmp_path / "source", tmp_path / "there"]
+    with subprocess.Popen([*command, "--to", "savedmodel"], stderr=subprocess.DEVNULL) as process:
+        while not list(tmp_path.glob(".there.saving-*/.saved_model*")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(delay)
+        process.kill()
+    assert process.returncode == -9
+    assert number_of(tmp_path / "there") == 1
+    assert len(abandoned(tmp_path)) == 1
+    subprocess.run([*command, "--to", "savedmodel"], check=True, stderr=subprocess.DEVNULL)
+    assert number_of(tmp_path / "there") == 2
+
+
 # -- full disks -------------------------------------------------------------------------------------------------------
 
 LARGER = CONFIG.replace(vocab_size=20_000)  # 13 MB

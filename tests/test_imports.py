@@ -12,15 +12,12 @@ PACKAGE = ROOT / "olmozoo"
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "flax"}
 NEUTRAL = [
     "olmozoo",
-    *(
-        f"olmozoo.{room}"
-        for room in ("backend", "chat", "checkpoint", "cli", "convert", "decoding", "diff", "evaluate")
-    ),
+    *(f"olmozoo.{room}" for room in ("backend", "bundle", "chat", "checkpoint", "cli", "convert", "decoding", "diff")),
     *(
         f"olmozoo.{room}"
         for room in ("evaluate", "formats", "generation", "hub", "outputs", "pipeline", "report", "streaming")
     ),
-    *(f"olmozoo.{room}" for room in ("tokenizer", "verify")),
+    *(f"olmozoo.{room}" for room in ("saved_model", "tokenizer", "verify")),
 ]
 
 
@@ -77,6 +74,8 @@ def test_imports_run_one_way():
             allowed = ()
         elif room.startswith("families") or room in ("checkpoint", "generation", "outputs", "hub"):
             allowed = (*low, "olmozoo.families", "olmozoo.decoding")
+        elif room in ("bundle", "formats"):
+            allowed = (*low, "olmozoo.checkpoint", "olmozoo.bundle")
         elif room.split(".")[0] in ("pt", "tf", "flax"):
             neutral = ("checkpoint", "decoding", "generation", "outputs", "hub", "families")
             allowed = (*low, f"olmozoo.{room.split('.')[0]}", *(f"olmozoo.{name}" for name in neutral))
