@@ -60,6 +60,7 @@ TURNED_BAND = 1 << 24  # bytes that are transposed before they are written
 WRITE = 1 << 15  # bytes that the system is given at a time of a file that it keeps in memory
 PASSING = 1 << 22  # bytes of any other new file that it has in memory before it is asked to let go of them
 TILE = 256  # rows and columns that are transposed at a time
+MAPPINGS = 16  # of a `.bin`, one after the other: what was read of one stays in memory until it goes
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_DIMENSIONS = 64  # the limit of NumPy
 MAX_FILE_NAME = 255  # bytes; the limit of most file systems
@@ -303,27 +304,35 @@ def _read_pickled(file: Path) -> dict[str, TensorInfo]:
         import torch
     except ImportError as error:
         raise CheckpointError(f"reading {file} needs PyTorch: pip install 'olmozoo[pt]'") from error
+
+    def load(mmap: bool) -> Any:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+
+    is_mapped, used = True, 0
     try:
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            state = load(mmap=True)
         except RuntimeError:  # the old format, not a zip archive, cannot be mapped
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state, is_mapped = load(mmap=False), False
     except Exception as error:
         raise CheckpointError(f"{file} is not a readable state dict: {error}") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{file} does not hold a mapping from names to tensors")
 
-    def info(tensor: torch.Tensor) -> TensorInfo:
-        dtype = dtype_of(tensor.dtype)
+    def read(name: str) -> Array:
+        nonlocal state, used
+        if is_mapped and used > file.stat().st_size // MAPPINGS:
+            state, used = load(mmap=True), 0
+        tensor: torch.Tensor = state[name]
+        used += tensor.nbytes
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(dtype_of(tensor.dtype))
+        return tensor.numpy()
 
-        def read() -> Array:
-            if tensor.dtype == torch.bfloat16:
-                return tensor.view(torch.int16).numpy().view(dtype)
-            return tensor.numpy()
-
-        return TensorInfo(file, dtype, tuple(tensor.shape), read)
-
-    return {name: info(tensor) for name, tensor in state.items()}
+    return {
+        name: TensorInfo(file, dtype_of(tensor.dtype), tuple(tensor.shape), partial(read, name))
+        for name, tensor in state.items()
+    }
 
 
 # -- the checkpoint against the parameter table -----------------------------------------------------------------------
