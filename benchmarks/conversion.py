@@ -1,9 +1,10 @@
 """Time and peak memory of converting a checkpoint, beside the time that `cp` takes for the same bytes.
 
-    python benchmarks/conversion.py [--size 6GB] [--dtype bfloat16] [--to safetensors,orbax]
+    python benchmarks/conversion.py [--size 6GB] [--dtype bfloat16] [--to safetensors,orbax] [--back]
 
 A checkpoint of that size is made in a temporary folder, with the shapes of OLMo 2 7B and as many blocks as fit, and
-removed in the end; the disk must hold three of them. Each conversion runs in a process of its own, right after a `cp`,
+removed in the end; the disk must hold three of them. With --back, the way from each format to safetensors is measured
+instead, and `cp` copies what that format wrote. Each conversion runs in a process of its own, right after a `cp`,
 and what both wrote is flushed to disk between them, outside the time; shown is each one's best round. They do not end
 alike: `cp` leaves its copy in the system's memory, most of it not yet on disk, where a conversion leaves little. Peak
 memory is resident memory of any kind: with the interpreter and what is mapped of the source, without the
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--size", default="6GB")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--to", default="safetensors,pt-bin,flax-msgpack,keras-weights,orbax,savedmodel")
+    parser.add_argument("--back", action="store_true")
     parser.add_argument("--max-shard-size", default="5GB")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", help="where the temporary folder is made; default the system's own")
@@ -46,25 +48,31 @@ def main() -> None:
     from rich.table import Table
 
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        source, target = Path(folder, "source"), Path(folder, "target")
+        source, foreign, target = Path(folder, "source"), Path(folder, "foreign"), Path(folder, "target")
         run([sys.executable, __file__, "--size", options.size, "--dtype", options.dtype, "--make", str(source)])
         sizes = contents(source)
         largest, total = max(sizes), sum(sizes)
         title = f"{total / 1e9:.2f} GB of {options.dtype}, largest tensor {largest / 1e6:,.0f} MB"
-        table = Table("to", "seconds", "cp, seconds", "ratio", "peak, MB", title=title)
+        table = Table("from" if options.back else "to", "seconds", "cp, seconds", "ratio", "peak, MB", title=title)
         for column in table.columns[1:]:
             column.justify = "right"
         idle = run([sys.executable, "-c", "import olmozoo.convert, h5py"])[1]
-        for to in options.to.split(","):
-            command = ["convert", str(source), str(target), "--to", to, "--max-shard-size", options.max_shard_size]
+        for name in options.to.split(","):
+            whence, to = source, name
+            if options.back:
+                whence, to = foreign, "safetensors"
+                convert(source, foreign, name, options.max_shard_size)
+                os.sync()
             copies, runs = [], []
             for _ in range(options.rounds):
-                copies.append(run(["cp", "-r", str(source), str(target)]))
+                copies.append(run(["cp", "-r", str(whence), str(target)]))
                 clear(target)
-                runs.append(run([sys.executable, "-m", "olmozoo.cli", *command]))
+                runs.append(convert(whence, target, to, options.max_shard_size))
                 clear(target)
+            if options.back:
+                clear(foreign)
             copied, seconds, peak = min(copies)[0], min(runs)[0], max(peak for _, peak in runs)
-            table.add_row(to, f"{seconds:.1f}", f"{copied:.1f}", f"{seconds / copied:.2f}", f"{peak / 1e6:,.0f}")
+            table.add_row(name, f"{seconds:.1f}", f"{copied:.1f}", f"{seconds / copied:.2f}", f"{peak / 1e6:,.0f}")
         Console().print(table)
         Console().print(f"the program alone takes {idle / 1e6:,.0f} MB")
 
@@ -99,6 +107,12 @@ def contents(folder: Path) -> list[int]:
 
     tensors = Checkpoint(folder).tensors.values()
     return [int(np.prod(info.shape, dtype=np.int64)) * info.dtype.itemsize for info in tensors]
+
+
+def convert(source: Path, target: Path, to: str, max_shard_size: str) -> tuple[float, int]:
+    """Convert a folder; as `run`."""
+    command = ["convert", str(source), str(target), "--to", to, "--max-shard-size", max_shard_size]
+    return run([sys.executable, "-m", "olmozoo.cli", *command])
 
 
 def run(command: list[str]) -> tuple[float, int]:
