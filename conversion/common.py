@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from rich.table import Table
-from tensors import Source, from_info, same_bits, stacked
+from tensors import Source, from_info, stacked
 
 from olmozoo.checkpoint import (
     GENERATION_CONFIG,
@@ -24,6 +24,7 @@ from olmozoo.checkpoint import (
     Output,
     fail,
     replacing_folder,
+    same_bits,
     write_config,
     write_json,
     write_weights,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ import numpy as np
 
 from olmozoo.checkpoint import Array, TensorInfo
 from olmozoo.errors import CheckpointError
-
-BAND = 1 << 19  # bytes compared at a time: little memory, and in the caches
 
 
 @dataclass(frozen=True)
@@ -145,16 +141,6 @@ def stacked(parts: Sequence[Source]) -> Array:
         result[row : row + part.shape[0]] = part.read()
         row += part.shape[0]
     return result
-
-
-def same_bits(a: Array, b: Array) -> bool:
-    """Whether two arrays hold the same bits in the same shape and dtype: NaN, and the sign of zero, count."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    left, right = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))
-    bands = [slice(i, i + BAND) for i in range(0, left.size, BAND)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # reading mapped pages in is most of the work
-        return all(pool.map(lambda band: np.array_equal(left[band], right[band]), bands))
 
 
 def whole_numbers(values: Any) -> tuple[int, ...] | None:

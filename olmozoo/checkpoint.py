@@ -499,6 +499,16 @@ def _on_all_cores(work: Callable[[slice], None], rows: int, nbytes: int) -> None
         list(pool.map(work, (slice(row, row + share) for row in range(0, rows, share))))
 
 
+def same_bits(a: Array, b: Array) -> bool:
+    """Whether two arrays hold the same bits in the same shape and dtype: NaN, and the sign of zero, count."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    left, right = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))
+    bands = [slice(i, i + BAND) for i in range(0, left.size, BAND)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # reading mapped pages in is most of the work
+        return all(pool.map(lambda band: np.array_equal(left[band], right[band]), bands))
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 

@@ -37,6 +37,7 @@ from olmozoo.checkpoint import (
     new_file,
     parse_size,
     replacing_folder,
+    same_bits,
     write_config,
     write_weights,
 )
@@ -289,16 +290,11 @@ def _copy_settings(source: Any, folder: Path, staging: Path, hub_options: dict[s
 def _verify(staging: Path, config: ModelConfig, head: Head | None, tensors: dict[Parameter, Output]) -> None:
     written = _tensors(Checkpoint(staging), config, head, None)
     problems = [
-        f"{output.name} differs" for parameter, output in tensors.items() if not _same(written[parameter], output)
+        f"{output.name} differs"
+        for parameter, output in tensors.items()
+        if not same_bits(written[parameter].read(), output.read())
     ]
     fail("what was written is not what was read", problems)
-
-
-def _same(a: Output, b: Output) -> bool:
-    """Whether two tensors go to disk as the same bits."""
-    if a.dtype != b.dtype:
-        return False
-    return all(bytes(one) == bytes(other) for one, other in zip(a.pieces(), b.pieces(), strict=True))
 
 
 def _turned(parameter: Parameter, output: Output, name: str) -> Output:
