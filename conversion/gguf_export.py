@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import gguf
 import ml_dtypes
@@ -33,7 +33,7 @@ from common import (
 from rich.table import Table
 from tensors import Source, mapped
 
-from olmozoo.checkpoint import Array
+from olmozoo.checkpoint import Array, Output, new_file
 from olmozoo.errors import CheckpointError, ConfigError
 from olmozoo.families.base import ModelConfig, Parameter, read_json
 from olmozoo.families.olmo import OlmoConfig
@@ -114,6 +114,10 @@ class Tensor:
     def nbytes(self) -> int:
         """Its size in the file."""
         return self.parameter.size * self.dtype.itemsize
+
+    def output(self, advance: Callable[[Array], Array]) -> Output:
+        """What writes it, in bands, and shows that."""
+        return Output(self.name, self.dtype, self.parameter.shape, lambda: advance(self.read()))
 
 
 def plan(config: OlmoConfig | Olmo2Config, sources: dict[str, Source]) -> list[Tensor]:
@@ -212,11 +216,9 @@ def pre_tokenizer(data: Any, where: Path) -> str:
     )
 
 
-def write(file: Path, config: OlmoConfig | Olmo2Config, tensors: list[Tensor], src: Path, verify: bool) -> None:
-    """Write the file beside its place, one tensor in memory at a time; it goes there when it is whole and checked."""
-    part = file.with_name(f".{file.name}.part")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(part, gguf.MODEL_ARCH_NAMES[arch_of(config)])
+def header(file: Path, config: OlmoConfig | Olmo2Config, tensors: list[Tensor], src: Path) -> bytes:
+    """The file up to its tensors. The library writes to files alone, so it goes through `file`."""
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch_of(config)])
     try:
         largest = max(tensors, key=lambda tensor: tensor.parameter.size)
         add_config(writer, config, src.resolve().name, KINDS[largest.dtype])
@@ -228,16 +230,34 @@ def write(file: Path, config: OlmoConfig | Olmo2Config, tensors: list[Tensor], s
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with progress("writing", sum(tensor.nbytes for tensor in tensors)) as advance:
-            for tensor in tensors:
-                writer.write_tensor_data(np.ascontiguousarray(advance(tensor.read())).view(np.uint8))
         writer.close()
+        return file.read_bytes()
+    finally:
+        writer.close()
+        file.unlink(missing_ok=True)
+
+
+def write(file: Path, config: OlmoConfig | Olmo2Config, tensors: list[Tensor], src: Path, verify: bool) -> None:
+    """Write the file beside its place, one tensor in memory at a time; it goes there when it is whole and checked."""
+    part = file.with_name(f".{file.name}.part")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    start = header(part, config, tensors, src)
+
+    def pad(stream: IO[bytes]) -> None:
+        stream.write(bytes(-stream.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
+
+    try:
+        with new_file(part) as stream, progress("writing", sum(tensor.nbytes for tensor in tensors)) as advance:
+            stream.write(start)
+            pad(stream)
+            for tensor in tensors:
+                tensor.output(advance).write(stream)
+                pad(stream)
         if verify:
             written = read_back(part)
             compare((tensor.name, tensor.read, written[tensor.name]) for tensor in tensors)
         os.replace(part, file)
     finally:
-        writer.close()
         part.unlink(missing_ok=True)
 
 
