@@ -3,12 +3,13 @@
     python benchmarks/conversion.py [--size 6GB] [--dtype bfloat16] [--to safetensors,orbax] [--back]
 
 A checkpoint of that size is made in a temporary folder, with the shapes of OLMo 2 7B and as many blocks as fit, and
-removed in the end; the disk must hold three of them. With --back, the way from each format to safetensors is measured
-instead, and `cp` copies what that format wrote. Each conversion runs in a process of its own, right after a `cp`,
-and what both wrote is flushed to disk between them, outside the time; shown is each one's best round. They do not end
-alike: `cp` leaves its copy in the system's memory, most of it not yet on disk, where a conversion leaves little. Peak
-memory is resident memory of any kind: with the interpreter and what is mapped of the source, without the
-kernel's cache of files. For savedmodel it is that of the larger of two processes.
+removed in the end; the disk must hold three of them. Any format of `olmozoo convert --to` can be named, and any program
+in `conversion/`, which then runs without its comparison at the end, as `olmozoo convert` does. With --back, the way
+from each to safetensors is measured instead, and `cp` copies what that format wrote. Each conversion runs in a process
+of its own, right after a `cp`, and what both wrote is flushed to disk between them, outside the time; shown is each
+one's best round. They do not end alike: `cp` leaves its copy in the system's memory, most of it not yet on disk, where
+a conversion leaves little. Peak memory is resident memory of any kind: with the interpreter and what is mapped of the
+source, without the kernel's cache of files. For savedmodel it is that of the larger of two processes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,14 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parents[1]
+FORMATS = ("safetensors", "pt-bin", "flax-msgpack", "keras-weights", "orbax", "savedmodel")
+TO_PROGRAMS = {
+    "olmo_native": ("--reverse",),
+    "olmo_core": ("--reverse",),
+    "mha_to_gqa": ("--kv-heads", "8"),
+    "gguf_export": (),
+}
+FROM_PROGRAMS = ("olmo_native", "olmo_core")
 
 
 def main() -> None:
@@ -32,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="6GB")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--to", default="safetensors,pt-bin,flax-msgpack,keras-weights,orbax,savedmodel")
+    parser.add_argument("--to", help="names, with commas; default all")
     parser.add_argument("--back", action="store_true")
     parser.add_argument("--max-shard-size", default="5GB")
     parser.add_argument("--rounds", type=int, default=2)
@@ -57,17 +66,19 @@ def main() -> None:
         for column in table.columns[1:]:
             column.justify = "right"
         idle = run([sys.executable, "-c", "import olmozoo.convert, h5py"])[1]
-        for name in options.to.split(","):
-            whence, to = source, name
+        names = [*FORMATS, *(FROM_PROGRAMS if options.back else TO_PROGRAMS)]
+        for name in options.to.split(",") if options.to else names:
+            forth, back = conversion(name, options.max_shard_size)
+            whence, command = source, forth
             if options.back:
-                whence, to = foreign, "safetensors"
-                convert(source, foreign, name, options.max_shard_size)
+                whence, command = foreign, back
+                run([*forth, str(source), str(foreign)])
                 os.sync()
             copies, runs = [], []
             for _ in range(options.rounds):
                 copies.append(run(["cp", "-r", str(whence), str(target)]))
                 clear(target)
-                runs.append(convert(whence, target, to, options.max_shard_size))
+                runs.append(run([*command, str(whence), str(target)]))
                 clear(target)
             if options.back:
                 clear(foreign)
@@ -109,10 +120,15 @@ def contents(folder: Path) -> list[int]:
     return [int(np.prod(info.shape, dtype=np.int64)) * info.dtype.itemsize for info in tensors]
 
 
-def convert(source: Path, target: Path, to: str, max_shard_size: str) -> tuple[float, int]:
-    """Convert a folder; as `run`."""
-    command = ["convert", str(source), str(target), "--to", to, "--max-shard-size", max_shard_size]
-    return run([sys.executable, "-m", "olmozoo.cli", *command])
+def conversion(name: str, max_shard_size: str) -> tuple[list[str], list[str]]:
+    """The commands to a format and back, without what they read and write."""
+    if name in TO_PROGRAMS:
+        back = [sys.executable, f"conversion/{name}.py", "--no-verify"]
+        if name != "gguf_export":  # always one file
+            back += ["--max-shard-size", max_shard_size]
+        return [*back, *TO_PROGRAMS[name]], back
+    command = [sys.executable, "-m", "olmozoo.cli", "convert", "--max-shard-size", max_shard_size, "--to"]
+    return [*command, name], [*command, "safetensors"]
 
 
 def run(command: list[str]) -> tuple[float, int]:
@@ -128,10 +144,10 @@ def run(command: list[str]) -> tuple[float, int]:
     return seconds, usage.ru_maxrss * 1024
 
 
-def clear(folder: Path) -> None:
-    """Wait until all is on disk, then remove the folder."""
+def clear(path: Path) -> None:
+    """Wait until all is on disk, then remove a folder or file."""
     os.sync()
-    shutil.rmtree(folder)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 if __name__ == "__main__":
