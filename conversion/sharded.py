@@ -7,7 +7,6 @@ sharded tensors, and `model/rankN.pt` files that hold FSDP's flat parameters.
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -20,9 +19,11 @@ from tensors import Piece, Source, assembled, reshaped, whole_numbers
 
 from olmozoo.checkpoint import DTYPES, Output, fail
 from olmozoo.convert import write_pickled
-from olmozoo.errors import CheckpointError, MissingBackendError
+from olmozoo.errors import CheckpointError
+from olmozoo.pickling import Made, Named, pickled
 
 METADATA = ".metadata"
+DESCRIPTIONS = "torch.distributed.checkpoint.metadata"
 
 
 def read_distributed(folder: Path, prefix: str) -> dict[str, Source]:
@@ -230,31 +231,43 @@ def _spans(handle: dict[str, Any]) -> Iterator[tuple[str, Any, int, int, int | N
 
 
 def write_distributed(folder: Path, outputs: Sequence[Output]) -> None:
-    """Write a distributed checkpoint that PyTorch's own reader and OLMo-core's load: a file for each tensor.
-
-    Raises:
-        MissingBackendError: PyTorch is not installed.
-    """
-    try:
-        import torch
-        from torch.distributed.checkpoint import metadata as dcp
-        from torch.distributed.checkpoint.filesystem import _StorageInfo
-    except ImportError as error:
-        raise MissingBackendError("writing .metadata needs PyTorch: pip install 'olmozoo[pt]'") from error
-
-    entries: dict[str, Any] = {}
+    """Write a distributed checkpoint that PyTorch's own reader and OLMo-core's load: a file for each tensor."""
+    entries = {}
     places = {}
     for number, output in enumerate(outputs):
         file = folder / f"__0_{number}.distcp"
         write_pickled(file, [output], single=True)
-        shape = torch.Size(output.shape)
-        origin = torch.Size([0] * len(shape))
-        entries[output.name] = dcp.TensorStorageMetadata(
-            properties=dcp.TensorProperties(dtype=getattr(torch, output.dtype.name)),
-            size=shape,
-            chunks=[dcp.ChunkStorageMetadata(offsets=origin, sizes=shape)],
+        shape, origin = (Made(Named("torch", "Size"), (sizes,)) for sizes in (output.shape, (0,) * len(output.shape)))
+        chunk = _described("ChunkStorageMetadata", {"offsets": origin, "sizes": shape})
+        properties = _described(
+            "TensorProperties",
+            (
+                Named("torch", output.dtype.name),
+                Made(Named("torch.serialization", "_get_layout"), ("torch.strided",)),
+                False,  # requires_grad
+                Made(Named(DESCRIPTIONS, "_MEM_FORMAT_ENCODING"), (0,)),  # contiguous
+                False,  # pin_memory
+            ),
         )
-        places[dcp.MetadataIndex(output.name, origin)] = _StorageInfo(file.name, 0, file.stat().st_size)
-    planner = {name: tuple(name.split(".", 1)) for name in entries}
-    metadata = dcp.Metadata(state_dict_metadata=entries, planner_data=planner, storage_data=places)
-    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+        entries[output.name] = _described(
+            "TensorStorageMetadata", {"properties": properties, "size": shape, "chunks": [chunk]}
+        )
+        index = _described("MetadataIndex", {"fqn": output.name, "index": None, "offset": origin})
+        places[index] = Made(
+            Named("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            None,
+            {"relative_path": file.name, "offset": 0, "length": file.stat().st_size},
+        )
+    metadata = {
+        "state_dict_metadata": entries,
+        "planner_data": {name: tuple(name.split(".", 1)) for name in entries},
+        "storage_data": places,
+        "storage_meta": None,
+        "version": None,
+    }
+    (folder / METADATA).write_bytes(pickled(_described("Metadata", metadata)))
+
+
+def _described(kind: str, state: Any) -> Made:
+    """An object of one of the classes that describe a distributed checkpoint."""
+    return Made(Named(DESCRIPTIONS, kind), None, state)

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import zipfile
@@ -45,6 +44,7 @@ from olmozoo.errors import CheckpointError, HubError, InputError
 from olmozoo.families.base import ARCHITECTURES, BASE_PREFIX, HEAD_MODULES, Head, Kind, ModelConfig, Parameter
 from olmozoo.formats import FLAX_WEIGHTS, KERAS, KERAS_WEIGHTS, ORBAX
 from olmozoo.generation import GenerationConfig
+from olmozoo.pickling import Made, Named, Persistent, pickled
 from olmozoo.saved_model import write_saved_model
 
 WINGS = {"pt": "", "tf": "TF", "flax": "Flax"}  # and how their classes' names begin
@@ -328,7 +328,9 @@ def write_pickled(file: Path, outputs: list[Output], *, single: bool = False) ->
     """
     with new_file(file) as stream, zipfile.ZipFile(stream, "w") as archive:
         # A ZipInfo of our own, and not a name alone, has a fixed date: the same weights give the same bytes.
-        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickled(outputs, single))
+        tensors = {output.name: _rebuilt(number, output) for number, output in enumerate(outputs)}
+        content = pickled(tensors[outputs[0].name] if single else tensors)
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), content)
         archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
         for number, output in enumerate(outputs):
             entry = zipfile.ZipInfo(f"archive/data/{number}")
@@ -340,28 +342,13 @@ def write_pickled(file: Path, outputs: list[Output], *, single: bool = False) ->
         archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
 
 
-def _pickled(outputs: list[Output], single: bool) -> bytes:
-    """The pickle of tensors whose storages lie in the entries 0, 1, ...
-
-    It is put together by hand, since the pickle module pickles references to functions of `torch` only if it can import
-    them. Protocol 2, as torch.save.
-    """
-
-    def plain(value: Any) -> bytes:
-        # what pickle writes for it, less the protocol, the frame of memory (protocol 2 has none) and the stop
-        return pickle.dumps(value, protocol=2)[2:-1]
-
-    def tensor(number: int, output: Output) -> bytes:
-        strides = tuple(math.prod(output.shape[i + 1 :]) for i in range(len(output.shape)))
-        storage = b"(" + plain("storage") + b"ctorch\n" + STORAGES[output.dtype.name].encode() + b"\n"
-        storage += plain(str(number)) + plain("cpu") + plain(math.prod(output.shape)) + b"tQ"
-        arguments = b"(" + storage + plain(0) + plain(output.shape) + plain(strides) + plain(False)
-        return b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"ccollections\nOrderedDict\n)RtR"
-
-    if single:
-        return b"\x80\x02" + tensor(0, outputs[0]) + b"."
-    entries = b"".join(plain(output.name) + tensor(number, output) for number, output in enumerate(outputs))
-    return b"\x80\x02}(" + entries + b"u."
+def _rebuilt(number: int, output: Output) -> Made:
+    """A tensor whose storage lies in the entry of that number."""
+    strides = tuple(math.prod(output.shape[i + 1 :]) for i in range(len(output.shape)))
+    kind = Named("torch", STORAGES[output.dtype.name])
+    storage = Persistent(("storage", kind, str(number), "cpu", math.prod(output.shape)))
+    hooks = Made(Named("collections", "OrderedDict"), ())
+    return Made(Named("torch._utils", "_rebuild_tensor_v2"), (storage, 0, output.shape, strides, False, hooks))
 
 
 # -- Flax -------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,8 @@ def write_saved_model(folder: Path, class_name: str, outputs: list[Output]) -> N
             raise CheckpointError(f"writing savedmodel needs {name}: pip install 'olmozoo[tf]'")
     code = "import sys; from olmozoo.saved_model import export; export(*sys.argv[1:])"
     command = [sys.executable, "-P", "-c", code, str(folder), class_name, outputs[0].dtype.name]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": "-1"}
+    settings = {"KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "-1"}
+    environment = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)}
     with (
         tempfile.TemporaryFile() as said,
         subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=said, stderr=said) as process,
@@ -62,6 +63,8 @@ def write_saved_model(folder: Path, class_name: str, outputs: list[Output]) -> N
 def export(staging: str, class_name: str, dtype: str) -> None:
     """Write a SavedModel without its weights, join those to it when stdin tells where they lie, and end the process."""
     gc.disable()  # so short a life leaves little to collect, and looking for it takes a fifth of the time
+    # TensorFlow and Keras import these where they are installed, for converters and plots, and do without where not.
+    sys.modules.update(jax=None, matplotlib=None)  # type: ignore[arg-type]
     import tensorflow
 
     wing = importlib.import_module("olmozoo.tf")

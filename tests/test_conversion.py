@@ -58,7 +58,6 @@ def test_back_and_forth_is_the_same_folder_byte_for_byte(tmp_path, src, form):
 
 
 def test_olmo_core_back_and_forth_is_the_same_folder(tmp_path):
-    pytest.importorskip("torch")
     olmo_core.main(CORE, tmp_path / "canonical", max_sequence_length=64)
     olmo_core.main(tmp_path / "canonical", tmp_path / "core", reverse=True)
     olmo_core.main(tmp_path / "core", tmp_path / "again")
@@ -67,7 +66,6 @@ def test_olmo_core_back_and_forth_is_the_same_folder(tmp_path):
 
 
 def test_an_olmo_in_olmo_core_goes_back_and_forth(tmp_path):
-    pytest.importorskip("torch")
     olmo_native.main(NATIVE["olmo1-mha-clip"], tmp_path / "canonical")
     olmo_core.main(tmp_path / "canonical", tmp_path / "core", reverse=True)
     olmo_core.main(tmp_path / "core", tmp_path / "again")
@@ -98,6 +96,40 @@ def test_pytorchs_own_reader_loads_the_distributed_checkpoint(tmp_path):
     dcp.load(state, checkpoint_id=str(tmp_path / "core/model_and_optim"), no_dist=True)
     for name, source in sources.items():
         assert np.array_equal(state["model"][name].numpy(), source.read())
+
+
+def test_the_distributed_checkpoint_is_described_as_pytorch_describes_one(tmp_path):
+    torch = pytest.importorskip("torch")
+    import torch.distributed.checkpoint as dcp
+
+    olmo_core.main(CORE, tmp_path / "canonical")
+    olmo_core.main(tmp_path / "canonical", tmp_path / "core", reverse=True)
+    state = {"model": {n: torch.tensor(s.read()) for n, s in olmo_core.core_sources(CORE, tied=False).items()}}
+    dcp.save(state, checkpoint_id=str(tmp_path / "theirs"), no_dist=True)
+    theirs = dcp.FileSystemReader(tmp_path / "theirs").read_metadata()
+    ours = dcp.FileSystemReader(tmp_path / "core/model_and_optim").read_metadata()
+    assert ours.state_dict_metadata == theirs.state_dict_metadata
+    assert ours.planner_data == theirs.planner_data
+    assert ours.storage_data.keys() == theirs.storage_data.keys()
+    for place in ours.storage_data.values():
+        assert type(place) is type(next(iter(theirs.storage_data.values())))
+        assert (tmp_path / "core/model_and_optim" / place.relative_path).stat().st_size == place.length
+
+
+def test_no_conversion_of_torch_files_needs_pytorch(tmp_path):
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import olmo_core, olmo_native\n"
+        "from pathlib import Path\n"
+        "core, native, out = map(Path, sys.argv[1:])\n"
+        "olmo_core.main(core, out / 'a'); olmo_core.main(out / 'a', out / 'b', reverse=True)\n"
+        "olmo_core.main(out / 'b', out / 'c')\n"
+        "olmo_native.main(native, out / 'd'); olmo_native.main(out / 'd', out / 'e', reverse=True)"
+    )
+    words = [sys.executable, "-c", program, str(CORE), str(NATIVE["olmo2-gqa"]), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=os.path.dirname(olmo_core.__file__))
+    assert done.returncode == 0, done.stderr
+    assert tree(tmp_path / "a") == tree(tmp_path / "c")
 
 
 def test_the_trainers_safetensors_keys(tmp_path):

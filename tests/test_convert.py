@@ -109,6 +109,7 @@ def test_a_saved_model_serves_and_comes_back(tmp_path, monkeypatch, family, head
         monkeypatch.setattr(os, "posix_fadvise", lambda *call: asked.append(os.fstat(call[0]).st_size))
     monkeypatch.setattr("olmozoo.checkpoint.PASSING", 5000)
     monkeypatch.setattr("olmozoo.checkpoint.BAND", 1000)
+    monkeypatch.setenv("KERAS_BACKEND", "jax")  # of whoever converts; it takes TensorFlow all the same
     convert_checkpoint(source, there, to="savedmodel", verify=True)
     total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     if can_ask:
@@ -166,6 +167,8 @@ def test_a_saved_model_is_made_without_the_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(saved_model.subprocess, "Popen", Here)
     monkeypatch.setattr(saved_model.gc, "disable", lambda: None)
     monkeypatch.setattr(saved_model.os, "_exit", ends.append)
+    for name in ("jax", "matplotlib"):  # which it does without
+        monkeypatch.setitem(sys.modules, name, None)
     source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
     convert_checkpoint(source, tmp_path / "there", to="savedmodel")
     graph = len(Bundle(tmp_path / "there/saved_model/variables/variables").read_text("_CHECKPOINTABLE_OBJECT_GRAPH"))
@@ -179,10 +182,12 @@ def test_what_fails_beside_a_saved_model_is_told(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow")
     source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
     with monkeypatch.context() as patch:
-        patch.setenv("KERAS_BACKEND", "jax")
-        with pytest.raises(CheckpointError, match=r"TensorFlow could not write: .*needs Keras on TensorFlow"):
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken/keras.py").write_text("raise ValueError('of no use')")
+        patch.syspath_prepend(tmp_path / "broken")
+        with pytest.raises(CheckpointError, match="TensorFlow could not write: ValueError: of no use"):
             convert_checkpoint(source, tmp_path / "there", to="savedmodel")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "broken"}
 
     started = []
 
