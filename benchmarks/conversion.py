@@ -6,10 +6,11 @@ A checkpoint of that size is made in a temporary folder, with the shapes of OLMo
 removed in the end; the disk must hold three of them. Any format of `olmozoo convert --to` can be named, and any program
 in `conversion/`, which then runs without its comparison at the end, as `olmozoo convert` does. With --back, the way
 from each to safetensors is measured instead, and `cp` copies what that format wrote. Each conversion runs in a process
-of its own, right after a `cp`, and what both wrote is flushed to disk between them, outside the time; shown is each
-one's best round. They do not end alike: `cp` leaves its copy in the system's memory, most of it not yet on disk, where
-a conversion leaves little. Peak memory is resident memory of any kind: with the interpreter and what is mapped of the
-source, without the kernel's cache of files. For savedmodel it is that of the larger of two processes.
+of its own, right after a `cp`, and what both wrote is flushed to disk between them, outside the time; shown are the
+medians, and the range of the rounds' ratios. They do not end alike: `cp` leaves its copy in the system's memory, most
+of it not yet on disk, where a conversion leaves little. Peak memory is resident memory of any kind: with the
+interpreter and what is mapped of the source, without the kernel's cache of files. For savedmodel it is that of the
+larger of two processes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,7 +46,7 @@ def main() -> None:
     parser.add_argument("--to", help="names, with commas; default all")
     parser.add_argument("--back", action="store_true")
     parser.add_argument("--max-shard-size", default="5GB")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", help="where the temporary folder is made; default the system's own")
     parser.add_argument("--preset", default="olmo2-7b", help=argparse.SUPPRESS)
     parser.add_argument("--make", help=argparse.SUPPRESS)  # of a process of its own, whose memory is not measured
@@ -82,8 +84,15 @@ def main() -> None:
                 clear(target)
             if options.back:
                 clear(foreign)
-            copied, seconds, peak = min(copies)[0], min(runs)[0], max(peak for _, peak in runs)
-            table.add_row(name, f"{seconds:.1f}", f"{copied:.1f}", f"{seconds / copied:.2f}", f"{peak / 1e6:,.0f}")
+            copied, seconds = ([taken for taken, _ in series] for series in (copies, runs))
+            ratios = [own / other for own, other in zip(seconds, copied, strict=True)]
+            table.add_row(
+                name,
+                f"{statistics.median(seconds):.1f}",
+                f"{statistics.median(copied):.1f}",
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
+                f"{max(peak for _, peak in runs) / 1e6:,.0f}",
+            )
         Console().print(table)
         Console().print(f"the program alone takes {idle / 1e6:,.0f} MB")
 

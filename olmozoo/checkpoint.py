@@ -473,16 +473,19 @@ def aligned_copy(array: Array, transposed: bool) -> Array:
 def _turn(array: Array, result: Array) -> None:
     """Write the transpose of a matrix into `result`.
 
-    It goes by tiles that fit the cache of a core, each copied before it is turned: lines that lie a power of two apart
-    would push each other out. NumPy turns whole numbers faster than bfloat16.
+    It goes by tiles that fit the cache of a core, each copied before it is turned, to rows that do not lie a power of
+    two apart: those would push each other out. NumPy turns whole numbers faster than bfloat16.
     """
     bits = np.dtype(f"u{array.itemsize}")
     array, result = array.view(bits), result.view(bits)
 
     def fill(rows: slice) -> None:
+        memory = np.empty((TILE, min(TILE, len(result)) + ALIGNMENT // array.itemsize), bits)
         for column in range(0, len(result), TILE):
             for row in range(rows.start, min(rows.stop, len(array)), TILE):
-                tile = array[row : row + TILE, column : column + TILE].copy()
+                part = array[row : row + TILE, column : column + TILE]
+                tile = memory[: part.shape[0], : part.shape[1]]
+                np.copyto(tile, part)
                 result[column : column + TILE, row : row + TILE] = tile.T
 
     _on_all_cores(fill, len(array), array.nbytes)
@@ -528,7 +531,7 @@ class Output:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def bands(self, limit: int) -> Iterator[Array]:
-        """The values as they go to disk, in bands of rows; each holds until the next is asked for.
+        """The values as they go to disk, in bands of rows; each holds until the one after the next is asked for.
 
         They come through a little memory that stays the same: systems are several times slower in writing from a mapped
         file, and in setting memory aside for each tensor. The next band is made while one is written.
@@ -546,11 +549,11 @@ class Output:
         most = max(1, limit * len(source) // max(1, self.nbytes))
         count = max(1, -(-len(source) // max(1, -(-len(source) // most))))  # as even as can be
         starts = range(0, len(source), count)
-        memories = [np.empty_like(source[start:][:count], order="C") for start in starts[:2]]
+        memories = [np.empty_like(source[start:][:count], order="C") for start in starts[:3]]
 
         def fill(number: int) -> Array:
             part = source[starts[number] :][:count]
-            band = memories[number % 2][: len(part)]
+            band = memories[number % 3][: len(part)]
             if self.transposed:
                 _turn(part.T, band)
             else:
@@ -654,6 +657,46 @@ def new_file(path: Path, kept: bool = False) -> IO[bytes]:
         FileExistsError: there is one: it may be a hard link to that of an older checkpoint.
     """
     return io.BufferedWriter(_NewFile(path, kept), WRITE)
+
+
+class Behind:
+    """A file that writes on while the next bytes are made; what it is given must hold until its next call returns."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[int] | None = None
+
+    def write(self, data: Any) -> int:
+        """Begin to write, once what was before is written."""
+        self.flush()
+        self._writing = self._thread.submit(self._stream.write, data)
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        """Wait until all is written.
+
+        Raises:
+            OSError: it could not be.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def tell(self) -> int:
+        """The place in the file."""
+        self.flush()
+        return self._stream.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place in the file."""
+        self.flush()
+        return self._stream.seek(offset, whence)
+
+    def close(self) -> None:
+        """Write all; the file itself stays open."""
+        with self._thread:
+            self.flush()
 
 
 def write_config(folder: Path, config: ModelConfig, head: Head | None, outputs: list[Output]) -> None:

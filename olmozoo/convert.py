@@ -28,6 +28,7 @@ from olmozoo.checkpoint import (
     GENERATION_CONFIG,
     PICKLED,
     Array,
+    Behind,
     Checkpoint,
     Output,
     dtype_of,
@@ -326,16 +327,20 @@ def write_pickled(file: Path, outputs: list[Output], *, single: bool = False) ->
         outputs: the tensors.
         single: write the one tensor that there is, and not a dict.
     """
-    with new_file(file) as stream, zipfile.ZipFile(stream, "w") as archive:
-        # A ZipInfo of our own, and not a name alone, has a fixed date: the same weights give the same bytes.
+    with (
+        new_file(file) as stream,
+        contextlib.closing(Behind(stream)) as behind,
+        zipfile.ZipFile(behind, "w") as archive,
+    ):
         tensors = {output.name: _rebuilt(number, output) for number, output in enumerate(outputs)}
         content = pickled(tensors[outputs[0].name] if single else tensors)
+        # A ZipInfo of our own, and not a name alone, has a fixed date: the same weights give the same bytes.
         archive.writestr(zipfile.ZipInfo("archive/data.pkl"), content)
         archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
         for number, output in enumerate(outputs):
             entry = zipfile.ZipInfo(f"archive/data/{number}")
             header = 30 + len(entry.filename) + 20 + 4  # the entry's own, its sizes in 64 bits, the padding's head
-            padding = -(stream.tell() + header) % ALIGNMENT
+            padding = -(behind.tell() + header) % ALIGNMENT
             entry.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)  # as torch.save aligns tensors
             with archive.open(entry, "w", force_zip64=True) as values:
                 output.write(values)

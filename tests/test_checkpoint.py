@@ -1,11 +1,15 @@
 """The reader and the writer of checkpoint folders: what is right loads exactly, what is wrong is named."""
 
+import contextlib
+import errno
+import io
 import json
 import os
 import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -18,6 +22,7 @@ from olmozoo.checkpoint import (
     BAND,
     PASSING,
     WRITE,
+    Behind,
     Checkpoint,
     Output,
     dtype_of,
@@ -518,6 +523,35 @@ def test_an_old_folder_put_aside_by_a_killed_save_comes_back(tmp_path, monkeypat
     for name, array in load(folder).items():
         assert np.array_equal(array, expected[name])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_is_written_behind_comes_in_order_and_fails_aloud():
+    class Slow(io.BytesIO):
+        def write(self, data):
+            time.sleep(0.005)
+            return super().write(data)
+
+    array = np.random.default_rng(0).standard_normal((90, 50)).astype(np.float32)
+    stream, output = Slow(), Output("x", array.dtype, array.shape, lambda: array)
+    with contextlib.closing(Behind(stream)) as behind:
+        assert behind.write(b"head") == 4
+        for band in output.bands(1000):
+            behind.write(band.reshape(-1).view(np.uint8).data)
+        assert behind.tell() == 4 + array.nbytes
+        behind.seek(0)
+        behind.write(b"tail")
+    assert stream.getvalue() == b"tail" + array.tobytes()
+
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "no space left")
+
+    for call in (lambda behind: behind.write(b"more"), Behind.tell, lambda behind: behind.seek(0), Behind.close):
+        behind = Behind(Full())
+        behind.write(b"some")
+        with pytest.raises(OSError, match="no space left"):
+            call(behind)
+        behind.close()
 
 
 @pytest.mark.parametrize(("kept", "most"), [(True, WRITE), (False, BAND)])
