@@ -64,7 +64,7 @@ def export(staging: str, class_name: str, dtype: str) -> None:
     """Write a SavedModel without its weights, join those to it when stdin tells where they lie, and end the process."""
     gc.disable()  # so short a life leaves little to collect, and looking for it takes a fifth of the time
     # TensorFlow and Keras import these where they are installed, for converters and plots, and do without where not.
-    sys.modules.update(jax=None, matplotlib=None)  # type: ignore[arg-type]
+    sys.modules.update(jax=None, matplotlib=None)  # type: ignore[call-overload]
     import tensorflow
 
     wing = importlib.import_module("olmozoo.tf")
