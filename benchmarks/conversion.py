@@ -5,11 +5,11 @@
 A checkpoint of that size is made in a temporary folder, with the shapes of OLMo 2 7B and as many blocks as fit, and
 removed in the end; the disk must hold three of them. Any format of `olmozoo convert --to` can be named, and any program
 in `conversion/`, which then runs without its comparison at the end, as `olmozoo convert` does. With --back, the way
-from each to safetensors is measured instead, and `cp` copies what that format wrote. Each conversion runs in a process
-of its own, right after a `cp`, and what both wrote is flushed to disk between them, outside the time; shown are the
-medians, and the range of the rounds' ratios. They do not end alike: `cp` leaves its copy in the system's memory, most
-of it not yet on disk, where a conversion leaves little. Peak memory is resident memory of any kind: with the
-interpreter and what is mapped of the source, without the kernel's cache of files. For savedmodel it is that of the
+from each that has one to safetensors is measured instead, and `cp` copies what that format wrote. Each conversion runs
+in a process of its own, right after a `cp`, and what both wrote is flushed to disk between them, outside the time;
+shown are the medians, and the range of the rounds' ratios. They do not end alike: `cp` leaves its copy in the system's
+memory, most of it not yet on disk, where a conversion leaves little. Peak memory is resident memory of any kind: with
+the interpreter and what is mapped of the source, without the kernel's cache of files. For savedmodel it is that of the
 larger of two processes.
 """
 
@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parents[1]
-FORMATS = ("safetensors", "pt-bin", "flax-msgpack", "keras-weights", "orbax", "savedmodel")
 TO_PROGRAMS = {
     "olmo_native": ("--reverse",),
     "olmo_core": ("--reverse",),
@@ -57,6 +56,8 @@ def main() -> None:
 
     from rich.console import Console
     from rich.table import Table
+
+    from olmozoo.convert import FORMATS
 
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, foreign, target = Path(folder, "source"), Path(folder, "foreign"), Path(folder, "target")

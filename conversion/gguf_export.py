@@ -230,7 +230,7 @@ def header(file: Path, config: OlmoConfig | Olmo2Config, tensors: list[Tensor], 
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        writer.close()
+        writer.flush()
         return file.read_bytes()
     finally:
         writer.close()
