@@ -34,7 +34,7 @@ from rich.table import Table
 from tensors import Source, mapped
 
 from olmozoo.checkpoint import Array, Output, new_file
-from olmozoo.errors import CheckpointError, ConfigError
+from olmozoo.errors import CheckpointError, ConfigError, InputError
 from olmozoo.families.base import ModelConfig, Parameter, read_json
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config
@@ -280,6 +280,8 @@ def main(
     verify: Verify = True,
 ) -> None:
     """Convert a canonical OLMo or OLMo 2 checkpoint to a GGUF file for llama.cpp."""
+    if out_file.suffix != ".gguf":  # such as a file of SRC
+        raise InputError(f"OUT is {str(out_file)!r}, expected a name that ends in .gguf")
     config = check_config(ModelConfig.from_folder(src), src)
     tensors = plan(config, canonical_sources(src, config))
     if dry_run:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -156,7 +157,7 @@ def read_config(src: Path) -> dict[str, Any]:
                 value = found[name] = float(value)
         fits = is_number(value) if kind is float else type(value) is kind
         if not fits and not (value is None and name in OPTIONAL):
-            problems.append(f"model.{name} is {str(value)[:80]!r}, expected {kind.__name__}")
+            problems.append(f"model.{name} is {reprlib.repr(value)}, expected {kind.__name__}")
     fail_config(f"{file} has wrong values", problems)
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import pickle
+import reprlib
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -17,6 +18,9 @@ from olmozoo.errors import CheckpointError
 
 PACKAGES = frozenset({"torch", "numpy", "collections", "pathlib", "_codecs", "olmo", "olmo_core"})
 BUILTINS = frozenset({"set", "frozenset", "slice", "complex", "bytearray", "int", "float", "bool", "str", "bytes"})
+
+TUPLES = (pickle.TUPLE[0], pickle.TUPLE1[0], pickle.TUPLE2[0], pickle.TUPLE3[0])
+MAX_TUPLE = 1_000_000  # values
 
 
 class Record:
@@ -59,17 +63,37 @@ class Record:
         return self.state[name]
 
 
+def _counted(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A loader of tuples that counts what each holds, all the way down.
+
+    A few dozen that hold one another twice hold more than could be hashed or shown in a lifetime.
+    """
+
+    def loaded(unpickler: Any) -> None:
+        load(unpickler)
+        made = unpickler.stack[-1]
+        size = 1 + sum(unpickler.tuples.get(id(item), (1, None))[0] for item in made)
+        if size > MAX_TUPLE:
+            raise CheckpointError(f"it has a tuple of more than {MAX_TUPLE:,} values")
+        unpickler.tuples[id(made)] = size, made
+
+    return loaded
+
+
 # The unpickler in Python, and not the one in C: that one sets aside memory for as many entries as a file claims.
 class _Unpickler(pickle._Unpickler):
     # Nor does it know bytearrays, for which it would do the same; no checkpoint has one.
     dispatch: ClassVar[dict[int, Any]] = {
-        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+        code: _counted(load) if code in TUPLES else load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if code != pickle.BYTEARRAY8[0]
     }
 
     def __init__(self, data: bytes, load: Callable[[Any], Any] | None, allowed: bool) -> None:
         super().__init__(io.BytesIO(data))
         self.load_storage, self.allowed = load, allowed
         self.kinds: dict[tuple[str, str], Any] = {}
+        self.tuples: dict[int, tuple[int, Any]] = {}  # id -> size, and the tuple, which must live as long
         if allowed:
             self.kinds["collections", "OrderedDict"] = OrderedDict
             self.kinds["__builtin__", "getattr"] = self.kinds["builtins", "getattr"] = self._nested
@@ -131,4 +155,4 @@ def decode_key(key: str, where: str) -> str:
     match found:
         case ((*names,), False) if names and all(isinstance(name, str) for name in names):
             return ".".join(names)
-    raise CheckpointError(f"{where}: the key {key!r} is {found!r}, expected ((name,), False)")
+    raise CheckpointError(f"{where}: the key {key!r} is {reprlib.repr(found)}, expected ((name,), False)")

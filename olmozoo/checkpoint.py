@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import io
 import json
 import math
@@ -124,7 +125,7 @@ class Checkpoint:
         for file, names in self._files(problems).items():
             try:
                 found = _read_weights(file)
-            except CheckpointError as error:
+            except (CheckpointError, OSError) as error:
                 problems.append(str(error) if file.name in str(error) else f"{file}: {error}")
                 continue
             for name in sorted(found.keys() & self.tensors.keys()):
@@ -176,8 +177,15 @@ class Checkpoint:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The checkpoint's own dtype: that of its tensors; where they differ, the widest."""
-        return np.result_type(*{info.dtype for info in self.tensors.values()})
+        """The checkpoint's own dtype: that of its tensors; where they differ, what holds the values of all."""
+        return widest(info.dtype for info in self.tensors.values())
+
+
+def widest(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
+    """The smallest dtype that holds the values of all of these: float32 for float16 and bfloat16 together."""
+    kinds = set(dtypes)
+    largest = max(kinds, key=lambda dtype: dtype.itemsize, default=np.dtype(np.float32))
+    return largest if len(kinds) < 2 or largest.itemsize > 2 else np.dtype(np.float32)
 
 
 def index_entries(index: Path) -> dict[str, str]:
@@ -316,14 +324,20 @@ def _read_pickled(file: Path) -> dict[str, TensorInfo]:
             state, is_mapped = load(mmap=False), False
     except Exception as error:
         raise CheckpointError(f"{file} is not a readable state dict: {error}") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise CheckpointError(f"{file} does not hold a mapping from names to tensors")
+    fail(
+        f"{file} holds what is no plain tensor",
+        (f"{name}: {t.layout} on {t.device}" for name, t in state.items() if t.layout != torch.strided or t.is_meta),
+    )
 
     def read(name: str) -> Array:
         nonlocal state, used
         if is_mapped and used > file.stat().st_size // MAPPINGS:
             state, used = load(mmap=True), 0
-        tensor: torch.Tensor = state[name]
+        tensor: torch.Tensor = state[name].detach().resolve_neg()  # it may be a Parameter
         used += tensor.nbytes
         if tensor.dtype == torch.bfloat16:
             return tensor.view(torch.int16).numpy().view(dtype_of(tensor.dtype))
@@ -705,7 +719,7 @@ def write_config(folder: Path, config: ModelConfig, head: Head | None, outputs: 
         extra={
             **{key: value for key, value in config.extra.items() if key != "torch_dtype"},
             "architectures": [config.name + ARCHITECTURES[head]],
-            "dtype": np.result_type(*{output.dtype for output in outputs}).name,
+            "dtype": widest(output.dtype for output in outputs).name,
         }
     )
     (folder / CONFIG).unlink(missing_ok=True)
@@ -801,9 +815,12 @@ def replacing_folder(folder: StrPath, old: re.Pattern[str] = WEIGHT_FILES) -> It
     links: replace them, never write into them).
 
     Raises:
-        CheckpointError: something other than a folder is there, or the disk is full or not writable.
+        CheckpointError: something other than a folder is there, or the current folder is that or in that; or the disk
+            is full or not writable.
     """
     target = Path(os.path.realpath(folder))
+    if Path(os.path.realpath(os.curdir)).is_relative_to(target):
+        raise CheckpointError(f"{target} holds the current folder, which would be gone: expected another folder")
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is not a folder")
     staging = target.with_name(f".{target.name}.saving-{os.getpid()}")
@@ -839,7 +856,7 @@ def _link(source: str, target: str) -> None:
 
 def _remove_abandoned(target: Path) -> None:
     """Clear away the staging folders of processes that were killed; an old folder that one had put aside comes back."""
-    for path in target.parent.glob(f".{target.name}.saving-*"):
+    for path in target.parent.glob(f".{glob.escape(target.name)}.saving-*"):
         process = path.name.removesuffix("-old").rpartition("-")[2]
         if process != str(os.getpid()) and process.isdigit() and Path(f"/proc/{process}").exists():
             continue

@@ -536,7 +536,7 @@ def main() -> None:
     """Run the command; errors that olmozoo raises on purpose are one message and exit code 2."""
     try:
         app()
-    except (OlmozooError, ImportError) as error:
+    except (OlmozooError, ImportError, OSError) as error:
         err.print(f"olmozoo: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 

@@ -16,6 +16,8 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,6 +40,7 @@ from olmozoo.checkpoint import (
     parse_size,
     replacing_folder,
     same_bits,
+    widest,
     write_config,
     write_weights,
 )
@@ -86,7 +89,7 @@ def convert(model: Any, to: str) -> Any:
     config, head = model.config, model.head
     read = _live_reader(model, wing)
     table = [parameter for parameter in config.parameters(head) if parameter.tied_to is None]
-    made = _empty_model(to, config, head, lambda: np.result_type(*{read(parameter).dtype for parameter in table}))
+    made = _empty_model(to, config, head, lambda: widest(read(parameter).dtype for parameter in table))
     made.generation_config = copy.deepcopy(model.generation_config)
     if to == "flax":
         from olmozoo.flax.base import to_leaf
@@ -193,16 +196,18 @@ def convert_checkpoint(
 
 
 def head_of(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> Head | None:
-    """The head of a checkpoint: by `architectures` in its config.json, else by its tensors."""
-    for name in getattr(config, "architectures", None) or ():
-        for head in (None, *config.heads):
-            if str(name).endswith(ARCHITECTURES[head]):
-                return head
+    """The head of a checkpoint: by `architectures` in its config.json, else, or if that names none, by its tensors."""
+    names = getattr(config, "architectures", None)
+    names = [str(name) for name in names] if isinstance(names, list) else []
+    for head in config.heads:
+        if any(name.endswith(ARCHITECTURES[head]) for name in names):
+            return head
     modules = {name.split(".")[0] for name in checkpoint.tensors}
     for head in config.heads:
         if HEAD_MODULES[head] in modules:
             return head
-    return "causal_lm" if config.tie_word_embeddings and BASE_PREFIX[:-1] in modules else None
+    is_base = any(name.endswith(ARCHITECTURES[None]) for name in names)
+    return "causal_lm" if config.tie_word_embeddings and BASE_PREFIX[:-1] in modules and not is_base else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -457,31 +462,45 @@ def _pack_head(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any], 
 
 
 def _to_orbax(job: _Job, staging: Path) -> None:
-    """Orbax writes the tree with one value for each array, in folders; then those are made anew, in one piece each."""
+    """Orbax writes the tree with one value for each array, in folders, while the arrays are written that then go there.
+
+    Each array is one piece, whatever its size.
+    """
+    for module in ("orbax", "tensorstore"):
+        if find_spec(module) is None:
+            raise CheckpointError("writing orbax needs orbax-checkpoint: pip install 'olmozoo[flax]'")
+    tensors, arrays = _flax_tensors(job), staging / f".{ORBAX}"
+    with ThreadPoolExecutor(1) as beside:
+        tree = beside.submit(_save_tree, (staging / ORBAX).absolute(), tensors)
+        arrays.mkdir()
+        for output in tensors:
+            with new_file(arrays / output.name.replace("/", ".")) as stream:
+                output.write(stream)
+        places = tree.result()
+    for output, place in zip(tensors, places, strict=True):
+        (arrays / place.name).rename(place / ".".join("0" for _ in output.shape))
+    arrays.rmdir()
+
+
+def _save_tree(folder: Path, tensors: list[Output]) -> list[Path]:
+    """Save a tree with Orbax, with no piece of an array, and return the folders in which those belong."""
     try:
         import orbax.checkpoint as ocp
         import tensorstore
-    except ImportError as error:
-        raise CheckpointError("writing orbax needs orbax-checkpoint: pip install 'olmozoo[flax]'") from error
-    folder = (staging / ORBAX).absolute()
-    tensors = _flax_tensors(job)
-    try:
+
         with ocp.Checkpointer(ocp.StandardCheckpointHandler(use_ocdbt=False)) as checkpointer:
             tree = _nested(tensors, lambda output: np.zeros(1, output.dtype))
             checkpointer.save(folder, args=ocp.args.StandardSave(tree))
-        for output in tensors:
-            place = folder / output.name.replace("/", ".")
+        places = [folder / output.name.replace("/", ".") for output in tensors]
+        for output, place in zip(tensors, places, strict=True):
             shutil.rmtree(place)
             metadata = {"chunks": output.shape, "compressor": None}
             store = {"driver": "file", "path": f"{place}/"}
             spec = {"driver": "zarr", "kvstore": store, "metadata": metadata}
             tensorstore.open(spec, create=True, dtype=output.dtype, shape=output.shape).result()
-            with new_file(place / ".".join("0" for _ in output.shape)) as stream:
-                output.write(stream)
-    except CheckpointError:
-        raise
     except Exception as error:  # of many kinds
         raise CheckpointError(f"Orbax could not write: {error}") from error
+    return places
 
 
 # -- Keras ------------------------------------------------------------------------------------------------------------

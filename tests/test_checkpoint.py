@@ -32,6 +32,7 @@ from olmozoo.checkpoint import (
     read_safetensors,
     replacing_folder,
     save_checkpoint,
+    widest,
 )
 from olmozoo.convert import convert_checkpoint
 
@@ -388,6 +389,52 @@ class Evil:
         return Path.touch, (self.path,)
 
 
+def test_bin_files_of_parameters_and_negated_views_load(tmp_path):
+    torch = pytest.importorskip("torch")
+    CONFIG.save_pretrained(tmp_path)
+    values = {p.name: random_values(p).astype(np.float32) for p in CONFIG.parameters("causal_lm")}
+    for made in (torch.nn.Parameter, lambda tensor: torch._neg_view(-tensor)):
+        tensors = {name: made(torch.from_numpy(array)) for name, array in values.items()}
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+        for name, array in load(tmp_path, dtype=np.float32).items():
+            assert np.array_equal(array, values[name])
+
+
+def test_bin_files_of_what_is_no_plain_tensor_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    file = tmp_path / "pytorch_model.bin"
+    for spoiled in (torch.eye(3).to_sparse(), torch.ones(3, device="meta")):
+        torch.save({"a": spoiled}, file)
+        with pytest.raises(CheckpointError, match=r"no plain tensor: 1 problem\(s\)\n  - a: torch\."):
+            Checkpoint(tmp_path)
+    torch.save({1: torch.ones(3)}, file)
+    with pytest.raises(CheckpointError, match="mapping from names to tensors"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "flax_model.msgpack", "tf_model.h5", "model.keras"])
+def test_what_cannot_be_opened_is_named(tmp_path, name):
+    if name == "tf_model.h5":
+        pytest.importorskip("h5py")
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=rf"is broken: 1 problem\(s\)\n.*{name}"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        (["float16", "bfloat16"], "float32"),
+        (["bfloat16"], "bfloat16"),
+        (["float16", "float32", "bfloat16"], "float32"),
+        (["float64", "bfloat16"], "float64"),
+        ([], "float32"),
+    ],
+)
+def test_the_widest_dtype_holds_the_values_of_all(dtypes, expected):
+    assert widest(map(dtype_of, dtypes)) == expected
+
+
 def test_sharded_bin_files_load(tmp_path):
     torch = pytest.importorskip("torch")
     names = [p.name for p in CONFIG.parameters("causal_lm")]
@@ -495,6 +542,25 @@ def test_saving_onto_a_file_or_where_nothing_may_be_written_is_refused(tmp_path)
     with pytest.raises(CheckpointError, match="was not saved"), replacing_folder(tmp_path / "file" / "inside"):
         pass
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    for folder in ("", ".", "..", tmp_path / "a", "/"):
+        with pytest.raises(CheckpointError, match="holds the current folder"), replacing_folder(folder):
+            pass
+    assert (tmp_path / "a" / "file").read_text() == "mine"
+
+
+def test_remains_of_another_folder_stay(tmp_path):
+    for name in ("model1", "model[1]"):
+        (tmp_path / f".{name}.saving-999999999-old").mkdir()
+    (tmp_path / ".model[1].saving-999999998").mkdir()
+    with replacing_folder(tmp_path / "model[1]") as staging:
+        (staging / "file").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"model[1]", ".model1.saving-999999999-old"}
 
 
 @pytest.mark.parametrize(

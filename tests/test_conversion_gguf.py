@@ -161,6 +161,16 @@ def test_the_command(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src", "x.gguf"]
 
 
+def test_only_a_gguf_file_is_written_over(tmp_path):
+    source = write_checkpoint(tmp_path / "src", CONFIGS["olmo"], dtype="float32")
+    before = (source / "model.safetensors").read_bytes()
+    for target in (source / "model.safetensors", source, tmp_path / "x", ""):
+        result = run_program("gguf_export", source, target)
+        assert result.returncode == 2, result.stderr
+        assert "expected a name that ends in .gguf" in result.stderr
+    assert (source / "model.safetensors").read_bytes() == before
+
+
 def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "src", CONFIGS["olmo"], dtype="float32")
     (tmp_path / "x.gguf").write_text("old")

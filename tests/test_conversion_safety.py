@@ -1,5 +1,6 @@
 """Files that were made to do harm, or were damaged: nothing in them runs, and each is refused for what is wrong."""
 
+import base64
 import io
 import pickle
 import shutil
@@ -197,6 +198,22 @@ def test_getattr_reaches_nested_classes_alone():
     for owner in ("text", Call(Name("torch", "Size"), (1,))):
         with pytest.raises(CheckpointError, match="getattr"):
             pickles.unpickle(dumps(Call(Name("builtins", "getattr"), owner, "__class__")), "x")
+
+
+def test_tuples_that_hold_each_other_are_refused(tmp_path, native):
+    pairs = b"\x80\x04\x8c\x01x\x94" + b"".join(b"h" + bytes([level]) + b"\x86\x94" for level in range(60))
+    for data in (pairs + b".", pairs + b"}h" + bytes([60]) + b"K\x01s."):  # and as a key, which would be hashed
+        with pytest.raises(CheckpointError, match="more than 1,000,000 values"):
+            pickles.unpickle(data, "x")
+    pairs = pairs.replace(b"h" + bytes([13]) + b"\x86\x94", b".", 1)
+    with pytest.raises(CheckpointError, match=r"is \(\(.*, expected \(\(name,\), False\)") as told:
+        pickles.decode_key(base64.urlsafe_b64encode(pairs).decode(), "x")
+    assert len(str(told.value)) < 3000
+    lists = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    lists += "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10))
+    (native / "config.yaml").write_text(f"{lists}model:\n  d_model: *a9\n  n_heads: 4\n")
+    with pytest.raises(ConfigError, match=r"model\.d_model is \[\["):
+        olmo_native.read_config(native)
 
 
 def test_a_pickle_cannot_ask_for_memory():

@@ -95,6 +95,38 @@ def test_every_format_and_back_is_byte_identical(tmp_path, to, dtype):
     assert tree(there) == tree(source)
 
 
+def test_a_mixture_of_half_dtypes_keeps_each_where_it_can(tmp_path):
+    pytest.importorskip("h5py")
+    source = tmp_path / "source"
+    config = CONFIGS["olmo2"]
+    kinds = {"norm": dtype_of("float16"), "linear": dtype_of("bfloat16")}
+    save_checkpoint(
+        source,
+        config,
+        "causal_lm",
+        read=lambda p: random_values(p).astype(kinds.get(p.kind, kinds["linear"])),
+        dtype=lambda p: kinds.get(p.kind, kinds["linear"]),
+    )
+    assert json.loads((source / "config.json").read_text())["dtype"] == "float32"
+    convert_checkpoint(source, tmp_path / "there", to="flax-msgpack", verify=True)
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", to="safetensors")
+    assert tree(tmp_path / "back") == tree(source)
+    convert_checkpoint(source, tmp_path / "keras", to="keras-weights", verify=True)
+    there = Checkpoint(tmp_path / "keras")
+    assert {info.dtype.name for info in there.tensors.values()} == {"float32"}
+    for name in there.tensors:
+        assert np.array_equal(there[name], Checkpoint(source)[name].astype(np.float32))
+
+
+@pytest.mark.parametrize("architectures", [["Olmo2Model"], 7, None])
+def test_a_head_that_the_config_does_not_name_is_not_lost(tmp_path, architectures):
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
+    convert_checkpoint(source, tmp_path / "there", to="safetensors")
+    assert set(Checkpoint(tmp_path / "there").tensors) == set(Checkpoint(source).tensors)
+
+
 @pytest.mark.parametrize(("family", "head", "dtype"), [("olmo", None, "bfloat16"), ("opt", "causal_lm", "float32")])
 def test_a_saved_model_serves_and_comes_back(tmp_path, monkeypatch, family, head, dtype):
     tf = pytest.importorskip("tensorflow")
