@@ -157,8 +157,8 @@ def plot(report: Report, file: str | os.PathLike[str]) -> None:
     figure = _divergence(report)
     try:
         figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise InputError(f"cannot write {os.fspath(file)}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # of a path, and of the format that its name ends in
+        raise InputError(f"cannot write {os.fspath(file)}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _divergence(report: Report) -> Figure:

@@ -75,10 +75,37 @@ def test_both_spellings_of_rope_mean_the_same():
     new = Olmo2Config.from_dict({**SMALL, "rope_parameters": {**scaling, "rope_theta": 5e5}})
     assert old == new
     assert new.rope_theta == 5e5
+    with pytest.raises(ConfigError, match="rope_theta is 0"):
+        Olmo2Config.from_dict({**SMALL, "rope_parameters": {"rope_type": "default", "rope_theta": 0}})
     plain = Olmo2Config.from_dict({**SMALL, "rope_parameters": {"rope_type": "default", "rope_theta": 3e4}})
     assert plain == Olmo2Config(**SMALL, rope_theta=3e4)
     alias = Olmo2Config.from_dict({**SMALL, "rope_scaling": {"type": "linear", "factor": 2.0}})
     assert alias.rope() == Olmo2Config(**SMALL, rope_scaling={"rope_type": "linear", "factor": 2.0}).rope()
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "file", [{"rope_parameters": {**YARN, "rope_theta": 5e5}}, {"rope_theta": 5e5, "rope_scaling": YARN}]
+)
+@pytest.mark.parametrize(
+    ("override", "theta", "scaling"),
+    [
+        ({"rope_theta": 1e6}, 1e6, YARN),
+        ({"rope_scaling": LINEAR}, 5e5, LINEAR),
+        ({"rope_parameters": LINEAR}, 5e5, LINEAR),
+        ({"rope_parameters": {**LINEAR, "rope_theta": 1e6}}, 1e6, LINEAR),
+        ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, 1e6, None),
+        ({"rope_scaling": None}, 5e5, None),
+        ({"rope_parameters": None}, 5e5, None),
+        ({}, 5e5, YARN),
+    ],
+)
+def test_what_is_not_overridden_of_rope_is_that_of_the_file(file, override, theta, scaling):
+    config = Olmo2Config.from_dict({**SMALL, **file}, **override)
+    assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
 
 
 @pytest.mark.parametrize(

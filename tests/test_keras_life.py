@@ -88,6 +88,18 @@ def total_change(before, variables):
     return [float(np.abs(old - variable.numpy()).max()) for old, variable in zip(before, variables, strict=True)]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantizing_makes_the_kernels_whole_numbers(family):
+    model = make(family, "ForCausalLM")
+    before = model(INPUTS).logits.numpy()[REAL]
+    model.quantize("int8")
+    kernels = [weight for weight in model.weights if weight.path.endswith("/kernel")]
+    assert len(kernels) > 3
+    assert {kernel.dtype for kernel in kernels} == {"int8"}
+    after = model(INPUTS).logits.numpy()[REAL]
+    assert 0 < abs(after - before).max() < 0.1 * abs(before).max()
+
+
 # -- compile, fit, evaluate, predict ----------------------------------------------------------------------------------
 
 

@@ -119,6 +119,57 @@ def test_what_cache_goes_in_comes_out(model, batch):
         model(ids[:, :1], torch.ones(3, 12), past_key_values=cache)
 
 
+@pytest.mark.parametrize("config", [CONFIG, OLMO, OPT], ids=lambda config: config.name)
+def test_a_narrower_cache_serves_and_one_of_another_shape_is_named(config, batch):
+    model = pt.AutoModelForCausalLM.from_config(config, seed=1).eval()
+    ids, mask = batch
+    cache = model.init_cache(3, 11, dtype=torch.bfloat16)
+    logits = torch.cat([model(ids[:, :6], mask[:, :6], past_key_values=cache).logits[:, -1:]], dim=1)
+    logits = torch.cat([logits, model(ids[:, 6:], mask, past_key_values=cache).logits], dim=1)
+    assert cache.keys[0].dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    expected = model(ids, mask).logits[:, 5:]
+    assert 0 < (logits - expected).abs().max() < 0.02 * expected.abs().max()
+    small = pt.AutoModelForCausalLM.from_config(config.replace(num_hidden_layers=1))
+    heads = cache.keys[0].shape[1]
+    for other, named in (
+        (model.init_cache(2, 11), rf"\(2, {heads}\) in layer 0"),
+        (small.init_cache(3, 11), "layer 1"),
+    ):
+        with pytest.raises(InputError, match=rf"{named}, expected \(3, {heads}\)"):
+            model(ids, mask, past_key_values=other)
+
+
+@pytest.mark.parametrize("config", [CONFIG, OLMO, OPT], ids=lambda config: config.name)
+def test_a_mask_of_four_dimensions_may_be_added(config, batch):
+    model = pt.AutoModelForCausalLM.from_config(config, seed=1).eval()
+    ids = batch[0]
+    length = ids.shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    seen[:4, :4] = True  # a prefix whose positions all see each other
+    seen = seen.expand(3, 1, -1, -1)
+    expected = model(ids, seen).logits
+    assert (expected - model(ids).logits).abs().max() > 1e-4
+    for hidden in (torch.finfo(torch.float32).min, -torch.inf):
+        added = torch.zeros(seen.shape).masked_fill(~seen, hidden)
+        for attentions in (False, True):
+            torch.testing.assert_close(model(ids, added, output_attentions=attentions).logits, expected)
+    added = torch.zeros(seen.shape, dtype=torch.float16).masked_fill(~seen, -torch.inf)
+    torch.testing.assert_close(model(ids, added).logits, expected)
+    added[:, :, 2] = -torch.inf  # a query that sees nothing
+    assert model.half()(ids, added).logits.isfinite().all()
+
+
+def test_a_config_that_asks_for_tuples_changes_no_generation(batch):
+    ids, mask = batch
+    model = pt.Olmo2ForCausalLM(CONFIG, seed=1).eval()
+    expected = model.generate(ids, mask, max_new_tokens=3)
+    for asked in (False, None):
+        model.config = model.model.config = CONFIG.replace(extra={"return_dict": asked})
+        assert isinstance(model(ids, mask), tuple) == (asked is False)
+        assert torch.equal(model.generate(ids, mask, max_new_tokens=3), expected)
+
+
 def test_a_cache_of_transformers_serves(model, batch):
     transformers = pytest.importorskip("transformers")
     ids, mask = batch
@@ -192,6 +243,16 @@ def test_it_compiles_without_graph_breaks(cls, batch):
     loss = compiled(ids, mask, labels=ids).loss
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+    for length in (7, 9, 5, 1):  # without a mask; the second one makes the length a symbol
+        torch.testing.assert_close(compiled(ids[:, :length]).logits, model(ids[:, :length]).logits)
+
+
+@pytest.mark.parametrize("cls", [pt.Olmo2ForCausalLM, pt.OlmoForCausalLM, pt.OPTForCausalLM], ids=lambda c: c.__name__)
+def test_it_exports_without_a_mask(cls, batch):
+    model, ids = cls(config_of(cls), seed=1).eval(), batch[0]
+    length = torch.export.Dim("length", min=2, max=32)
+    program = torch.export.export(model, (ids,), dynamic_shapes=({1: length},))
+    torch.testing.assert_close(program.module()(ids[:, :5]).logits, model(ids[:, :5]).logits)
 
 
 @pytest.mark.parametrize("config", [CONFIG, OLMO, OPT], ids=lambda config: config.name)
@@ -208,6 +269,9 @@ def test_resizing_the_vocabulary_keeps_rows_and_moves_head_config_and_tie(config
     assert torch.equal(after[..., :61], before)
     model.resize_token_embeddings(50)
     assert model(ids.clamp(max=49), mask).logits.shape[-1] == 50
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.requires_grad_(False).resize_token_embeddings(60)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_save_after_resize_loads(tmp_path):

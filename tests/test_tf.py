@@ -279,6 +279,16 @@ def test_logits_to_keep(tied):
     np.testing.assert_allclose(kept, tf.gather(logits, [8, 3], axis=1), atol=1e-5)
 
 
+def test_a_narrower_cache_serves(model):
+    cache = model.init_cache(len(IDS), 12, dtype="bfloat16")
+    first = model(IDS[:, :5], MASK[:, :5], past_key_values=cache)
+    assert first.past_key_values.keys[0].dtype == tf.bfloat16
+    logits = model(IDS[:, 5:], MASK, past_key_values=first.past_key_values).logits.numpy()
+    expected = model(IDS, MASK).logits.numpy()[:, 5:]
+    assert logits.dtype == expected.dtype
+    assert 0 < abs(logits - expected).max() < 0.02 * abs(expected).max()
+
+
 @pytest.mark.parametrize("kind", ["tuple", "object"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_cached_decoding_equals_the_whole_call(model, kind, compiled):

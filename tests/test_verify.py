@@ -261,6 +261,8 @@ def test_a_page_of_a_report_with_nan_can_be_written(tmp_path):
         write_html(report, tmp_path / "absent" / "r.html")
     with pytest.raises(InputError, match=r"cannot write .*absent"):
         plot(report, tmp_path / "absent" / "r.png")
+    with pytest.raises(InputError, match=r"cannot write .*r\.foo: .*foo"):
+        plot(report, tmp_path / "r.foo")
 
 
 def test_the_command_compares_two_folders_and_writes_the_page(folder, tmp_path):

@@ -285,7 +285,7 @@ class ModelConfig(ABC):
             isinstance(data.get("id2label"), Mapping) and data["id2label"]
         ):  # the labels in a file are the fuller statement of their number
             data["num_labels"] = len(data["id2label"])
-        data = family._normalize({**data, **overrides})
+        data = {**family._normalize(data), **family._normalize(dict(overrides))}
         fields = {key: value for key, value in data.items() if key in names}
         return family(**fields, extra={key: value for key, value in data.items() if key not in names})  # type: ignore[return-value]
 

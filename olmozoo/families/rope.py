@@ -238,14 +238,16 @@ class RotaryConfig(ModelConfig):
     @classmethod
     def _normalize(cls, data: dict[str, Any]) -> dict[str, Any]:
         """Read `rope_parameters`, where newer files keep both theta and scaling."""
-        parameters = data.pop("rope_parameters", None)
-        scaling = data.get("rope_scaling") or parameters
-        if isinstance(scaling, dict) and scaling:
+        if "rope_parameters" in data:
+            parameters = data.pop("rope_parameters")
+            data["rope_scaling"] = data.get("rope_scaling") or parameters
+        scaling = data.get("rope_scaling")
+        if isinstance(scaling, dict):
             scaling = dict(scaling)
-            data["rope_theta"] = scaling.pop("rope_theta", None) or data.get("rope_theta", cls.rope_theta)
-            data["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
-        elif scaling:
-            data["rope_scaling"] = scaling
+            theta = scaling.pop("rope_theta", None)
+            if theta is not None:
+                data["rope_theta"] = theta
+            data["rope_scaling"] = None if scaling in ({}, {"rope_type": "default"}) else scaling
         return data
 
     def rope(self) -> Rope:

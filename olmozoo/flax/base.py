@@ -267,7 +267,8 @@ class PreTrainedModel:
 
     def setting(self, name: str, value: bool | None, default: bool) -> bool:
         """A call's choice, else the config's, else the default."""
-        return getattr(self.config, name, default) if value is None else value
+        value = getattr(self.config, name, None) if value is None else value
+        return default if value is None else value
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` positions; dtype by default the model's."""

@@ -179,7 +179,8 @@ class PreTrainedModel(nn.Module):
 
     def setting(self, name: str, value: bool | None, default: bool) -> bool:
         """A call's choice, else the config's, else the default."""
-        return getattr(self.config, name, default) if value is None else value
+        value = getattr(self.config, name, None) if value is None else value
+        return default if value is None else value
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """The number of values in parameters; tied ones count once."""
@@ -230,6 +231,7 @@ class PreTrainedModel(nn.Module):
                 kept = min(rows, old.shape[0])
                 added = to_tensor(parameter.initial(0, dtype_of(old.dtype))[kept:]).to(old.device)
                 self._bind(parameter, torch.cat([old.detach()[:kept], added]))
+                self._find(parameter).requires_grad_(old.requires_grad)
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 module.config = config

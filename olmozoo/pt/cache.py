@@ -46,8 +46,11 @@ class KVCache:
         """Add key and value (batch, kv_heads, new, head_dim) of a layer; all that it holds then.
 
         Raises:
-            InputError: there is no room.
+            InputError: there is no room, or the cache is of other rows or of a smaller model.
         """
+        held = self.keys[layer].shape[:2] if layer < len(self.keys) else None
+        if held != key.shape[:2]:
+            raise InputError(f"the cache is {held and tuple(held)} in layer {layer}, expected {tuple(key.shape[:2])}")
         start = self.lengths[layer]
         end = start + key.shape[2]
         if end > self.max_length:
@@ -109,8 +112,8 @@ class StaticCache(KVCache):
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Put key and value (batch, kv_heads, new, head_dim) of a layer at `places`; all of the layer."""
-        self.keys[layer].index_copy_(2, self.places, key)
-        self.values[layer].index_copy_(2, self.places, value)
+        self.keys[layer].index_copy_(2, self.places, key.to(self.keys[layer].dtype))
+        self.values[layer].index_copy_(2, self.places, value.to(self.values[layer].dtype))
         return self.keys[layer], self.values[layer]
 
 

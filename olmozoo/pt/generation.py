@@ -116,7 +116,7 @@ class GenerationMixin:
                 position_ids=positions[:, start:end],
                 logits_to_keep=keep,
             )
-            return self(**inputs).logits.to(wide)
+            return self(**inputs, return_dict=True).logits.to(wide)
 
         if streamer is not None:
             streamer.put(state.tokens[:, rules.text - call.prompt : rules.text].cpu())

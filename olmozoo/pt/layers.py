@@ -89,13 +89,14 @@ def causal_mask(
     """Which keys each query sees: bool (b or 1, 1, s, t), or None where that is plain causality.
 
     A query sees the real keys up to its own place. One that would see none (padding on the left) sees itself, so that
-    no softmax is over nothing. An attention_mask of four dimensions is taken for the answer itself.
+    no softmax is over nothing. An attention_mask of four dimensions is taken for the answer itself; one of floats is
+    added to the scores.
 
     Raises:
         InputError: attention_mask is not (batch, past + length).
     """
     if attention_mask is not None and attention_mask.ndim == 4:
-        return attention_mask.to(torch.bool)
+        return attention_mask if attention_mask.is_floating_point() else attention_mask.to(torch.bool)
     if attention_mask is None and (past == 0 or length == 1):
         return None
     query = torch.arange(past, past + length, device=device)[:, None]
@@ -134,26 +135,30 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of query (b, h, s, d) on key and value (b, g, t, d); key head i serves h/g query heads.
 
-    A head_mask (h,) multiplies each head's weights.
+    A mask of floats is added to the scores. A head_mask (h,) multiplies each head's weights.
 
     Returns:
         The heads' outputs, side by side, (b, s, h * d); and the weights (b, h, s, t) where they are wanted.
     """
-    weights = None
+    weights, wide = None, at_least_float32(query.dtype)
+    key, value = key.to(query.dtype), value.to(query.dtype)  # a cache may be narrower
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(wide).clamp(min=torch.finfo(query.dtype).min).to(query.dtype)  # no row of infinities alone
     if want_weights or head_mask is not None:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        wide = at_least_float32(query.dtype)
         scores = (query @ key.transpose(-1, -2)).to(wide) * scale
         if mask is None:
             mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
-        weights = scores.masked_fill(~mask, torch.finfo(wide).min).softmax(-1).to(query.dtype)
-        weights = F.dropout(weights, dropout)
+        scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, torch.finfo(wide).min)
+        weights = F.dropout(scores.softmax(-1).to(query.dtype), dropout)
         if head_mask is not None:
             weights = weights * head_mask[:, None, None].to(weights.dtype)
         out = weights @ value
     else:
-        causal = mask is None and query.shape[2] > 1
+        causal = False
+        if mask is None and query.shape[2] > 1:  # a branch: as a value, the answer is a symbol where the length is one
+            causal = True
         gqa = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa

@@ -113,8 +113,8 @@ class OPTModel(Decoder):
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Add the learned positions; a head_mask (layers, heads) or (heads,) goes to the attentions."""
         length = hidden.shape[1]
-        if position_ids is None and attention_mask is not None:  # pads count for nothing and are at -1
-            real = attention_mask.long()
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            real = attention_mask.long()  # pads count for nothing and are at -1
             position_ids = (real.cumsum(-1) * real - 1)[:, past:]
         elif position_ids is None:
             position_ids = torch.arange(past, past + length, device=hidden.device)[None]

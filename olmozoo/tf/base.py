@@ -299,7 +299,8 @@ class PreTrainedModel(keras.Model):
 
     def setting(self, name: str, value: bool | None, default: bool) -> bool:
         """A call's choice, else the config's, else the default."""
-        return getattr(self.config, name, default) if value is None else value
+        value = getattr(self.config, name, None) if value is None else value
+        return default if value is None else value
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """The number of values in variables; tied ones count once."""

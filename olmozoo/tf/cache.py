@@ -92,7 +92,8 @@ def extend(past: tuple[Tensor, ...] | None, key: Tensor, value: Tensor) -> tuple
 def write(held: Tensor, new: Tensor, start: Tensor) -> Tensor:
     """Put `new` (batch, kv_heads, new, head_dim) at `start` of one tensor of a `KVCache`; (batch, kv_heads, ...)."""
     batch, heads, length, width = ops.shape(new)
-    held = ops.slice_update(held, (0, start, 0), ops.reshape(new, (batch * heads, length, width)))
+    new = ops.cast(ops.reshape(new, (batch * heads, length, width)), held.dtype)
+    held = ops.slice_update(held, (0, start, 0), new)
     return ops.reshape(held, (batch, heads, *held.shape[1:]))
 
 

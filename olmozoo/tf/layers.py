@@ -251,7 +251,7 @@ def attention(
     """
     b, h, s, d = ops.shape(query)
     g, t = ops.shape(key)[1:3]
-    wide = at_least_float32(query.dtype)
+    wide, value = at_least_float32(query.dtype), ops.cast(value, query.dtype)  # a cache may be narrower
     # Queries that share a key head lie one after another: to see them as one longer run of queries costs nothing.
     query = ops.cast(ops.reshape(query, (b * g, h // g * s, d)), wide)
     key, value = ops.reshape(key, (b * g, t, d)), ops.reshape(value, (b * g, t, d))
