@@ -819,8 +819,9 @@ def replacing_folder(folder: StrPath, old: re.Pattern[str] = WEIGHT_FILES) -> It
             is full or not writable.
     """
     target = Path(os.path.realpath(folder))
-    if Path(os.path.realpath(os.curdir)).is_relative_to(target):
-        raise CheckpointError(f"{target} holds the current folder, which would be gone: expected another folder")
+    with contextlib.suppress(FileNotFoundError):  # the current folder may be gone already
+        if Path.cwd().is_relative_to(target):
+            raise CheckpointError(f"{target} holds the current folder, which would be gone: expected another folder")
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is not a folder")
     staging = target.with_name(f".{target.name}.saving-{os.getpid()}")

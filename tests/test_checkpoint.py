@@ -552,6 +552,9 @@ def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match="holds the current folder"), replacing_folder(folder):
             pass
     assert (tmp_path / "a" / "file").read_text() == "mine"
+    (tmp_path / "a" / "b").rmdir()
+    with replacing_folder(tmp_path / "a"):  # from a folder that is gone
+        pass
 
 
 def test_remains_of_another_folder_stay(tmp_path):
