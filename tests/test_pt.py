@@ -202,6 +202,8 @@ def test_embeddings_positions_and_kept_logits(model, batch):
         ({"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 4)}, r"\(2, 4\).*\(2, 3\)"),
         ({"input_ids": torch.ones(1, 3, dtype=torch.long), "past_key_values": ((),)}, "1 layers, expected 2"),
         ({"input_ids": torch.ones(1, 3, dtype=torch.long), "past_key_values": 3}, "int"),
+        ({"input_ids": torch.ones(3, dtype=torch.long)}, r"shape \(3,\), expected \(batch, seq\)"),
+        ({"inputs_embeds": torch.ones(3, 40)}, r"shape \(3, 40\), expected"),
         (
             {"input_ids": torch.ones(1, 3).long(), "labels": torch.ones(1, 3).long(), "logits_to_keep": 1},
             "logits_to_keep",

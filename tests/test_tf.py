@@ -329,6 +329,10 @@ def test_arguments_that_do_not_fit_are_named(model):
         model(IDS, past_key_values="cache")
     with pytest.raises(InputError, match="labels need the logits at every position"):
         model(IDS, labels=IDS, logits_to_keep=1)
+    with pytest.raises(InputError, match=r"shape \(9,\), expected \(batch, seq\)"):
+        model(IDS[0])
+    with pytest.raises(InputError, match=r"shape \(4, 9, 1\), expected \(batch, seq\)"):
+        model(IDS[..., None])
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

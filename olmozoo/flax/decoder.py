@@ -63,10 +63,9 @@ class DecoderModule(nn.Module):
         """Run the decoder; see `Decoder.__call__`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("expected exactly one of input_ids and inputs_embeds")
-        given, axes = (input_ids, "(batch, seq)") if inputs_embeds is None else (inputs_embeds, "(batch, seq, hidden)")
-        given = jnp.asarray(given)
-        if given.ndim != axes.count(",") + 1:
-            raise InputError(f"the input has shape {given.shape}, expected {axes}")
+        given = jnp.asarray(input_ids if inputs_embeds is None else inputs_embeds)
+        if given.ndim != (2 if inputs_embeds is None else 3):
+            raise InputError(f"the input has shape {given.shape}, expected (batch, seq) or (batch, seq, hidden)")
         batch, length = given.shape[:2]
         pasts, past, total = open_cache(past_key_values, self.config.num_hidden_layers, length)
 

@@ -75,6 +75,11 @@ class Decoder(PreTrainedModel):
         past = 0 if cache is None else cache.get_seq_length()
 
         hidden = self.parts.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (b, s, c)
+        if hidden.ndim != 3:
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            raise InputError(
+                f"the input has shape {tuple(given.shape)}, expected (batch, seq), or (batch, seq, hidden)"
+            )
         batch, length, _ = hidden.shape
         mask = causal_mask(attention_mask, batch, length, past, hidden.device)
         if position_ids is None and cache_position is not None:

@@ -42,6 +42,7 @@ class PreTrainedModel(keras.Model):
     head: ClassVar[Head | None] = None
     label_names: ClassVar[tuple[str, ...]] = ()  # the arguments of `call` that give a loss
     gradient_checkpointing = False
+    quantized: tuple[Any, ...] | None = None  # mode, config and filters, where `quantize` was called
 
     def __init__(
         self,
@@ -219,13 +220,24 @@ class PreTrainedModel(keras.Model):
         archive.add_endpoint("serve", serve)
         archive.write_out(os.fspath(filepath), verbose=verbose is not False, **options)
 
+    def quantize(self, mode: str | None = None, config: Any = None, filters: Any = None, **options: Any) -> None:
+        """Make kernels whole numbers, as `keras.Model.quantize` does; a `.keras` file of the model loads so.
+
+        It does not where `filters` is a function, nor in the modes that need data.
+        """
+        super().quantize(mode, config=config, filters=filters, **options)
+        if mode in ("int8", "int4") and not callable(filters):
+            self.quantized = mode, keras.saving.serialize_keras_object(config), filters
+
     def get_config(self) -> dict[str, Any]:
         """What `model.save("m.keras")` writes beside the weights."""
+        quantized = {"quantized": list(self.quantized)} if self.quantized else {}
         return {
             "config": self.config.to_dict(),
             "generation_config": self.generation_config.to_dict(),
             "name": self.name,
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            **quantized,
         }
 
     @classmethod
@@ -234,6 +246,9 @@ class PreTrainedModel(keras.Model):
         policy = keras.dtype_policies.deserialize(config["dtype"])
         model = cls(cls.config_class.from_dict(config["config"]), name=config["name"], dtype=policy)
         model.generation_config = GenerationConfig.from_dict(config["generation_config"])
+        if "quantized" in config:
+            mode, how, filters = config["quantized"]
+            model.quantize(mode, keras.saving.deserialize_keras_object(how), filters=filters)
         return model
 
     def _layer(self, parameter: Parameter) -> tuple[keras.layers.Layer, list[str]]:
