@@ -202,12 +202,12 @@ def head_of(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> Head |
     for head in config.heads:
         if any(name.endswith(ARCHITECTURES[head]) for name in names):
             return head
+    is_base, tied = any(name.endswith(ARCHITECTURES[None]) for name in names), config.tie_word_embeddings
     modules = {name.split(".")[0] for name in checkpoint.tensors}
     for head in config.heads:
-        if HEAD_MODULES[head] in modules:
+        if HEAD_MODULES[head] in modules and not (head == "causal_lm" and is_base and tied):
             return head
-    is_base = any(name.endswith(ARCHITECTURES[None]) for name in names)
-    return "causal_lm" if config.tie_word_embeddings and BASE_PREFIX[:-1] in modules and not is_base else None
+    return "causal_lm" if tied and BASE_PREFIX[:-1] in modules and not is_base else None
 
 
 @dataclasses.dataclass(frozen=True)
