@@ -415,6 +415,11 @@ def test_arguments_that_do_not_fit_are_named(model, arguments, named):
         model(**arguments)
 
 
+def test_a_cache_of_other_rows_is_refused(model):
+    with pytest.raises(InputError, match=r"the cache is of \(3, \d+\) rows and heads, expected \(2, "):
+        model(np.ones((2, 3), int), past_key_values=model.init_cache(3, 8))
+
+
 def test_a_mask_shorter_than_what_is_cached_is_refused(model):
     ids, past = np.ones((2, 3), int), model.init_cache(2, 8).replace(length=jnp.int32(3))
     for length in (5, 9):

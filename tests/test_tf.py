@@ -210,6 +210,10 @@ def test_resize_token_embeddings(tied):
     assert [v.path.split("/", 1)[1] for v in model.get_output_embeddings().weights] == [
         "model/embed_tokens/embeddings" if tied else "lm_head/kernel"
     ]
+    assert len(model.trainable_weights) == count
+    layer.trainable = False
+    assert not model.resize_token_embeddings(50).trainable
+    assert len(model.trainable_weights) == count - 1
 
 
 def test_keras_on_another_framework_is_named():
@@ -323,6 +327,8 @@ def test_arguments_that_do_not_fit_are_named(model):
         model(IDS, MASK[1:])
     with pytest.raises(InputError, match="the cache holds 8 positions, 9 were asked of it"):
         model(IDS, past_key_values=model.init_cache(4, 8))
+    with pytest.raises(InputError, match="the cache is of 6 rows times heads, expected 4 times 2"):
+        model(IDS, past_key_values=model.init_cache(3, 12))
     with pytest.raises(InputError, match="past_key_values has 1 layers, expected 2"):
         model(IDS, past_key_values=model(IDS).past_key_values[:1])
     with pytest.raises(InputError, match="past_key_values is a str"):

@@ -90,10 +90,16 @@ def open_cache(past_key_values: Any, layers: int, new: int) -> tuple[list[Any], 
 
 
 def update(past: Any, key: Array, value: Array) -> tuple[Array, Array]:
-    """Add key and value (batch, kv_heads, new, head_dim) to a layer's past; all that the layer holds then."""
+    """Add key and value (batch, kv_heads, new, head_dim) to a layer's past; all that the layer holds then.
+
+    Raises:
+        InputError: the cache is of other rows or heads.
+    """
     if past is None:
         return key, value
     old_key, old_value, start = past
+    if old_key.shape[:2] != key.shape[:2]:
+        raise InputError(f"the cache is of {old_key.shape[:2]} rows and heads, expected {key.shape[:2]}")
     if start is None:
         return jnp.concatenate([old_key, key], axis=2), jnp.concatenate([old_value, value], axis=2)
     return (

@@ -215,7 +215,7 @@ class PreTrainedModel(nn.Module):
     ) -> nn.Embedding:
         """Change the number of rows of the token embedding and of the language-model head; the config follows.
 
-        New rows get initial values, the same in every framework.
+        New rows get initial values, the same in every framework, and what was frozen stays so.
 
         Args:
             new_num_tokens: rows; default as many as there are.

@@ -46,11 +46,11 @@ class KVCache:
         """Add key and value (batch, kv_heads, new, head_dim) of a layer; all that it holds then.
 
         Raises:
-            InputError: there is no room, or the cache is of other rows or of a smaller model.
+            InputError: there is no room, or the cache is of other rows or heads.
         """
-        held = self.keys[layer].shape[:2] if layer < len(self.keys) else None
-        if held != key.shape[:2]:
-            raise InputError(f"the cache is {held and tuple(held)} in layer {layer}, expected {tuple(key.shape[:2])}")
+        held, new = tuple(self.keys[layer].shape[:2]), tuple(key.shape[:2])
+        if held != new:
+            raise InputError(f"the cache is of {held} rows and heads, expected {new}")
         start = self.lengths[layer]
         end = start + key.shape[2]
         if end > self.max_length:
@@ -149,6 +149,8 @@ def open_cache(past_key_values: Any, use_cache: bool, layers: int) -> Any:
         if len(past_key_values) != layers:
             raise InputError(f"past_key_values has {len(past_key_values)} layers, expected {layers}")
         return TupleCache(past_key_values)
+    if isinstance(past_key_values, KVCache) and len(past_key_values.keys) != layers:
+        raise InputError(f"past_key_values has {len(past_key_values.keys)} layers, expected {layers}")
     if not hasattr(past_key_values, "update"):
         raise InputError(f"past_key_values is a {type(past_key_values).__name__}, expected a tuple of pairs or a cache")
     return past_key_values

@@ -46,7 +46,8 @@ class Decoder(PreTrainedModel):
 
         Args:
             input_ids: (batch, seq) token ids; this or `inputs_embeds`.
-            attention_mask: (batch, past + seq), 1 for real tokens and 0 for padding; default all real.
+            attention_mask: (batch, past + seq), 1 for real tokens and 0 for padding; default all real. Or (batch, 1 or
+                heads, seq, past + seq), what each query sees: true, or with floats what is added to its scores.
             position_ids: (batch or 1, seq); default past, past + 1, ...
             past_key_values: a `KVCache`, any object with its two methods, or a tuple of (key, value) pairs, each
                 (batch, kv_heads, past, head_dim).
@@ -77,9 +78,7 @@ class Decoder(PreTrainedModel):
         hidden = self.parts.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (b, s, c)
         if hidden.ndim != 3:
             given = input_ids if inputs_embeds is None else inputs_embeds
-            raise InputError(
-                f"the input has shape {tuple(given.shape)}, expected (batch, seq), or (batch, seq, hidden)"
-            )
+            raise InputError(f"the input has shape {tuple(given.shape)}, expected (batch, seq) or (batch, seq, hidden)")
         batch, length, _ = hidden.shape
         mask = causal_mask(attention_mask, batch, length, past, hidden.device)
         if position_ids is None and cache_position is not None:

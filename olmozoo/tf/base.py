@@ -348,7 +348,8 @@ class PreTrainedModel(keras.Model):
     ) -> keras.layers.Embedding:
         """Change the number of rows of the token embedding and of the language-model head; the config follows.
 
-        New rows get initial values, the same in every framework. The variables are new ones: compile the model anew.
+        New rows get initial values, the same in every framework, and what was frozen stays so. The variables are new
+        ones: compile the model anew.
 
         Args:
             new_num_tokens: rows; default as many as there are.
@@ -362,7 +363,8 @@ class PreTrainedModel(keras.Model):
         values = {}
         for parameter in resized:
             kept = self._read(parameter)[:rows]
-            values[parameter] = np.concatenate([kept, parameter.initial(0, kept.dtype)[len(kept) :]])
+            array = np.concatenate([kept, parameter.initial(0, kept.dtype)[len(kept) :]])
+            values[parameter] = array, self._layer(parameter)[0].trainable
         self.config = self.base_model.config = config
         with global_policy(self.dtype_policy):
             replace_layer(
@@ -371,8 +373,9 @@ class PreTrainedModel(keras.Model):
             if getattr(self, "lm_head", None) is not None:
                 replace_layer(self, "lm_head", linear(rows, False, name="lm_head"))
         self.make_variables()
-        for parameter, array in values.items():
+        for parameter, (array, trainable) in values.items():
             self._bind(parameter, array)
+            self._layer(parameter)[0].trainable = trainable
         return self.get_input_embeddings()
 
 

@@ -90,8 +90,14 @@ def extend(past: tuple[Tensor, ...] | None, key: Tensor, value: Tensor) -> tuple
 
 
 def write(held: Tensor, new: Tensor, start: Tensor) -> Tensor:
-    """Put `new` (batch, kv_heads, new, head_dim) at `start` of one tensor of a `KVCache`; (batch, kv_heads, ...)."""
+    """Put `new` (batch, kv_heads, new, head_dim) at `start` of one tensor of a `KVCache`; (batch, kv_heads, ...).
+
+    Raises:
+        InputError: the cache is of other rows or heads.
+    """
     batch, heads, length, width = ops.shape(new)
+    if None not in (held.shape[0], static(batch)) and held.shape[0] != static(batch) * heads:
+        raise InputError(f"the cache is of {held.shape[0]} rows times heads, expected {static(batch)} times {heads}")
     new = ops.cast(ops.reshape(new, (batch * heads, length, width)), held.dtype)
     held = ops.slice_update(held, (0, start, 0), new)
     return ops.reshape(held, (batch, heads, *held.shape[1:]))

@@ -83,9 +83,7 @@ class Decoder(PreTrainedModel):
         hidden = ops.cast(hidden, self.compute_dtype)  # (b, s, c)
         if hidden.shape.rank not in (3, None):
             given = tf.convert_to_tensor(input_ids if inputs_embeds is None else inputs_embeds)
-            raise InputError(
-                f"the input has shape {tuple(given.shape)}, expected (batch, seq), or (batch, seq, hidden)"
-            )
+            raise InputError(f"the input has shape {tuple(given.shape)}, expected (batch, seq) or (batch, seq, hidden)")
         batch, length, _ = ops.shape(hidden)
         pasts = open_cache(past_key_values, len(blocks), length)
         past, keys = cache_lengths(past_key_values, length)
