@@ -31,7 +31,7 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
-from olmozoo.errors import CheckpointError
+from olmozoo.errors import CheckpointError, OlmozooError
 from olmozoo.families.base import (
     ARCHITECTURES,
     BASE_PREFIX,
@@ -352,11 +352,11 @@ def _read_pickled(file: Path) -> dict[str, TensorInfo]:
 # -- the checkpoint against the parameter table -----------------------------------------------------------------------
 
 
-def fail(headline: str, problems: Iterable[str]) -> None:
-    """Raise one CheckpointError that lists every problem, if there is any."""
+def fail(headline: str, problems: Iterable[str], kind: type[OlmozooError] = CheckpointError) -> None:
+    """Raise one error that lists every problem, if there is any."""
     problems = list(problems)
     if problems:
-        raise CheckpointError(f"{headline}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems))
+        raise kind(f"{headline}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 def load_weights(
@@ -554,12 +554,13 @@ class Output:
             limit: bytes a band, of at least a row.
 
         Raises:
-            CheckpointError: the values are of another dtype.
+            CheckpointError: the values are of another dtype or shape.
         """
-        array = np.ascontiguousarray(self.read()).reshape(self.shape[::-1] if self.transposed else self.shape)
-        if array.dtype != self.dtype:
-            raise CheckpointError(f"{self.name} is {array.dtype.name}, expected {self.dtype.name}")
+        array = np.ascontiguousarray(self.read())
         source = array.T if self.transposed else array
+        if (array.dtype, source.shape) != (self.dtype, self.shape):
+            found, expected = f"{array.dtype.name} {list(source.shape)}", f"{self.dtype.name} {list(self.shape)}"
+            raise CheckpointError(f"{self.name} is {found}, expected {expected}")
         most = max(1, limit * len(source) // max(1, self.nbytes))
         count = max(1, -(-len(source) // max(1, -(-len(source) // most))))  # as even as can be
         starts = range(0, len(source), count)

@@ -76,7 +76,8 @@ def convert(model: Any, to: str) -> Any:
         to: "pt", "tf" or "flax".
 
     Raises:
-        InputError: `model` is none of olmozoo's, or `to` none of its wings.
+        InputError: `model` is none of olmozoo's, or has other parameters than its config says; or `to` is none of
+            the wings.
         MissingBackendError: the framework is not installed.
         ConfigError: the model is in float64 and JAX has that switched off.
     """
@@ -110,6 +111,8 @@ def convert(model: Any, to: str) -> Any:
 
 
 def _live_reader(model: Any, wing: str) -> Callable[[Parameter], Array]:
+    if wing != "flax":
+        model.check()
     if wing == "pt":
         from olmozoo.pt.base import to_array as pt_array
 

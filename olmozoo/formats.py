@@ -30,6 +30,7 @@ from olmozoo.errors import CheckpointError
 
 FLAX_WEIGHTS, KERAS_WEIGHTS, KERAS, SAVED_MODEL, ORBAX = WEIGHTS[3:]
 VARIABLES = "variables/variables"  # what the names of a SavedModel's files of values begin with
+OCDBT = "manifest.ocdbt"  # the file that makes a folder an Orbax checkpoint, where its arrays are not in folders
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"  # the key of what says which is which
 
 # What frameworks call the leaves; the kernel is the one that has its two dimensions the other way round.
@@ -410,10 +411,9 @@ def _read_orbax(folder: Path) -> dict[str, TensorInfo]:
         import tensorstore
     except ImportError as error:
         raise _needs(folder, "orbax-checkpoint", "flax") from error
+    folder = _orbax_tree(folder)
     base = {"driver": "file", "path": f"{folder.resolve()}/"}
-    in_folders = not (folder / "manifest.ocdbt").is_file()
-    if in_folders and not any(folder.glob("*/.zarray")) and not any(folder.glob("*/zarr.json")):
-        raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no manifest.ocdbt and no array")
+    in_folders = not (folder / OCDBT).is_file()
 
     def found() -> Iterator[tuple[str, TensorInfo]]:
         store = tensorstore.KvStore.open(base if in_folders else {"driver": "ocdbt", "base": base}).result()
@@ -447,6 +447,25 @@ def _read_orbax(folder: Path) -> dict[str, TensorInfo]:
         return _gather(folder, found())
     except Exception as error:  # of many kinds, for what can be wrong inside a file
         raise CheckpointError(f"{folder} is not a readable Orbax checkpoint: {error}") from error
+
+
+def _orbax_tree(folder: Path) -> Path:
+    """The folder of the one tree of arrays: this one, or where a manager of checkpoints put it, such as `1/default`."""
+
+    def is_tree(place: Path) -> bool:
+        return any(any(place.glob(pattern)) for pattern in (OCDBT, "*/.zarray", "*/zarr.json"))
+
+    if is_tree(folder):
+        return folder
+    trees = [place for pattern in ("*", "*/*") for place in sorted(folder.glob(pattern)) if is_tree(place)]
+    parts = ("ocdbt.process_", ".orbax-checkpoint-tmp")  # of the tree around it, and of one not finished
+    trees = [place for place in trees if not any(part in str(place.relative_to(folder)) for part in parts)]
+    if len(trees) == 1:
+        return trees[0]
+    if not trees:
+        raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no {OCDBT} and no array")
+    found = ", ".join(place.relative_to(folder).as_posix() for place in trees)
+    raise CheckpointError(f"{folder} holds several Orbax checkpoints, expected one: {found}")
 
 
 def _has_every_piece(folder: Path) -> bool:

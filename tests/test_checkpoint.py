@@ -669,5 +669,9 @@ def test_a_tensor_goes_to_disk_in_pieces(monkeypatch, shape):
         assert max(sizes) <= max(limit, row)
         assert len(sizes) == -(-len(expected) // max(1, limit // row))
         assert np.array_equal(np.concatenate([band.copy() for band in output.bands(3000)]), expected)
-    with pytest.raises(CheckpointError, match="x is float32, expected float16"):
+    rows, columns = shape
+    found = rf"x is float32 \[{rows}, {columns}\], expected"
+    with pytest.raises(CheckpointError, match=rf"{found} float16 \[{rows}, {columns}\]"):
         next(Output("x", np.dtype(np.float16), shape, lambda: array).pieces())
+    with pytest.raises(CheckpointError, match=rf"{found} float32 \[{columns}, {rows}\]"):  # of the same size
+        next(Output("x", array.dtype, shape[::-1], lambda: array).pieces())

@@ -595,6 +595,28 @@ def test_an_orbax_piece_that_is_not_there_is_missed(tmp_path, options):
         Checkpoint(tmp_path / "there")
 
 
+def test_an_orbax_checkpoint_is_found_where_a_manager_put_it(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    import orbax.checkpoint as ocp
+
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
+    shutil.copytree(source, tmp_path / "there", ignore=shutil.ignore_patterns("*.safetensors"))
+    params = model_of("flax", "olmo2", "causal_lm", source).params
+    with ocp.CheckpointManager((tmp_path / "there" / "orbax").absolute()) as manager:
+        manager.save(7, args=ocp.args.StandardSave(params))
+        manager.wait_until_finished()
+        shutil.copytree(tmp_path / "there" / "orbax" / "7", tmp_path / "there" / "orbax" / "8.orbax-checkpoint-tmp")
+        convert_checkpoint(tmp_path / "there", tmp_path / "back", to="safetensors")
+        assert tree(tmp_path / "back") == tree(source)
+        manager.save(9, args=ocp.args.StandardSave(params))
+    with pytest.raises(CheckpointError, match=r"holds several Orbax checkpoints, expected one: 7/default, 9/default"):
+        Checkpoint(tmp_path / "there")
+    shutil.rmtree(tmp_path / "there" / "orbax")
+    (tmp_path / "there" / "orbax" / "nothing").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"orbax is not an Orbax checkpoint: it has no manifest.ocdbt"):
+        Checkpoint(tmp_path / "there")
+
+
 def test_arrays_of_many_chunks_are_those_of_flax(tmp_path, monkeypatch):
     serialization = pytest.importorskip("flax.serialization")
     monkeypatch.setattr(sys.modules["olmozoo.convert"], "FLAX_CHUNK", 512)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import left_padded, random_values
 
-from olmozoo import Olmo2Config, OlmoConfig, OPTConfig
+from olmozoo import InputError, Olmo2Config, OlmoConfig, OPTConfig, convert
 
 keras = pytest.importorskip("keras", reason="olmozoo[tf] is not installed")
 tf = pytest.importorskip("tensorflow", reason="olmozoo[tf] is not installed")
@@ -277,6 +278,25 @@ def test_a_saved_model_has_gradients(tmp_path, family):
 
 
 # -- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", ["save", "convert"])
+def test_variables_that_the_config_does_not_know_are_named_and_not_lost(keep, tmp_path):
+    def problems_of(model):
+        with pytest.raises(InputError) as caught:
+            model.save_pretrained(tmp_path / "new") if keep == "save" else convert(model, to="tf")
+        assert not (tmp_path / "new").exists()
+        return str(caught.value)
+
+    tied = make("Olmo")
+    tied.lm_head = keras.layers.Dense(53, use_bias=False, name="own")
+    tied(**INPUTS)
+    assert re.search(r"unexpected: \S*own/kernel \(16, 53\)", problems_of(tied))
+
+    smaller = make("Olmo2")
+    smaller.lm_head = keras.layers.Dense(52, use_bias=False)
+    smaller(**INPUTS)
+    assert "wrong shape: lm_head.weight is (16, 52), expected (16, 53)" in problems_of(smaller)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

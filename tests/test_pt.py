@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import left_padded, write_checkpoint
 
-from olmozoo import ConfigError, InputError, Olmo2Config, OlmoConfig, OPTConfig
+from olmozoo import ConfigError, InputError, Olmo2Config, OlmoConfig, OPTConfig, convert
 from olmozoo.checkpoint import Checkpoint
 
 torch = pytest.importorskip("torch")
@@ -441,12 +441,35 @@ def test_peft_adds_trains_saves_loads_and_merges_adapters(cls, batch, tmp_path):
     tuned = model.eval()(input_ids=ids, attention_mask=mask).logits
     plain = cls(config_of(cls), seed=1).eval()
     assert not torch.allclose(plain(ids, mask).logits, tuned)
+    with pytest.raises(InputError, match=r"unexpected: model.*q_proj.lora_A.default.weight \(8, "):
+        model.get_base_model().save_pretrained(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
     assert torch.equal(again(input_ids=ids, attention_mask=mask).logits, tuned)
     if causal:
         tokens = again.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4)
         assert torch.equal(tokens, again.merge_and_unload().generate(ids, mask, max_new_tokens=4))
+
+
+@pytest.mark.parametrize("keep", ["save", "convert"])
+def test_parameters_that_the_config_does_not_know_are_named_and_not_lost(keep, tmp_path):
+    def problems_of(model):
+        with pytest.raises(InputError) as caught:
+            model.save_pretrained(tmp_path / "new") if keep == "save" else convert(model, to="pt")
+        assert not (tmp_path / "new").exists()
+        return str(caught.value)
+
+    tied = pt.OlmoForCausalLM(OLMO)
+    tied.lm_head = torch.nn.Linear(tied.config.hidden_size, tied.config.vocab_size, bias=False)
+    assert f"unexpected: lm_head.weight {tuple(tied.lm_head.weight.shape)}" in problems_of(tied)
+
+    turned = pt.Olmo2ForCausalLM(CONFIG)
+    shape = tuple(turned.lm_head.weight.shape)
+    turned.lm_head = torch.nn.Linear(*shape, bias=False)
+    assert f"wrong shape: lm_head.weight is {shape[::-1]}, expected {shape}" in problems_of(turned)
+
+    assert "without values, on the meta device: model.norm.weight" in problems_of(pt.Olmo2Model(CONFIG, seed=None))
 
 
 def test_two_processes_under_torchrun_get_the_gradient_of_the_whole_batch(tmp_path):

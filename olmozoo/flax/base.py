@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from olmozoo.checkpoint import Checkpoint, aligned_copy, dtype_of, load_weights, save_checkpoint
+from olmozoo.checkpoint import Checkpoint, aligned_copy, dtype_of, fail, load_weights, save_checkpoint
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.base import BASE_PREFIX, Head, Kind, ModelConfig, Parameter
 from olmozoo.flax.cache import KVCache
@@ -138,11 +138,7 @@ class PreTrainedModel:
             for name in expected.keys() & found.keys()
             if found[name] != expected[name]
         ]
-        if problems:
-            raise InputError(
-                f"params do not fit {type(self).__name__}: {len(problems)} problem(s)\n"
-                + "\n".join(f"  - {problem}" for problem in sorted(problems))
-            )
+        fail(f"params do not fit {type(self).__name__}", sorted(problems), InputError)
         return params
 
     def _table(self) -> list[Parameter]:

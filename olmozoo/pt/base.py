@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from olmozoo.checkpoint import Checkpoint, dtype_of, initial_weights, load_weights, save_checkpoint
-from olmozoo.errors import ConfigError
+from olmozoo.checkpoint import Checkpoint, dtype_of, fail, initial_weights, load_weights, save_checkpoint
+from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.base import BASE_PREFIX, Head, ModelConfig, Parameter
 from olmozoo.generation import GenerationConfig
 from olmozoo.hub import resolve
@@ -126,8 +126,10 @@ class PreTrainedModel(nn.Module):
             max_shard_size: bytes a file, as a number or as text such as "5GB".
 
         Raises:
+            InputError: the model has other parameters than its config says, such as adapters that are not merged.
             CheckpointError: the folder could not be written and is as it was before.
         """
+        self.check()
         save_checkpoint(
             folder,
             self.config,
@@ -144,6 +146,23 @@ class PreTrainedModel(nn.Module):
 
     def _find(self, parameter: Parameter) -> nn.Parameter:
         return self.get_parameter(self._path(parameter))
+
+    def check(self) -> None:
+        """See that the module's parameters are those of the parameter table, and have values.
+
+        Raises:
+            InputError: they are not; every problem is named.
+        """
+        held = {p: self._find(p) for p in self.config.parameters(self.head) if p.tied_to is None}
+        known = {id(tensor) for tensor in held.values()}
+        problems = [f"unexpected: {name} {tuple(t.shape)}" for name, t in self.named_parameters() if id(t) not in known]
+        problems += [
+            f"wrong shape: {parameter.name} is {tuple(tensor.shape)}, expected {parameter.shape}"
+            for parameter, tensor in held.items()
+            if tensor.shape != parameter.shape
+        ]
+        problems += [f"without values, on the meta device: {p.name}" for p, tensor in held.items() if tensor.is_meta]
+        fail(f"parameters do not fit the config of {type(self).__name__}", sorted(problems), InputError)
 
     def _bind(self, parameter: Parameter, tensor: Tensor) -> None:
         module, _, leaf = self._path(parameter).rpartition(".")

@@ -13,7 +13,7 @@ import numpy as np
 import optree
 import tensorflow as tf
 
-from olmozoo.checkpoint import Checkpoint, aligned, initial_weights, load_weights, save_checkpoint
+from olmozoo.checkpoint import Checkpoint, aligned, fail, initial_weights, load_weights, save_checkpoint
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.base import BASE_PREFIX, Head, ModelConfig, Parameter
 from olmozoo.generation import GenerationConfig
@@ -155,8 +155,10 @@ class PreTrainedModel(keras.Model):
             max_shard_size: bytes a file, as a number or as text such as "5GB".
 
         Raises:
+            InputError: the model has other variables than its config says, such as a head that is no longer tied.
             CheckpointError: the folder could not be written and is as it was before.
         """
+        self.check()
         save_checkpoint(
             folder,
             self.config,
@@ -267,6 +269,22 @@ class PreTrainedModel(keras.Model):
     def _find(self, parameter: Parameter) -> keras.Variable:
         """A parameter's variable, under the name that Keras gives the leaf."""
         return getattr(self._layer(parameter)[0], LEAVES[parameter.kind])
+
+    def check(self) -> None:
+        """See that the layers with variables are those of the parameter table; adapters inside one count as its own.
+
+        Raises:
+            InputError: they are not; every problem is named.
+        """
+        held = {p: self._layer(p)[0] for p in self.config.parameters(self.head) if p.tied_to is None}
+        known = {id(variable) for layer in held.values() for variable in layer.weights}
+        problems = [f"unexpected: {v.path} {tuple(v.shape)}" for v in self.weights if id(v) not in known]
+        for parameter in held:
+            found, turned = tuple(self._find(parameter).shape), parameter.kind == "linear"
+            expected = parameter.shape[::-1] if turned else parameter.shape
+            if found != expected:
+                problems.append(f"wrong shape: {parameter.name} is {found}, expected {expected}")
+        fail(f"variables do not fit the config of {type(self).__name__}", sorted(problems), InputError)
 
     def _bind(self, parameter: Parameter, array: np.ndarray) -> None:
         """Give a parameter its values. It may take the array's memory over: whoever needs that keeps a copy."""
