@@ -69,7 +69,8 @@ def read_archive(file: Path, begin: int = 0, length: int | None = None) -> Any:
             if entry.header_offset >= 0:
                 window.seek(entry.header_offset)
                 header = window.read(LOCAL_HEADER.size)
-            if len(header) != LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
+            named = len(header) == LOCAL_HEADER.size and header.startswith(b"PK\3\4")
+            if not named or window.read(LOCAL_HEADER.unpack(header)[1]) != (root + name).encode():
                 raise CheckpointError(f"{where}: the record {root}{name} does not begin where the directory says")
             start = entry.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header)[1:])
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:

@@ -29,6 +29,7 @@ from olmozoo.checkpoint import (
     write_json,
     write_weights,
 )
+from olmozoo.convert import put_settings, settings_files
 from olmozoo.errors import CheckpointError, ConfigError, InputError, OlmozooError
 from olmozoo.families.base import ModelConfig, Parameter
 
@@ -209,9 +210,7 @@ def write_canonical(
             write_config(staging, config, "causal_lm", outputs)
             write_weights(staging, outputs, max_shard_size)
         write_json(staging / GENERATION_CONFIG, {name: value for name, value in tokens.items() if value is not None})
-        for name, content in files.items():
-            (staging / name).unlink(missing_ok=True)
-            (staging / name).write_bytes(content)
+        put_settings(files, staging)
         if verify:
             written = canonical_sources(staging, type(config).from_folder(staging))
             compare((name, functools.partial(read, table[name]), source) for name, source in written.items())
@@ -339,15 +338,6 @@ def fail_config(headline: str, problems: Iterable[str]) -> None:
         raise ConfigError(f"{headline}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
-
 def tokenizer_files(path: Path, config: ModelConfig) -> dict[str, bytes]:
     """The files of a tokenizer that fits a config: name -> content.
 
@@ -375,10 +365,9 @@ def tokenizer_files(path: Path, config: ModelConfig) -> dict[str, bytes]:
             if token is not None and tokenizer.id_to_token(token) is None:
                 problems.append(f"it has no token {token}, the config's {name}_id")
     fail(f"{file} does not fit the model", problems)
-    files = {"tokenizer.json": file.read_bytes()}
-    if path.is_dir():
-        files |= {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
-    return files
+    files = settings_files(path) if path.is_dir() else {}
+    files.pop(GENERATION_CONFIG, None)
+    return {**files, "tokenizer.json": file.read_bytes()}
 
 
 def fresh(folder: Path, *names: str) -> None:

@@ -33,6 +33,7 @@ from common import (
 from rich.table import Table
 from tensors import Source, mapped
 
+from olmozoo.chat import chat_templates
 from olmozoo.checkpoint import Array, Output, new_file
 from olmozoo.errors import CheckpointError, ConfigError, InputError
 from olmozoo.families.base import ModelConfig, Parameter, read_json
@@ -194,9 +195,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: ModelConfig, src: Path) -> No
             add(first)
     writer.add_add_bos_token(False)
     file = src / "tokenizer_config.json"
-    template = read_json(file).get("chat_template") if file.is_file() else None
-    if isinstance(template, str):
-        writer.add_chat_template(template)
+    templates = chat_templates(src, read_json(file) if file.is_file() else {})
+    if templates:
+        writer.add_chat_template([{"name": name, "template": text} for name, text in sorted(templates.items())])
 
 
 def pre_tokenizer(data: Any, where: Path) -> str:

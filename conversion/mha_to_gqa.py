@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from common import (
-    TOKENIZER_FILES,
     DryRun,
     Dst,
     ShardSize,
@@ -32,6 +31,7 @@ from common import (
 from rich.table import Table
 
 from olmozoo.checkpoint import Array
+from olmozoo.convert import settings_files
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.base import ModelConfig, Parameter
 from olmozoo.families.rope import RotaryConfig
@@ -90,8 +90,7 @@ def main(
     def dtype(parameter: Parameter) -> np.dtype[Any]:
         return sources[parameter.name].dtype
 
-    files = {name: (src / name).read_bytes() for name in ("tokenizer.json", *TOKENIZER_FILES) if (src / name).is_file()}
-    total = sum(map(size, sources.values()))
+    files, total = settings_files(src), sum(map(size, sources.values()))
     write_canonical(dst, smaller, read, dtype, total, files=files, max_shard_size=max_shard_size, verify=verify)
 
 

@@ -179,8 +179,8 @@ def to_config(data: dict[str, Any], where: Path, length: int | None) -> ModelCon
     }
     if family is Olmo2Config:
         eps = model.number("block.layer_norm.eps", 1e-5)
-        others = {path: (eps,) for path in ("attention.qk_norm.eps", "lm_head.layer_norm.eps") if model[path] != eps}
-        model.require(others, family.name)
+        same = (eps, None) if eps == 1e-5 else (eps,)
+        model.require(dict.fromkeys(("attention.qk_norm.eps", "lm_head.layer_norm.eps"), same), family.name)
         fields["rms_norm_eps"] = eps
     else:
         fields["clip_qkv"] = model["attention.clip_qkv"]

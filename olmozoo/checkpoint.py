@@ -20,6 +20,7 @@ import re
 import shutil
 import struct
 import warnings
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -318,6 +319,7 @@ def _read_pickled(file: Path) -> dict[str, TensorInfo]:
 
     is_mapped, used = True, 0
     try:
+        _check_records(file)
         try:
             state = load(mmap=True)
         except RuntimeError:  # the old format, not a zip archive, cannot be mapped
@@ -347,6 +349,16 @@ def _read_pickled(file: Path) -> dict[str, TensorInfo]:
         name: TensorInfo(file, dtype_of(tensor.dtype), tuple(tensor.shape), partial(read, name))
         for name, tensor in state.items()
     }
+
+
+def _check_records(file: Path) -> None:
+    """See that each record of an archive begins where its directory says: PyTorch maps what lies there."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                archive.open(entry).close()  # compares the name at that place
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise CheckpointError(f"{entry.filename} is compressed, expected it stored")
 
 
 # -- the checkpoint against the parameter table -----------------------------------------------------------------------

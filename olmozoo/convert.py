@@ -286,14 +286,27 @@ def _copy_settings(source: Any, folder: Path, staging: Path, hub_options: dict[s
     if not Path(source).expanduser().is_dir():
         with contextlib.suppress(HubError):  # a repository need not have a tokenizer
             sources.append(hub.resolve(source, need="tokenizer", **hub_options))
-    for place in sources:
-        for name in (GENERATION_CONFIG, *hub.TOKENIZER_FILES):
-            if (place / name).is_file():
-                (staging / name).unlink(missing_ok=True)
-                shutil.copyfile(place / name, staging / name)
-        if (place / hub.CHAT_TEMPLATES).is_dir():
-            shutil.rmtree(staging / hub.CHAT_TEMPLATES, ignore_errors=True)
-            shutil.copytree(place / hub.CHAT_TEMPLATES, staging / hub.CHAT_TEMPLATES)
+    found = {name: content for place in sources for name, content in settings_files(place).items()}
+    put_settings(found, staging)
+
+
+def settings_files(folder: Path) -> dict[str, bytes]:
+    """A folder's generation_config.json and its tokenizer's files: name -> content."""
+    names = [name for name in (GENERATION_CONFIG, *hub.TOKENIZER_FILES) if (folder / name).is_file()]
+    names += [f"{hub.CHAT_TEMPLATES}/{path.name}" for path in sorted((folder / hub.CHAT_TEMPLATES).glob("*.jinja"))]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def put_settings(files: dict[str, bytes], folder: Path) -> None:
+    """Write such files as new ones. Where a tokenizer is among them, nothing of an older one stays beside it."""
+    if any(name != GENERATION_CONFIG for name in files):
+        shutil.rmtree(folder / hub.CHAT_TEMPLATES, ignore_errors=True)
+        for name in hub.TOKENIZER_FILES:
+            (folder / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def _verify(staging: Path, config: ModelConfig, head: Head | None, tensors: dict[Parameter, Output]) -> None:

@@ -20,6 +20,14 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 NEW_TOKENS = 20  # where neither max_length nor max_new_tokens is given
 BUCKET = 64  # compiled loops pad prompts and answers to multiples of this, so that one program serves many lengths
+FOREIGN = {  # what changes the tokens of Transformers and is not here, with the value that does nothing
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")),
+    **dict.fromkeys(("sequence_bias", "exponential_decay_length_penalty", "watermarking_config", "dola_layers")),
+    **dict.fromkeys(("constraints", "force_words_ids", "penalty_alpha", "top_h", "max_time")),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "encoder_no_repeat_ngram_size", "diversity_penalty"), 0),
+    **dict.fromkeys(("guidance_scale", "encoder_repetition_penalty", "typical_p", "num_beam_groups"), 1),
+    **dict.fromkeys(("renormalize_logits", "remove_invalid_values", "token_healing"), False),
+}
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "stream_index")
 
 
@@ -30,7 +38,8 @@ class GenerationConfig:
     Attributes:
         max_length: the most tokens of prompt and answer together.
         max_new_tokens: the most tokens of the answer; goes before `max_length`. Default, where neither is given: 20.
-        min_new_tokens: no row ends before so many tokens of answer.
+        min_length: no row ends before so many tokens of prompt and answer together.
+        min_new_tokens: no row ends before so many tokens of answer; goes before `min_length`.
         do_sample: draw tokens rather than take the likeliest.
         temperature: scores are divided by it, for sampling.
         top_k: sample from so many of the likeliest tokens; 0 for all. Default 50.
@@ -54,13 +63,15 @@ class GenerationConfig:
         output_scores: with `scores` in it.
         prefill_chunk_size: positions of the prompt to read at a time, to bound memory; None reads all at once.
         prompt_lookup_num_tokens: tokens to guess ahead from the text itself, for greedy decoding; None guesses none.
-            The answer is the same; what repeats its prompt comes faster.
+            The answer is the same; what repeats its prompt comes faster. (Rope scaling of the kinds `dynamic` and
+            `longrope` turns a position by how long the text is, guesses included: there near answers can differ.)
         max_matching_ngram_size: the longest run of tokens that a guess is made by.
         extra: keys that no field has; kept and written back.
     """
 
     max_length: int | None = None
     max_new_tokens: int | None = None
+    min_length: int = 0
     min_new_tokens: int | None = None
     do_sample: bool = False
     temperature: float = 1.0
@@ -179,6 +190,7 @@ def _texts(texts: Any) -> bool:
 CHECKS: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("max_length", "a whole number above 0", _whole(1, optional=True)),
     ("max_new_tokens", "a whole number above 0", _whole(1, optional=True)),
+    ("min_length", "a whole number", _whole(0)),
     ("min_new_tokens", "a whole number", _whole(0, optional=True)),
     ("do_sample", "True or False", lambda x: isinstance(x, bool)),
     ("temperature", "a number above 0 (do_sample=False takes the likeliest token)", _real(lambda x: 0 < x < np.inf)),
@@ -327,6 +339,8 @@ def prepare(
         raise InputError("a streamer cannot show beam search, which settles on its tokens at the end alone")
     if not settings.do_sample and (idle := [name for name in SAMPLING if changes.get(name) is not None]):
         warnings.warn(f"{', '.join(idle)} has no effect without do_sample=True", stacklevel=3)
+    if foreign := [n for n, idle in FOREIGN.items() if settings.extra.get(n) not in (None, idle, [], {})]:
+        warnings.warn(f"generate goes without {', '.join(foreign)}, which the generation config sets", stacklevel=3)
     ends = settings.ends if settings.eos_token_id is not None else GenerationConfig.from_model(config).ends
     pad = config.pad_token_id if settings.pad_token_id is None else settings.pad_token_id
     pad = pad if pad is not None else ends[0] if ends else 0
@@ -340,6 +354,7 @@ def prepare(
             f"{config.position_limit} positions"
         )
 
+    min_new = max(0, settings.min_length - prompt) if settings.min_new_tokens is None else settings.min_new_tokens
     round_up = bucket if compiled else int
     past, chunk = round_up(held), settings.prefill_chunk_size or 0
     room = round_up(prompt - held)
@@ -364,7 +379,7 @@ def prepare(
         penalty=settings.repetition_penalty != 1,
         ngram=settings.no_repeat_ngram_size,
         bad_words=bool(settings.bad_words_ids),
-        min_new=bool(settings.min_new_tokens and ends),
+        min_new=bool(min_new and ends),
         stops=settings.stop_strings is not None,
         ends=len(ends) if settings.num_beams > 1 else 0,
         early=settings.early_stopping is True,
@@ -405,7 +420,7 @@ def prepare(
             counts if settings.do_sample else (np.arange(text + answer) >= text - prompt)[None].repeat(rows, 0)
         )
     if rules.min_new:
-        knobs["min_new"] = np.array(settings.min_new_tokens)
+        knobs["min_new"] = np.array(min_new)
     if rules.bad_words:
         knobs |= _bad_words(settings, config, ends)
     if rules.beams > 1:

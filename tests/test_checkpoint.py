@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -387,6 +388,25 @@ class Evil:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+def test_bin_files_whose_records_do_not_lie_where_they_should_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    CONFIG.save_pretrained(tmp_path)
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({p.name: torch.from_numpy(random_values(p)) for p in CONFIG.parameters("causal_lm")}, file)
+    good = file.read_bytes()
+    Checkpoint(tmp_path)
+    with zipfile.ZipFile(file) as archive:
+        first, second = (entry for entry in archive.infolist() if entry.filename.endswith(("/data/1", "/data/2")))
+    entry = good.rindex(second.filename.encode()) - 46  # of the archive's directory, at its end
+    for place, value, message in (
+        (entry + 42, first.header_offset.to_bytes(4, "little"), "data/1"),
+        (entry + 10, b"\x08\0", "is compressed, expected it stored"),
+    ):
+        file.write_bytes(good[:place] + value + good[place + len(value) :])
+        with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin is not a readable state dict: .*{message}"):
+            Checkpoint(tmp_path)
 
 
 def test_bin_files_of_parameters_and_negated_views_load(tmp_path):

@@ -291,6 +291,9 @@ def test_olmo_core_configs_before_version_3_say_attention():
     assert olmo_core.to_config(data, CORE, None) == expected
     assert (expected.num_key_value_heads, expected.rope_theta, expected.rms_norm_eps) == (2, 500000.0, 1e-6)
     assert (expected.eos_token_id, expected.pad_token_id, expected.max_position_embeddings) == (2, 1, 4096)
+    for norm in (block["layer_norm"], block["attention"]["qk_norm"], data["model"]["lm_head"]["layer_norm"]):
+        norm["eps"] = None
+    assert olmo_core.to_config(data, CORE, None).rms_norm_eps == 1e-5
     data["dataset"]["sequence_length"] = 128
     assert olmo_core.to_config(data, CORE, None).max_position_embeddings == 128
 
@@ -545,9 +548,13 @@ def test_a_tokenizer_is_checked_and_copied(tmp_path):
     write_checkpoint(tmp_path / "model", config, dtype="float32")
     olmo_native.main(tmp_path / "model", tmp_path / "native", reverse=True)
     for path in (tmp_path / "tokenizer", tmp_path / "tokenizer/tokenizer.json"):
+        (tmp_path / path.name).mkdir(exist_ok=True)
+        if path.is_file():
+            (tmp_path / path.name / "chat_template.jinja").write_text("of an older tokenizer")
         olmo_native.main(tmp_path / "native", tmp_path / path.name, tokenizer=path)
         found = (tmp_path / path.name / "tokenizer.json").read_bytes()
         assert found == (tmp_path / "tokenizer/tokenizer.json").read_bytes()
+        assert not (tmp_path / path.name / "chat_template.jinja").exists()
     write_checkpoint(tmp_path / "other", config.replace(pad_token_id=310), dtype="float32")
     olmo_native.main(tmp_path / "other", tmp_path / "native", reverse=True)
     with pytest.raises(CheckpointError, match="no token 310, the config's pad_token_id"):

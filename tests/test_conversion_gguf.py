@@ -1,5 +1,7 @@
 """GGUF files: read back with the gguf library, and run by llama.cpp where llama-cpp-python is installed."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import train_tokenizer, write_checkpoint
@@ -12,6 +14,7 @@ import gguf_export  # noqa: E402
 from olmozoo import Olmo2Config, OlmoConfig, OPTConfig  # noqa: E402
 from olmozoo.checkpoint import Checkpoint  # noqa: E402
 from olmozoo.errors import CheckpointError, ConfigError  # noqa: E402
+from olmozoo.families.base import read_json  # noqa: E402
 
 SHAPE = {
     "vocab_size": 320,
@@ -100,6 +103,21 @@ def test_the_metadata_that_llama_cpp_needs(tmp_path):
             assert found["olmo2.attention.layer_norm_rms_epsilon"] == pytest.approx(config.rms_norm_eps)
         else:
             assert found.get("olmo.attention.clamp_kqv") == config.clip_qkv
+
+
+def test_the_chat_template_comes_along_from_wherever_it_is(tmp_path):
+    folder = write_checkpoint(tmp_path / "model", CONFIGS["olmo2"], dtype="bfloat16")
+    train_tokenizer(folder, TEXT)
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    templates = [{"name": "default", "template": "{{ messages }}"}, {"name": "tools", "template": "{{ tools }}"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": templates}))
+    gguf_export.main(folder, tmp_path / "x.gguf")
+    found = fields(tmp_path / "x.gguf")
+    assert found["tokenizer.chat_template"] == "{{ messages }}"
+    assert found["tokenizer.chat_template.tools"] == "{{ tools }}"
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}")  # goes first, as in Transformers
+    gguf_export.main(folder, tmp_path / "x.gguf")
+    assert fields(tmp_path / "x.gguf")["tokenizer.chat_template"] == "{{ bos_token }}"
 
 
 CL100K = "(?i:'s|'t)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s+"

@@ -94,6 +94,7 @@ def test_what_cannot_be_pooled_is_refused(tmp_path):
 def test_the_tokenizer_comes_along_and_a_dry_run_writes_nothing(tmp_path):
     write_checkpoint(tmp_path / "mha", CONFIGS["olmo"])
     train_tokenizer(tmp_path / "mha", "some text")
+    (tmp_path / "mha/generation_config.json").write_text('{"temperature": 0.7}')
     result = run_program("mha_to_gqa", tmp_path / "mha", tmp_path / "gqa", "--kv-heads", 2, "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "model.layers.1.self_attn.v_proj.bias" in result.stdout
@@ -101,3 +102,4 @@ def test_the_tokenizer_comes_along_and_a_dry_run_writes_nothing(tmp_path):
     result = run_program("mha_to_gqa", tmp_path / "mha", tmp_path / "gqa", "--kv-heads", 2)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "gqa/tokenizer.json").read_bytes() == (tmp_path / "mha/tokenizer.json").read_bytes()
+    assert (tmp_path / "gqa/generation_config.json").read_text() == '{"temperature": 0.7}'

@@ -411,7 +411,9 @@ def test_settings_and_tokenizer_come_along_and_old_ones_go(tmp_path):
         "tokenizer.json",
     ]
     (source / "generation_config.json").write_text('{"top_k": 9}')
+    (source / "tokenizer.json").rename(source / "vocab.json")  # of another kind: what stays of the old would be read
     convert_checkpoint(source, target, to="safetensors")
+    assert sorted(set(tree(target)) & {"tokenizer.json", "vocab.json", "notes.txt"}) == ["notes.txt", "vocab.json"]
     assert json.loads((target / "generation_config.json").read_text()) == {"top_k": 9}
 
 

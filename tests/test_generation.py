@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ RULES = {
     "no pair twice": {"no_repeat_ngram_size": 2, "repetition_penalty": 0.8},
     "bad words": {"bad_words_ids": [[5], [44, 35], [9, 34, 26], [3]]},
     "several ends": {"eos_token_id": [3, 8, 44]},
+    "not before in all": {"min_length": LENGTH + 6, "eos_token_id": [3, 8, 44]},
     "not before": {"min_new_tokens": 6, "eos_token_id": [3, 8, 44]},
 }
 BEAMS = {
@@ -449,6 +451,7 @@ def test_programs_are_compiled_once_a_bucket_and_set_of_rules(tmp_path, wing):
         ({"prompt_lookup_num_tokens": 3, "do_sample": True}, "for greedy decoding"),
         ({"num_beams": 2, "streamer": Recorder()}, "a streamer cannot show beam search"),
         ({"max_new_tokens": True}, "max_new_tokens is True"),
+        ({"min_length": -1}, "min_length is -1"),
         ({"max_new_tokens": 5, "min_new_tokens": 6}, "more than the 5 tokens"),
         ({"max_length": 9, "max_new_tokens": None}, "no room"),
         ({"seed": -1}, "seed is -1"),
@@ -527,3 +530,14 @@ def test_generation_settings_survive_a_file():
     settings = GenerationConfig.from_dict(data)
     assert settings.top_k == 50
     assert settings.to_dict() == {key: value for key, value in data.items() if value is not None}
+
+
+def test_settings_of_a_file_that_generate_does_not_have_are_told():
+    ids = np.full((1, 3), 5)
+    idle = {"guidance_scale": 1.0, "typical_p": 1.0, "suppress_tokens": None, "num_beam_groups": 1, "sequence_bias": {}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare(idle | {"cache_implementation": None}, config_of("olmo2"), {}, input_ids=ids, attention_mask=None)
+    defaults = idle | {"guidance_scale": 1.5, "suppress_tokens": [4]}
+    with pytest.warns(UserWarning, match="generate goes without suppress_tokens, guidance_scale, which the generation"):
+        prepare(defaults, config_of("olmo2"), {}, input_ids=ids, attention_mask=None)

@@ -280,6 +280,14 @@ def test_a_saved_model_has_gradients(tmp_path, family):
 # -- LoRA -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_of_tensorflow_holds_every_variable(family, tmp_path):
+    model, other = make(family), getattr(zoo, f"TF{family}ForCausalLM")(CONFIGS[family], seed=5)
+    path = tf.train.Checkpoint(model=model).write(tmp_path / "ckpt")
+    tf.train.Checkpoint(model=other).read(path).assert_consumed()
+    assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), other.get_weights(), strict=True))
+
+
 @pytest.mark.parametrize("keep", ["save", "convert"])
 def test_variables_that_the_config_does_not_know_are_named_and_not_lost(keep, tmp_path):
     def problems_of(model):

@@ -188,6 +188,8 @@ def test_embeddings_positions_and_kept_logits(model, batch):
     assert torch.equal(shifted, model(ids, mask, position_ids=torch.arange(11)[None] * 2).logits)
     torch.testing.assert_close(model(ids, mask, logits_to_keep=2).logits, full[:, -2:])
     torch.testing.assert_close(model(ids, mask, num_logits_to_keep=1).logits, full[:, -1:])
+    with pytest.raises(InputError, match=r"position_ids has shape \(9,\), expected \(batch or 1, seq\)"):
+        pt.Olmo2ForCausalLM(CONFIG)(torch.ones(1, 9, dtype=torch.long), position_ids=torch.arange(9))
     torch.testing.assert_close(model(ids, mask, logits_to_keep=torch.tensor([3, 5])).logits, full[:, [3, 5]])
 
 

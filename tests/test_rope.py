@@ -63,3 +63,30 @@ def test_the_length_matters_to_dynamic_and_longrope_alone():
         ).rope()
         same = np.array_equal(rope.frequencies(40), rope.frequencies(5000))
         assert same == (kind not in ("dynamic", "longrope")), kind
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("yarn", "llama3", "longrope"))])
+def test_the_original_length_may_stand_at_the_top_of_a_file_and_goes_first(kind):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding
+
+    data = {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": 256}
+    parameters = {**KINDS[kind], "rope_theta": 5e5}
+    expected = Olmo2Config.from_dict(
+        {**data, "rope_parameters": {**parameters, "original_max_position_embeddings": 32}}
+    )
+    data["original_max_position_embeddings"] = 32
+    found = Olmo2Config.from_dict({**data, "rope_parameters": parameters})
+    theirs = transformers.Olmo2Config.from_dict({**data, "rope_parameters": dict(parameters)})
+    np.testing.assert_allclose(found.rope().frequencies(20), Olmo2RotaryEmbedding(theirs).inv_freq, rtol=3e-7)
+    assert found.rope() == expected.rope() != make(KINDS[kind]).rope()
+    assert Olmo2Config.from_dict(found.to_dict()).rope() == found.rope()
+    again = Olmo2Config.from_dict(data, rope_theta=5e5, rope_scaling=KINDS[kind])  # a change made in the call
+    assert again.rope() == found.rope()
+    assert "original_max_position_embeddings" not in (Olmo2Config.from_dict(data).rope_scaling or {})
+
+
+def make(scaling):
+    return Olmo2Config(
+        hidden_size=192, num_attention_heads=6, max_position_embeddings=256, rope_theta=5e5, rope_scaling=scaling
+    )

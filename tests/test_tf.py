@@ -279,6 +279,7 @@ def test_logits_to_keep(tied):
     model = make(config=CONFIG.replace(tie_word_embeddings=tied))
     logits = model(IDS, MASK).logits
     np.testing.assert_allclose(model(IDS, MASK, logits_to_keep=2).logits, logits[:, -2:], atol=1e-5)
+    np.testing.assert_allclose(model(IDS, MASK, logits_to_keep=np.int64(2)).logits, logits[:, -2:], atol=1e-5)
     kept = model(IDS, MASK, num_logits_to_keep=np.array([8, 3])).logits
     np.testing.assert_allclose(kept, tf.gather(logits, [8, 3], axis=1), atol=1e-5)
 
@@ -323,6 +324,8 @@ def test_arguments_that_do_not_fit_are_named(model):
         model(attention_mask=MASK)
     with pytest.raises(InputError, match=r"attention_mask has shape \(4, 8\), expected \(4, 9\): 0 cached and 9 new"):
         model(IDS, MASK[:, 1:])
+    with pytest.raises(InputError, match=r"position_ids has shape \(9,\), expected \(batch or 1, seq\)"):
+        model(IDS, position_ids=np.arange(9))
     with pytest.raises(InputError, match=r"attention_mask has shape \(3, 9\)"):
         model(IDS, MASK[1:])
     with pytest.raises(InputError, match="the cache holds 8 positions, 9 were asked of it"):

@@ -17,6 +17,7 @@ from olmozoo.errors import ConfigError
 from olmozoo.families.base import ACTIVATIONS, ModelConfig, Parameter, is_number
 
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+FROM_ORIGINAL = ("yarn", "llama3", "longrope")  # kinds that go by the length before the text was stretched
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -233,6 +234,9 @@ class RotaryConfig(ModelConfig):
         self._check_choice("hidden_act", ACTIVATIONS)
         if self.num_attention_heads % self.kv_heads:
             self._wrong("num_key_value_heads", f"a divisor of num_attention_heads = {self.num_attention_heads}")
+        original = self.extra.get("original_max_position_embeddings")
+        if original is not None and rope_kind(self.rope_scaling) in FROM_ORIGINAL:  # where Transformers looks first
+            self._set("rope_scaling", dict(self.rope_scaling or {}, original_max_position_embeddings=original))
         self.rope()
 
     @classmethod

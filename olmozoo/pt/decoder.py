@@ -111,6 +111,8 @@ class Decoder(PreTrainedModel):
         """Bring positions in: the embeddings, changed or not, and what each block needs (here cosines and sines)."""
         if position_ids is None:
             position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
+        if position_ids.ndim != 2:
+            raise InputError(f"position_ids has shape {tuple(position_ids.shape)}, expected (batch or 1, seq)")
         return hidden, [rotary(self.rope, position_ids, hidden.dtype)] * len(self.parts.layers)
 
     def finish(self, hidden: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from olmozoo.outputs import BaseModelOutput, CausalLMOutput, QuestionAnsweringOu
 from olmozoo.tf.base import PreTrainedModel
 from olmozoo.tf.cache import cache_lengths, close_cache, open_cache
 from olmozoo.tf.generation import GenerationMixin
-from olmozoo.tf.layers import Tensor, at_least_float32, causal_mask, linear, rotary, split_seed
+from olmozoo.tf.layers import Stack, Tensor, at_least_float32, causal_mask, linear, rotary, split_seed
 
 
-class Decoder(PreTrainedModel):
+class Decoder(Stack, PreTrainedModel):
     """A base model: embeddings, blocks, final norm. Subclasses set `embed_tokens`, `blocks` and `norm`."""
 
     layerdrop = 0.0
@@ -121,6 +121,9 @@ class Decoder(PreTrainedModel):
         """Bring positions in: the embeddings, changed or not, and what each block needs (here cosines and sines)."""
         if position_ids is None:
             position_ids = past + ops.arange(ops.shape(hidden)[1])[None]
+        position_ids = ops.convert_to_tensor(position_ids)
+        if position_ids.shape.rank not in (2, None):
+            raise InputError(f"position_ids has shape {tuple(position_ids.shape)}, expected (batch or 1, seq)")
         return hidden, [rotary(self.rope, position_ids, hidden.dtype)] * len(self.parts.blocks)
 
     def finish(self, hidden: Tensor) -> Tensor:
@@ -245,7 +248,8 @@ class CausalLM(GenerationMixin, HeadedModel):
         if not isinstance(keep, int) or keep:
             if labels is not None:
                 raise InputError("labels need the logits at every position: leave out logits_to_keep")
-            hidden = hidden[:, -keep:] if isinstance(keep, int) else ops.take(hidden, keep, axis=1)
+            is_number = isinstance(keep, int) or len(keep.shape) == 0  # Keras makes tensors of NumPy's own
+            hidden = hidden[:, -keep:] if is_number else ops.take(hidden, keep, axis=1)
         logits = self.logits(hidden)
         result = CausalLMOutput(
             loss=None if labels is None else next_token_loss(logits, labels),

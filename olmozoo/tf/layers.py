@@ -113,6 +113,15 @@ class Layer(keras.layers.Layer):
         self.built = True
 
 
+class Stack:
+    """What a layer or model with a list of `blocks` adds: TensorFlow alone does not see into a list of Keras's."""
+
+    def _trackable_children(self, save_type: str = "checkpoint", **options: Any) -> dict[str, Any]:
+        """What `tf.train.Checkpoint` saves and restores."""
+        blocks = enumerate(getattr(self, "blocks", ()) if save_type == "checkpoint" else ())
+        return {**super()._trackable_children(save_type, **options), **{f"block_{i}": block for i, block in blocks}}
+
+
 class RMSNorm(keras.layers.Layer):
     """`w * x / sqrt(mean(x^2) + eps)` in at least float32, cast back after the product (arXiv:1910.07467)."""
 

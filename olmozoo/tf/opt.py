@@ -24,6 +24,7 @@ from olmozoo.tf.layers import (
     ACTIVATIONS,
     Layer,
     LayerNorm,
+    Stack,
     attention,
     dropout,
     embedding,
@@ -92,7 +93,7 @@ class OPTBlock(Layer):
         return x, present, weights
 
 
-class OPTParts(Layer):
+class OPTParts(Stack, Layer):
     """What a checkpoint keeps under `decoder`."""
 
     def __init__(self, config: OPTConfig, name: str) -> None:
