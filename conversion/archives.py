@@ -23,6 +23,7 @@ from olmozoo.formats import Window
 
 STORAGES = {kind: dtype_of(name) for name, kind in STORAGE_NAMES.items()}
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip record: signature, ..., lengths of the name and of extra fields
+UTF8 = 0x800  # the flag of a record whose name is in UTF-8
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,9 @@ def read_archive(file: Path, begin: int = 0, length: int | None = None) -> Any:
             if entry.header_offset >= 0:
                 window.seek(entry.header_offset)
                 header = window.read(LOCAL_HEADER.size)
-            named = len(header) == LOCAL_HEADER.size and header.startswith(b"PK\3\4")
-            if not named or window.read(LOCAL_HEADER.unpack(header)[1]) != (root + name).encode():
+            is_header = len(header) == LOCAL_HEADER.size and header.startswith(b"PK\3\4")
+            encoding = "utf-8" if entry.flag_bits & UTF8 else "cp437"
+            if not is_header or window.read(LOCAL_HEADER.unpack(header)[1]) != entry.orig_filename.encode(encoding):
                 raise CheckpointError(f"{where}: the record {root}{name} does not begin where the directory says")
             start = entry.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header)[1:])
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:

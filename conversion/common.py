@@ -187,11 +187,11 @@ def write_canonical(
 
     Args:
         dst: the folder.
-        config: written as config.json; its special tokens make the generation_config.json.
+        config: written as config.json; its special tokens make the generation_config.json, unless `files` has one.
         read: gives a parameter's values; called again for the comparison.
         dtype: gives their dtype.
         total: bytes to write, for the bar.
-        files: name -> content of more files.
+        files: name -> content of settings and a tokenizer; see `put_settings`.
         max_shard_size: as for `write_weights`.
         verify: whether to compare.
 

@@ -32,7 +32,7 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
-from olmozoo.errors import CheckpointError, OlmozooError
+from olmozoo.errors import CheckpointError, InputError, OlmozooError
 from olmozoo.families.base import (
     ARCHITECTURES,
     BASE_PREFIX,
@@ -369,6 +369,18 @@ def fail(headline: str, problems: Iterable[str], kind: type[OlmozooError] = Chec
     problems = list(problems)
     if problems:
         raise kind(f"{headline}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def check_shapes(headline: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise one InputError that lists every name that is missing, unexpected or of a wrong shape, if there is any."""
+    problems = [f"missing: {name} {expected[name]}" for name in expected.keys() - found.keys()]
+    problems += [f"unexpected: {name} {found[name]}" for name in found.keys() - expected.keys()]
+    problems += [
+        f"wrong shape: {name} is {found[name]}, expected {expected[name]}"
+        for name in expected.keys() & found.keys()
+        if found[name] != expected[name]
+    ]
+    fail(headline, sorted(problems), InputError)
 
 
 def load_weights(

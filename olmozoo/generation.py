@@ -66,7 +66,7 @@ class GenerationConfig:
             The answer is the same; what repeats its prompt comes faster. (Rope scaling of the kinds `dynamic` and
             `longrope` turns a position by how long the text is, guesses included: there near answers can differ.)
         max_matching_ngram_size: the longest run of tokens that a guess is made by.
-        extra: keys that no field has; kept and written back.
+        extra: keys that no field has; kept and written back. `generate` warns of those that would change its tokens.
     """
 
     max_length: int | None = None
@@ -339,7 +339,7 @@ def prepare(
         raise InputError("a streamer cannot show beam search, which settles on its tokens at the end alone")
     if not settings.do_sample and (idle := [name for name in SAMPLING if changes.get(name) is not None]):
         warnings.warn(f"{', '.join(idle)} has no effect without do_sample=True", stacklevel=3)
-    if foreign := [n for n, idle in FOREIGN.items() if settings.extra.get(n) not in (None, idle, [], {})]:
+    if foreign := [name for name, none in FOREIGN.items() if settings.extra.get(name) not in (None, none, [], {})]:
         warnings.warn(f"generate goes without {', '.join(foreign)}, which the generation config sets", stacklevel=3)
     ends = settings.ends if settings.eos_token_id is not None else GenerationConfig.from_model(config).ends
     pad = config.pad_token_id if settings.pad_token_id is None else settings.pad_token_id

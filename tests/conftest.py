@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from olmozoo import InputError, convert
 from olmozoo.backend import BACKENDS, installed
 from olmozoo.checkpoint import save_checkpoint
 from olmozoo.families.base import Head, ModelConfig, Parameter
@@ -67,6 +68,14 @@ def write_checkpoint(
         max_shard_size=max_shard_size,
     )
     return folder
+
+
+def refusal(model, keep: str, folder: Path) -> str:
+    """What a model says that must not be saved (`keep` is "save"), or converted to that wing; nothing is written."""
+    with pytest.raises(InputError) as caught:
+        model.save_pretrained(folder / "new") if keep == "save" else convert(model, to=keep)
+    assert not (folder / "new").exists()
+    return str(caught.value)
 
 
 def left_padded(config: ModelConfig, batch: int = 3, length: int = 11, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

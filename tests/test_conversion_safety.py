@@ -105,6 +105,30 @@ def test_the_archives_made_here_can_be_read(tmp_path):
     assert np.array_equal(read(tmp_path / "x.pt")["a"], values)
 
 
+def test_records_begin_where_the_directory_says_whatever_their_names(tmp_path):
+    file = tmp_path / "x.pt"
+    for root, utf8 in (("модель", True), ("mod\u00e8le", False)):
+        data = dumps({"a": tensor(), "b": tensor(key="1")})
+        with zipfile.ZipFile(file, "w") as parts:
+            for name, content in (("data.pkl", data), ("data/0", bytes(16)), ("data/1", bytes(range(16)))):
+                parts.writestr(f"{root}/{name}", content)
+        if not utf8:  # as writers that know nothing of that flag have it: the same bytes, read as cp437
+            good = file.read_bytes()
+            for signature, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+                at = -1
+                while (at := good.find(signature, at + 1)) >= 0:
+                    good = good[: at + place] + b"\0\0" + good[at + place + 2 :]
+            file.write_bytes(good)
+        assert read(file)["b"].any()
+    with zipfile.ZipFile(file) as parts:
+        first, second = (parts.infolist()[i] for i in (1, 2))
+    entry = good.rindex(b"/data/1") - len("modèle".encode()) - 46  # of the archive's directory
+    assert good[entry + 42 :][:4] == second.header_offset.to_bytes(4, "little")
+    file.write_bytes(good[: entry + 42] + first.header_offset.to_bytes(4, "little") + good[entry + 46 :])
+    with pytest.raises(CheckpointError, match="data/1 does not begin where the directory says"):
+        read(file)
+
+
 # -- code -------------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from olmozoo.checkpoint import Checkpoint, aligned_copy, dtype_of, fail, load_weights, save_checkpoint
+from olmozoo.checkpoint import Checkpoint, aligned_copy, check_shapes, dtype_of, load_weights, save_checkpoint
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.base import BASE_PREFIX, Head, Kind, ModelConfig, Parameter
 from olmozoo.flax.cache import KVCache
@@ -131,14 +131,7 @@ class PreTrainedModel:
         params = unfreeze(self.tree(params))
         found = {"/".join(path): np.shape(leaf) for path, leaf in flatten_dict(params).items()}
         expected = {"/".join(path): leaf.shape for path, leaf in flatten_dict(self.params_shape_tree).items()}
-        problems = [f"missing: {name} {expected[name]}" for name in expected.keys() - found.keys()]
-        problems += [f"unexpected: {name} {found[name]}" for name in found.keys() - expected.keys()]
-        problems += [
-            f"wrong shape: {name} is {found[name]}, expected {expected[name]}"
-            for name in expected.keys() & found.keys()
-            if found[name] != expected[name]
-        ]
-        fail(f"params do not fit {type(self).__name__}", sorted(problems), InputError)
+        check_shapes(f"params do not fit {type(self).__name__}", found, expected)
         return params
 
     def _table(self) -> list[Parameter]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from olmozoo.checkpoint import Checkpoint, dtype_of, fail, initial_weights, load_weights, save_checkpoint
+from olmozoo.checkpoint import Checkpoint, check_shapes, dtype_of, fail, initial_weights, load_weights, save_checkpoint
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.base import BASE_PREFIX, Head, ModelConfig, Parameter
 from olmozoo.generation import GenerationConfig
@@ -153,16 +153,15 @@ class PreTrainedModel(nn.Module):
         Raises:
             InputError: they are not; every problem is named.
         """
-        held = {p: self._find(p) for p in self.config.parameters(self.head) if p.tied_to is None}
+        table = [parameter for parameter in self.config.parameters(self.head) if parameter.tied_to is None]
+        held = {self._path(parameter): self._find(parameter) for parameter in table}
         known = {id(tensor) for tensor in held.values()}
-        problems = [f"unexpected: {name} {tuple(t.shape)}" for name, t in self.named_parameters() if id(t) not in known]
-        problems += [
-            f"wrong shape: {parameter.name} is {tuple(tensor.shape)}, expected {parameter.shape}"
-            for parameter, tensor in held.items()
-            if tensor.shape != parameter.shape
-        ]
-        problems += [f"without values, on the meta device: {p.name}" for p, tensor in held.items() if tensor.is_meta]
-        fail(f"parameters do not fit the config of {type(self).__name__}", sorted(problems), InputError)
+        others = {name: tensor for name, tensor in self.named_parameters() if id(tensor) not in known}
+        headline = f"parameters do not fit the config of {type(self).__name__}"
+        found = {name: tuple(tensor.shape) for name, tensor in (held | others).items()}
+        check_shapes(headline, found, {self._path(parameter): parameter.shape for parameter in table})
+        empty = (f"without values, on the meta device: {name}" for name, tensor in held.items() if tensor.is_meta)
+        fail(headline, empty, InputError)
 
     def _bind(self, parameter: Parameter, tensor: Tensor) -> None:
         module, _, leaf = self._path(parameter).rpartition(".")

@@ -13,7 +13,7 @@ import numpy as np
 import optree
 import tensorflow as tf
 
-from olmozoo.checkpoint import Checkpoint, aligned, fail, initial_weights, load_weights, save_checkpoint
+from olmozoo.checkpoint import Checkpoint, aligned, check_shapes, initial_weights, load_weights, save_checkpoint
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.base import BASE_PREFIX, Head, ModelConfig, Parameter
 from olmozoo.generation import GenerationConfig
@@ -276,15 +276,12 @@ class PreTrainedModel(keras.Model):
         Raises:
             InputError: they are not; every problem is named.
         """
-        held = {p: self._layer(p)[0] for p in self.config.parameters(self.head) if p.tied_to is None}
-        known = {id(variable) for layer in held.values() for variable in layer.weights}
-        problems = [f"unexpected: {v.path} {tuple(v.shape)}" for v in self.weights if id(v) not in known]
-        for parameter in held:
-            found, turned = tuple(self._find(parameter).shape), parameter.kind == "linear"
-            expected = parameter.shape[::-1] if turned else parameter.shape
-            if found != expected:
-                problems.append(f"wrong shape: {parameter.name} is {found}, expected {expected}")
-        fail(f"variables do not fit the config of {type(self).__name__}", sorted(problems), InputError)
+        table = [parameter for parameter in self.config.parameters(self.head) if parameter.tied_to is None]
+        known = {id(variable) for parameter in table for variable in self._layer(parameter)[0].weights}
+        found = {variable.path: tuple(variable.shape) for variable in self.weights if id(variable) not in known}
+        found |= {parameter.name: tuple(self._find(parameter).shape) for parameter in table}
+        expected = {p.name: p.shape[::-1] if p.kind == "linear" else p.shape for p in table}
+        check_shapes(f"variables do not fit the config of {type(self).__name__}", found, expected)
 
     def _bind(self, parameter: Parameter, array: np.ndarray) -> None:
         """Give a parameter its values. It may take the array's memory over: whoever needs that keeps a copy."""
