@@ -57,7 +57,7 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from olmozoo.convert import FORMATS
+    from olmozoo.checkpoint.convert import FORMATS
 
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, foreign, target = Path(folder, "source"), Path(folder, "foreign"), Path(folder, "target")
@@ -68,7 +68,7 @@ def main() -> None:
         table = Table("from" if options.back else "to", "seconds", "cp, seconds", "ratio", "peak, MB", title=title)
         for column in table.columns[1:]:
             column.justify = "right"
-        idle = run([sys.executable, "-c", "import olmozoo.convert, h5py"])[1]
+        idle = run([sys.executable, "-c", "import olmozoo.checkpoint, h5py"])[1]
         names = [*FORMATS, *(FROM_PROGRAMS if options.back else TO_PROGRAMS)]
         for name in options.to.split(",") if options.to else names:
             forth, back = conversion(name, options.max_shard_size)
@@ -101,7 +101,9 @@ def main() -> None:
 def make(folder: Path, size: str, dtype: str, preset: str) -> None:
     """Write a checkpoint of about that size, with the shapes of a preset."""
     from olmozoo import Olmo2Config
-    from olmozoo.checkpoint import dtype_of, parse_size, save_checkpoint
+    from olmozoo.checkpoint.files import parse_size
+    from olmozoo.checkpoint.tensors import dtype_of
+    from olmozoo.checkpoint.writer import save_checkpoint
 
     kind = dtype_of(dtype)
     config = Olmo2Config.from_preset(preset, num_hidden_layers=1)
@@ -124,7 +126,7 @@ def make(folder: Path, size: str, dtype: str, preset: str) -> None:
 
 def contents(folder: Path) -> list[int]:
     """The bytes of each tensor in a checkpoint."""
-    from olmozoo.checkpoint import Checkpoint
+    from olmozoo.checkpoint.reader import Checkpoint
 
     tensors = Checkpoint(folder).tensors.values()
     return [int(np.prod(info.shape, dtype=np.int64)) * info.dtype.itemsize for info in tensors]
@@ -133,11 +135,11 @@ def contents(folder: Path) -> list[int]:
 def conversion(name: str, max_shard_size: str) -> tuple[list[str], list[str]]:
     """The commands to a format and back, without what they read and write."""
     if name in TO_PROGRAMS:
-        back = [sys.executable, f"conversion/{name}.py", "--no-verify"]
+        back = [sys.executable, "-m", f"conversion.{name}", "--no-verify"]
         if name != "gguf_export":  # always one file
             back += ["--max-shard-size", max_shard_size]
         return [*back, *TO_PROGRAMS[name]], back
-    command = [sys.executable, "-m", "olmozoo.cli", "convert", "--max-shard-size", max_shard_size, "--to"]
+    command = [sys.executable, "-m", "olmozoo", "convert", "--max-shard-size", max_shard_size, "--to"]
     return [*command, name], [*command, "safetensors"]
 
 

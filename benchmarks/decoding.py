@@ -41,8 +41,8 @@ def main() -> None:
     from rich.table import Table
 
     from olmozoo import ModelConfig
-    from olmozoo.backend import installed
-    from olmozoo.checkpoint import save_checkpoint
+    from olmozoo.backends import installed
+    from olmozoo.checkpoint.writer import save_checkpoint
 
     config = ModelConfig.from_preset(options.preset)
     names = options.only.split(",") if options.only else installed()
@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
                 **settings,
             )
     else:
-        from olmozoo.backend import load
+        from olmozoo.backends import load
 
         backend = load(options.folder, options.only)
 

@@ -43,7 +43,7 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from olmozoo.backend import installed
+    from olmozoo.backends import installed
 
     wings = installed()
     seconds = defaultdict(list)  # (wing, what) -> of each round
@@ -76,7 +76,7 @@ def main() -> None:
 
 def load(folder: str, wing: str, said: str) -> None:
     """Load the checkpoint and write down the seconds that took."""
-    from olmozoo.convert import WINGS
+    from olmozoo.interop import WINGS
 
     cls = getattr(import_module(f"olmozoo.{wing}"), f"{WINGS[wing]}AutoModelForCausalLM")
     start = time.perf_counter()

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pickles import Record, unpickle
-from tensors import Source, mapped, whole_numbers
-
-from olmozoo.checkpoint import dtype_of
-from olmozoo.convert import STORAGES as STORAGE_NAMES
+from conversion.pickles import Record, unpickle
+from conversion.tensors import Source, mapped, whole_numbers
+from olmozoo.checkpoint.formats.keras import Window
+from olmozoo.checkpoint.formats.pytorch import STORAGES as STORAGE_NAMES
+from olmozoo.checkpoint.tensors import dtype_of
 from olmozoo.errors import CheckpointError
-from olmozoo.formats import Window
 
 STORAGES = {kind: dtype_of(name) for name, kind in STORAGE_NAMES.items()}
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip record: signature, ..., lengths of the name and of extra fields

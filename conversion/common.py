@@ -15,23 +15,18 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from rich.table import Table
-from tensors import Source, from_info, stacked
 
-from olmozoo.checkpoint import (
-    GENERATION_CONFIG,
-    Array,
-    Checkpoint,
-    Output,
-    fail,
-    replacing_folder,
-    same_bits,
-    write_config,
-    write_json,
-    write_weights,
-)
-from olmozoo.convert import put_settings, settings_files
-from olmozoo.errors import CheckpointError, ConfigError, InputError, OlmozooError
-from olmozoo.families.base import ModelConfig, Parameter
+from conversion.tensors import Source, from_info, stacked
+from olmozoo.checkpoint.atomic import replacing_folder
+from olmozoo.checkpoint.convert import put_settings, settings_files
+from olmozoo.checkpoint.files import GENERATION_CONFIG, write_json
+from olmozoo.checkpoint.reader import Checkpoint
+from olmozoo.checkpoint.tensors import Output, same_bits
+from olmozoo.checkpoint.writer import write_config, write_weights
+from olmozoo.errors import CheckpointError, ConfigError, InputError, OlmozooError, raise_problems
+from olmozoo.families.config import ModelConfig
+from olmozoo.families.parameter import Parameter
+from olmozoo.typing import Array
 
 Rule = tuple[str, tuple[str, ...]]  # a foreign name, and the canonical ones whose rows it holds, in their order
 LAYER = "{}"  # stands for the layer's number in both
@@ -71,7 +66,7 @@ def holdings(rules: Iterable[Rule], config: ModelConfig) -> dict[str, list[Param
             names = [name.replace(LAYER, str(layer)) for name in canonical]
             if all(name in table for name in names):
                 found[foreign.replace(LAYER, str(layer))] = [table.pop(name) for name in names]
-    fail(f"{config.name} cannot be expressed", [f"there is no foreign name for {name}" for name in table])
+    raise_problems(f"{config.name} cannot be expressed", [f"there is no foreign name for {name}" for name in table])
     return found
 
 
@@ -107,7 +102,7 @@ def check_sources(sources: dict[str, Source], held: dict[str, list[Parameter]], 
         expected = foreign_shape(parameters)
         if name in sources and sources[name].shape != expected:
             problems.append(f"wrong shape: {name} is {list(sources[name].shape)}, expected {list(expected)}")
-    fail(f"{where} does not fit its config", problems)
+    raise_problems(f"{where} does not fit its config", problems)
 
 
 def canonical_sources(src: Path, config: ModelConfig) -> dict[str, Source]:
@@ -289,7 +284,7 @@ def compare(pairs: Iterable[tuple[str, Callable[[], Array], Source]]) -> None:
     pairs = list(pairs)
     with progress("verifying", sum(size(source) for _, _, source in pairs)) as advance:
         differing = [f"{name} differs" for name, read, found in pairs if not same_bits(read(), advance(found.read()))]
-    fail("what was written is not what was read", differing)
+    raise_problems("what was written is not what was read", differing)
     err.print(f"verified: {len(pairs)} tensors are the same, bit by bit")
 
 
@@ -364,7 +359,7 @@ def tokenizer_files(path: Path, config: ModelConfig) -> dict[str, bytes]:
         for token in found if isinstance(found, list) else [found]:
             if token is not None and tokenizer.id_to_token(token) is None:
                 problems.append(f"it has no token {token}, the config's {name}_id")
-    fail(f"{file} does not fit the model", problems)
+    raise_problems(f"{file} does not fit the model", problems)
     files = settings_files(path) if path.is_dir() else {}
     files.pop(GENERATION_CONFIG, None)
     return {**files, "tokenizer.json": file.read_bytes()}

@@ -1,6 +1,6 @@
 """A canonical checkpoint -> a GGUF file, for llama.cpp.
 
-    python conversion/gguf_export.py SRC OUT.gguf
+    python -m conversion.gguf_export SRC OUT.gguf
 
 OLMo and OLMo 2, in the checkpoint's own dtype (float64 becomes float32, and norms are float32, as llama.cpp wants
 them); llama.cpp's own `llama-quantize` makes smaller ones of it. llama.cpp has no OPT.
@@ -17,7 +17,9 @@ import gguf
 import ml_dtypes
 import numpy as np
 import typer
-from common import (
+from rich.table import Table
+
+from conversion.common import (
     DryRun,
     Src,
     Verify,
@@ -30,15 +32,16 @@ from common import (
     run,
     tokenizer_files,
 )
-from rich.table import Table
-from tensors import Source, mapped
-
-from olmozoo.chat import chat_templates
-from olmozoo.checkpoint import Array, Output, new_file
+from conversion.tensors import Source, mapped
+from olmozoo.checkpoint.files import new_file
+from olmozoo.checkpoint.tensors import Output
 from olmozoo.errors import CheckpointError, ConfigError, InputError
-from olmozoo.families.base import ModelConfig, Parameter, read_json
+from olmozoo.families.config import ModelConfig, read_json
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config
+from olmozoo.families.parameter import Parameter
+from olmozoo.text.chat import chat_templates
+from olmozoo.typing import Array
 
 Kind = gguf.GGMLQuantizationType
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

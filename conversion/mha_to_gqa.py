@@ -1,6 +1,6 @@
 """A canonical checkpoint with fewer key/value heads: each new head is the mean of the heads it takes the place of.
 
-    python conversion/mha_to_gqa.py SRC DST --kv-heads N
+    python -m conversion.mha_to_gqa SRC DST --kv-heads N
 
 Query heads that shared a key/value head's group keep sharing it, so the heads pooled together are neighbours (GQA,
 arXiv:2305.13245, section 2.1). The result is a start for further training, not an equal model, unless the heads of each
@@ -15,7 +15,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from common import (
+from rich.table import Table
+
+from conversion.common import (
     DryRun,
     Dst,
     ShardSize,
@@ -28,13 +30,12 @@ from common import (
     size,
     write_canonical,
 )
-from rich.table import Table
-
-from olmozoo.checkpoint import Array
-from olmozoo.convert import settings_files
+from olmozoo.checkpoint.convert import settings_files
 from olmozoo.errors import ConfigError, InputError
-from olmozoo.families.base import ModelConfig, Parameter
-from olmozoo.families.rope import RotaryConfig
+from olmozoo.families.config import ModelConfig
+from olmozoo.families.parameter import Parameter
+from olmozoo.families.rotary import RotaryConfig
+from olmozoo.typing import Array
 
 POOLED = re.compile(r"\.self_attn\.(k_proj\.(weight|bias)|v_proj\.(weight|bias)|k_norm\.weight)$")
 

@@ -1,7 +1,7 @@
 """OLMo-core <-> a canonical folder.
 
-    python conversion/olmo_core.py SRC DST               # config.json and model_and_optim/ -> a folder every wing loads
-    python conversion/olmo_core.py SRC DST --reverse       # a canonical folder -> config.json and model_and_optim/
+    python -m conversion.olmo_core SRC DST               # config.json and model_and_optim/ -> a folder every wing loads
+    python -m conversion.olmo_core SRC DST --reverse       # a canonical folder -> config.json and model_and_optim/
 
 Reading needs neither OLMo-core nor PyTorch; `--reverse` needs PyTorch, whose classes the format's index is made of.
 """
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import (
+
+from conversion.common import (
     LAYER,
     DryRun,
     Dst,
@@ -30,12 +31,12 @@ from common import (
     run,
     to_canonical,
 )
-from sharded import METADATA, read_distributed, write_distributed
-from tensors import Source
-
-from olmozoo.checkpoint import CONFIG, Output, write_json
+from conversion.sharded import METADATA, read_distributed, write_distributed
+from conversion.tensors import Source
+from olmozoo.checkpoint.files import CONFIG, write_json
+from olmozoo.checkpoint.tensors import Output
 from olmozoo.errors import CheckpointError, ConfigError, InputError
-from olmozoo.families.base import ModelConfig, is_number, read_json
+from olmozoo.families.config import ModelConfig, is_number, read_json
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config
 

@@ -1,7 +1,7 @@
 """AI2's native trainer (ai2-olmo) <-> a canonical folder.
 
-    python conversion/olmo_native.py SRC DST               # the trainer's checkpoint -> a folder every wing loads
-    python conversion/olmo_native.py SRC DST --reverse       # a canonical folder -> config.yaml and model.pt
+    python -m conversion.olmo_native SRC DST               # the trainer's checkpoint -> a folder every wing loads
+    python -m conversion.olmo_native SRC DST --reverse       # a canonical folder -> config.yaml and model.pt
 
 SRC is any kind of checkpoint the trainer has written: unsharded (model.safetensors or model.pt) or sharded
 (torch.distributed.checkpoint's .metadata, rankN.pt, model/rankN.pt), with old spellings of names as well as new ones.
@@ -19,8 +19,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 import yaml
-from archives import as_source, read_archive
-from common import (
+
+from conversion.archives import as_source, read_archive
+from conversion.common import (
     LAYER,
     DryRun,
     Dst,
@@ -37,14 +38,15 @@ from common import (
     run,
     to_canonical,
 )
-from pickles import decode_key, encode_key
-from sharded import METADATA, read_distributed, read_ranks
-from tensors import Source, from_info
-
-from olmozoo.checkpoint import SAFETENSORS, Output, read_safetensors, write_safetensors
-from olmozoo.convert import write_pickled
+from conversion.pickles import decode_key, encode_key
+from conversion.sharded import METADATA, read_distributed, read_ranks
+from conversion.tensors import Source, from_info
+from olmozoo.checkpoint.files import SAFETENSORS
+from olmozoo.checkpoint.formats.pytorch import write_pickled
+from olmozoo.checkpoint.formats.safetensors import read_safetensors, write_safetensors
+from olmozoo.checkpoint.tensors import Output
 from olmozoo.errors import CheckpointError, ConfigError, InputError
-from olmozoo.families.base import ModelConfig, is_number
+from olmozoo.families.config import ModelConfig, is_number
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config
 

@@ -13,14 +13,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from archives import as_source, read_archive
-from pickles import Record, unpickle
-from tensors import Piece, Source, assembled, reshaped, whole_numbers
 
-from olmozoo.checkpoint import DTYPES, Output, fail
-from olmozoo.convert import write_pickled
-from olmozoo.errors import CheckpointError
-from olmozoo.pickling import Made, Named, pickled
+from conversion.archives import as_source, read_archive
+from conversion.pickles import Record, unpickle
+from conversion.tensors import Piece, Source, assembled, reshaped, whole_numbers
+from olmozoo.checkpoint.formats._pickling import Made, Named, pickled
+from olmozoo.checkpoint.formats.pytorch import write_pickled
+from olmozoo.checkpoint.tensors import DTYPES, Output
+from olmozoo.errors import CheckpointError, raise_problems
 
 METADATA = ".metadata"
 DESCRIPTIONS = "torch.distributed.checkpoint.metadata"
@@ -53,7 +53,7 @@ def read_distributed(folder: Path, prefix: str) -> dict[str, Source]:
             tensors[name.removeprefix(prefix)] = _distributed(folder, name, entry, places)
         except CheckpointError as error:
             problems.append(str(error))
-    fail(f"{file} is broken", problems)
+    raise_problems(f"{file} is broken", problems)
     return tensors
 
 
@@ -143,7 +143,7 @@ def read_ranks(folder: Path) -> dict[str, Source]:
                 whole[name] = assembled(where, dtype, shape, pieces)
         except CheckpointError as error:
             problems.append(str(error))
-    fail(f"{folder} is broken", problems)
+    raise_problems(f"{folder} is broken", problems)
     return whole
 
 
@@ -155,7 +155,7 @@ def rank_files(folder: Path) -> list[Path]:
     """
     files = {int(match[1]): p for p in folder.glob("rank*.pt") if (match := re.fullmatch(r"rank(\d+)\.pt", p.name))}
     missing = [f"rank{rank}.pt is not there" for rank in range(max(files, default=-1)) if rank not in files]
-    fail(f"{folder} is not complete", missing)
+    raise_problems(f"{folder} is not complete", missing)
     return [files[rank] for rank in sorted(files)]
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from olmozoo.checkpoint import Array, TensorInfo
+from olmozoo.checkpoint.tensors import TensorInfo
 from olmozoo.errors import CheckpointError
+from olmozoo.typing import Array
 
 
 @dataclass(frozen=True)

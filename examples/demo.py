@@ -25,9 +25,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import olmozoo
-from olmozoo.backend import BACKENDS
-from olmozoo.pipeline import pipeline
+from olmozoo.backends import BACKENDS
 from olmozoo.pt import Olmo2ForCausalLM
+from olmozoo.text.pipeline import pipeline
 
 FOLDER = Path("demo-output/model")
 PROMPT = "The class statement defines"
@@ -54,7 +54,7 @@ def main() -> None:
     console.rule("3. the same folder in PyTorch, Keras and Flax, layer by layer")
     command = ["olmozoo", "verify", str(FOLDER), "--plot", str(FOLDER.parent / "divergence.png")]
     console.print(f"$ {' '.join(command)}", style="bold")
-    subprocess.run([sys.executable, "-m", "olmozoo.cli", *command[1:]], check=True)
+    subprocess.run([sys.executable, "-m", "olmozoo", *command[1:]], check=True)
 
     console.rule("4. the same prompt, the same continuation")
     panels = Table.grid(expand=True, padding=(0, 1))

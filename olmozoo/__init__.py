@@ -4,16 +4,16 @@ Configs and the neutral parts are here; models are in `olmozoo.pt`, `olmozoo.tf`
 package imports no framework.
 """
 
-from olmozoo.convert import convert
 from olmozoo.errors import CheckpointError, ConfigError, HubError, InputError, MissingBackendError, OlmozooError
-from olmozoo.families.base import ModelConfig
+from olmozoo.families.config import ModelConfig
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config
 from olmozoo.families.opt import OPTConfig
-from olmozoo.generation import GenerationConfig
-from olmozoo.pipeline import pipeline
-from olmozoo.streaming import TextIteratorStreamer, TextStreamer
-from olmozoo.tokenizer import Tokenizer
+from olmozoo.generation.config import GenerationConfig
+from olmozoo.interop import convert
+from olmozoo.text.pipeline import pipeline
+from olmozoo.text.streaming import TextIteratorStreamer, TextStreamer
+from olmozoo.text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 

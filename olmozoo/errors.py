@@ -1,5 +1,9 @@
 """The errors olmozoo raises on bad input. Each is also the built-in error that a caller would expect."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class OlmozooError(Exception):
     """Base of every error that olmozoo raises on purpose."""
@@ -23,3 +27,10 @@ class InputError(OlmozooError, ValueError):
 
 class MissingBackendError(OlmozooError, ImportError):
     """A framework that is not installed was asked for."""
+
+
+def raise_problems(headline: str, problems: Iterable[str], kind: type[OlmozooError] = CheckpointError) -> None:
+    """Raise one error that lists every problem, if there is any."""
+    problems = list(problems)
+    if problems:
+        raise kind(f"{headline}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems))

@@ -17,16 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import train_tokenizer, write_checkpoint
-from conversions import FIXTURES, Attack
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from olmozoo import CheckpointError, ConfigError, Olmo2Config, OlmoConfig, OlmozooError, OPTConfig, Tokenizer
-from olmozoo.checkpoint import Checkpoint, load_weights, read_safetensors
-from olmozoo.convert import convert_checkpoint
-from olmozoo.families.base import ModelConfig
-from olmozoo.generation import GenerationConfig
+from olmozoo.checkpoint.convert import convert_checkpoint
+from olmozoo.checkpoint.formats.safetensors import read_safetensors
+from olmozoo.checkpoint.matching import load_weights
+from olmozoo.checkpoint.reader import Checkpoint
+from olmozoo.families.config import ModelConfig
+from olmozoo.generation.config import GenerationConfig
+from tests.helpers.checkpoints import train_tokenizer, write_checkpoint
+from tests.helpers.conversions import FIXTURES, Attack
 
 CONFIG = Olmo2Config(
     vocab_size=37,
@@ -517,7 +519,7 @@ def planted(draw, data: bytes, trace: Path):
 @settings(fuzz, max_examples=400)
 @given(st.data())
 def test_pickles(trace, data):
-    import pickles
+    from conversion import pickles
 
     good = pickle.dumps({"a": [1, (2, "x"), {3}], "b": np.dtype("f4")}, 2)
     content = data.draw(st.one_of(damaged(good), soups, st.binary(max_size=60), planted(good, trace)))
@@ -529,7 +531,7 @@ def test_pickles(trace, data):
 @settings(fuzz, max_examples=300)
 @given(st.data())
 def test_encoded_keys(trace, data):
-    import pickles
+    from conversion import pickles
 
     good = pickle.dumps((("model", "x"), False), 4)
     content = data.draw(st.one_of(damaged(good), soups, planted(good, trace)))
@@ -542,7 +544,7 @@ def test_encoded_keys(trace, data):
 @settings(fuzz, max_examples=200)
 @given(st.data())
 def test_archives(trace, data):
-    import archives
+    from conversion import archives
 
     good = (NATIVE / "model.pt").read_bytes()
     start = max(good.find(b"data.pkl") - 100, 0) if data.draw(st.booleans()) else max(len(good) - 2500, 0)
@@ -558,7 +560,7 @@ def test_archives(trace, data):
 @settings(fuzz, max_examples=200)
 @given(st.data())
 def test_metadata_of_distributed_checkpoints(trace, data):
-    import sharded
+    from conversion import sharded
 
     folder = trace.with_name("core")
     if not folder.exists():

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import HubServer
 
 from olmozoo.errors import CheckpointError, HubError, InputError
 from olmozoo.hub import resolve
+from tests.helpers.hub_server import HubServer
 
 CONFIG = b'{"model_type": "olmo2"}'
 WEIGHTS = bytes(range(256)) * 256  # 64 KiB

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import WINGS, train_tokenizer, write_checkpoint
-from hub_server import HubServer
 
 from olmozoo import Olmo2Config
+from tests.helpers.checkpoints import train_tokenizer, write_checkpoint
+from tests.helpers.hub_server import HubServer
+from tests.helpers.wings import WINGS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 REPO = "allenai/OLMo-2-0425-1B"

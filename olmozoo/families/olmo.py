@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from olmozoo.families.base import Head, Parameter, register
-from olmozoo.families.rope import RotaryConfig
+from olmozoo.families.parameter import Head, Parameter
+from olmozoo.families.registry import register
+from olmozoo.families.rotary import RotaryConfig
 
 _1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 16}
 _7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}

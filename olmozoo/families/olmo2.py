@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from olmozoo.families.base import Head, Parameter, register
-from olmozoo.families.rope import RotaryConfig
+from olmozoo.families.parameter import Head, Parameter
+from olmozoo.families.registry import register
+from olmozoo.families.rotary import RotaryConfig
 
 
 def _preset(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from olmozoo.errors import ConfigError
-from olmozoo.families.base import ACTIVATIONS, Head, ModelConfig, Parameter, register
+from olmozoo.families.config import ModelConfig
+from olmozoo.families.parameter import ACTIVATIONS, Head, Parameter
+from olmozoo.families.registry import register
 
 POSITION_OFFSET = 2  # the first two rows of the position table belong to no position
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from olmozoo.families.base import ModelConfig
-from olmozoo.flax.decoder import CausalLM
+from olmozoo.families.config import ModelConfig
+from olmozoo.flax.heads import CausalLM
 from olmozoo.flax.olmo import FlaxOlmoForCausalLM
 from olmozoo.flax.olmo2 import FlaxOlmo2ForCausalLM
 from olmozoo.flax.opt import FlaxOPTForCausalLM

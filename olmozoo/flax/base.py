@@ -13,12 +13,16 @@ from flax import linen as nn
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from olmozoo.checkpoint import Checkpoint, aligned_copy, check_shapes, dtype_of, load_weights, save_checkpoint
+from olmozoo.checkpoint.matching import load_weights
+from olmozoo.checkpoint.reader import Checkpoint
+from olmozoo.checkpoint.tensors import aligned_copy, check_shapes, dtype_of
+from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import ConfigError, InputError
-from olmozoo.families.base import BASE_PREFIX, Head, Kind, ModelConfig, Parameter
+from olmozoo.families.config import ModelConfig
+from olmozoo.families.parameter import BASE_PREFIX, Head, Kind, Parameter
 from olmozoo.flax.cache import KVCache
 from olmozoo.flax.layers import at_least_float32
-from olmozoo.generation import GenerationConfig
+from olmozoo.generation.config import GenerationConfig
 from olmozoo.hub import resolve
 from olmozoo.outputs import OUTPUTS
 

@@ -10,7 +10,7 @@ from flax import struct
 from jax import Array, lax
 
 from olmozoo.errors import InputError
-from olmozoo.families.base import ModelConfig
+from olmozoo.families.config import ModelConfig
 
 
 @struct.dataclass

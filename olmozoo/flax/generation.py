@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from olmozoo.decoding import Rules, State, advance, guess
 from olmozoo.errors import InputError
 from olmozoo.flax.cache import KVCache, cache_length
 from olmozoo.flax.layers import at_least_float32
-from olmozoo.generation import GenerationConfig, prepare, written
+from olmozoo.generation.config import GenerationConfig
+from olmozoo.generation.decode import advance, guess
+from olmozoo.generation.prepare import prepare, written
+from olmozoo.generation.state import Rules, State
 from olmozoo.outputs import GenerateOutput
 
 

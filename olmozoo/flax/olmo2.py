@@ -17,7 +17,8 @@ from jax import Array
 
 from olmozoo.families.olmo2 import Olmo2Config
 from olmozoo.flax.cache import update
-from olmozoo.flax.decoder import CausalLM, Decoder, DecoderModule, Layers, SequenceClassifier
+from olmozoo.flax.decoder import Decoder, DecoderModule, Layers
+from olmozoo.flax.heads import CausalLM, SequenceClassifier
 from olmozoo.flax.layers import GatedMLP, RMSNorm, attention, rotate, split_heads
 
 

@@ -20,7 +20,8 @@ from jax import Array, lax
 
 from olmozoo.families.opt import POSITION_OFFSET, OPTConfig
 from olmozoo.flax.cache import update
-from olmozoo.flax.decoder import CausalLM, Decoder, DecoderModule, Layers, QuestionAnswerer, SequenceClassifier
+from olmozoo.flax.decoder import Decoder, DecoderModule, Layers
+from olmozoo.flax.heads import CausalLM, QuestionAnswerer, SequenceClassifier
 from olmozoo.flax.layers import ACTIVATIONS, LayerNorm, attention, split_heads
 
 

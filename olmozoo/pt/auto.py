@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from olmozoo.families.base import ModelConfig
+from olmozoo.families.config import ModelConfig
 from olmozoo.hub import HUB_ARGUMENTS
-from olmozoo.pt.decoder import CausalLM
+from olmozoo.pt.heads import CausalLM
 from olmozoo.pt.olmo import OlmoForCausalLM
 from olmozoo.pt.olmo2 import Olmo2ForCausalLM
 from olmozoo.pt.opt import OPTForCausalLM

@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from olmozoo.checkpoint import Checkpoint, check_shapes, dtype_of, fail, initial_weights, load_weights, save_checkpoint
-from olmozoo.errors import ConfigError, InputError
-from olmozoo.families.base import BASE_PREFIX, Head, ModelConfig, Parameter
-from olmozoo.generation import GenerationConfig
+from olmozoo.checkpoint.matching import initial_weights, load_weights
+from olmozoo.checkpoint.reader import Checkpoint
+from olmozoo.checkpoint.tensors import check_shapes, dtype_of
+from olmozoo.checkpoint.writer import save_checkpoint
+from olmozoo.errors import ConfigError, InputError, raise_problems
+from olmozoo.families.config import ModelConfig
+from olmozoo.families.parameter import BASE_PREFIX, Head, Parameter
+from olmozoo.generation.config import GenerationConfig
 from olmozoo.hub import resolve
 from olmozoo.outputs import OUTPUTS
 from olmozoo.pt.cache import KVCache
@@ -161,7 +165,7 @@ class PreTrainedModel(nn.Module):
         found = {name: tuple(tensor.shape) for name, tensor in (held | others).items()}
         check_shapes(headline, found, {self._path(parameter): parameter.shape for parameter in table})
         empty = (f"without values, on the meta device: {name}" for name, tensor in held.items() if tensor.is_meta)
-        fail(headline, empty, InputError)
+        raise_problems(headline, empty, InputError)
 
     def _bind(self, parameter: Parameter, tensor: Tensor) -> None:
         module, _, leaf = self._path(parameter).rpartition(".")

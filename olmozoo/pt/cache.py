@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from olmozoo.errors import InputError
-from olmozoo.families.base import ModelConfig
+from olmozoo.families.config import ModelConfig
 
 
 class KVCache:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmozoo.decoding import State, advance, guess
-from olmozoo.generation import Call, GenerationConfig, prepare, written
+from olmozoo.generation.config import GenerationConfig
+from olmozoo.generation.decode import advance, guess
+from olmozoo.generation.prepare import Call, prepare, written
+from olmozoo.generation.state import State
 from olmozoo.outputs import GenerateOutput
 from olmozoo.pt.cache import KVCache, StaticCache, TupleCache, open_cache
 from olmozoo.pt.layers import at_least_float32

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from olmozoo.families.olmo import OlmoConfig
-from olmozoo.pt.decoder import CausalLM, Decoder, SequenceClassifier
+from olmozoo.pt.decoder import Decoder
+from olmozoo.pt.heads import CausalLM, SequenceClassifier
 from olmozoo.pt.layers import GatedMLP, LayerNorm, attention, clip, rotate, split_heads
 
 

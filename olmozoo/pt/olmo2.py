@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from olmozoo.families.olmo2 import Olmo2Config
-from olmozoo.pt.decoder import CausalLM, Decoder, SequenceClassifier
+from olmozoo.pt.decoder import Decoder
+from olmozoo.pt.heads import CausalLM, SequenceClassifier
 from olmozoo.pt.layers import GatedMLP, RMSNorm, attention, rotate, split_heads
 
 

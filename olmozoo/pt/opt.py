@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmozoo.families.opt import POSITION_OFFSET, OPTConfig
-from olmozoo.pt.decoder import CausalLM, Decoder, QuestionAnswerer, SequenceClassifier
+from olmozoo.pt.decoder import Decoder
+from olmozoo.pt.heads import CausalLM, QuestionAnswerer, SequenceClassifier
 from olmozoo.pt.layers import ACTIVATIONS, LayerNorm, attention, split_heads
 
 

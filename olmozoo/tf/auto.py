@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from olmozoo.families.base import ModelConfig
+from olmozoo.families.config import ModelConfig
 from olmozoo.hub import HUB_ARGUMENTS
-from olmozoo.tf.decoder import CausalLM
+from olmozoo.tf.heads import CausalLM
 from olmozoo.tf.olmo import TFOlmoForCausalLM
 from olmozoo.tf.olmo2 import TFOlmo2ForCausalLM
 from olmozoo.tf.opt import TFOPTForCausalLM

@@ -13,10 +13,14 @@ import numpy as np
 import optree
 import tensorflow as tf
 
-from olmozoo.checkpoint import Checkpoint, aligned, check_shapes, initial_weights, load_weights, save_checkpoint
+from olmozoo.checkpoint.matching import initial_weights, load_weights
+from olmozoo.checkpoint.reader import Checkpoint
+from olmozoo.checkpoint.tensors import aligned, check_shapes
+from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import ConfigError, InputError
-from olmozoo.families.base import BASE_PREFIX, Head, ModelConfig, Parameter
-from olmozoo.generation import GenerationConfig
+from olmozoo.families.config import ModelConfig
+from olmozoo.families.parameter import BASE_PREFIX, Head, Parameter
+from olmozoo.generation.config import GenerationConfig
 from olmozoo.hub import resolve
 from olmozoo.outputs import OUTPUTS, ModelOutput
 from olmozoo.tf.cache import KVCache

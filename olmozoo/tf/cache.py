@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras import ops
 
 from olmozoo.errors import InputError
-from olmozoo.families.base import ModelConfig
+from olmozoo.families.config import ModelConfig
 from olmozoo.tf.layers import static
 
 Tensor = tf.Tensor

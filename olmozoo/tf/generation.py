@@ -10,8 +10,10 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from olmozoo.decoding import Rules, State, advance, guess
-from olmozoo.generation import GenerationConfig, prepare, written
+from olmozoo.generation.config import GenerationConfig
+from olmozoo.generation.decode import advance, guess
+from olmozoo.generation.prepare import prepare, written
+from olmozoo.generation.state import Rules, State
 from olmozoo.outputs import GenerateOutput
 from olmozoo.tf.cache import KVCache, cache_lengths
 from olmozoo.tf.layers import Tensor, at_least_float32

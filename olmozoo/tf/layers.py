@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from olmozoo.checkpoint import aligned_empty, dtype_of
+from olmozoo.checkpoint.tensors import aligned_empty, dtype_of
 from olmozoo.errors import InputError
 from olmozoo.families.rope import Rope
 

@@ -16,7 +16,8 @@ import tensorflow as tf
 
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.tf.cache import extend
-from olmozoo.tf.decoder import CausalLM, Decoder, SequenceClassifier
+from olmozoo.tf.decoder import Decoder
+from olmozoo.tf.heads import CausalLM, SequenceClassifier
 from olmozoo.tf.layers import GatedMLP, Layer, LayerNorm, attention, clip, embedding, linear, rotate, split_heads
 
 Tensor = tf.Tensor

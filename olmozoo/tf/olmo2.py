@@ -16,7 +16,8 @@ import tensorflow as tf
 
 from olmozoo.families.olmo2 import Olmo2Config
 from olmozoo.tf.cache import extend
-from olmozoo.tf.decoder import CausalLM, Decoder, SequenceClassifier
+from olmozoo.tf.decoder import Decoder
+from olmozoo.tf.heads import CausalLM, SequenceClassifier
 from olmozoo.tf.layers import GatedMLP, Layer, RMSNorm, attention, embedding, linear, rotate, split_heads
 
 Tensor = tf.Tensor

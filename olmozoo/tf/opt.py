@@ -19,7 +19,8 @@ from keras import ops
 
 from olmozoo.families.opt import POSITION_OFFSET, OPTConfig
 from olmozoo.tf.cache import extend
-from olmozoo.tf.decoder import CausalLM, Decoder, QuestionAnswerer, SequenceClassifier
+from olmozoo.tf.decoder import Decoder
+from olmozoo.tf.heads import CausalLM, QuestionAnswerer, SequenceClassifier
 from olmozoo.tf.layers import (
     ACTIVATIONS,
     Layer,

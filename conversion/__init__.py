@@ -1,0 +1,1 @@
+"""Programs that convert foreign checkpoints: `python -m conversion.olmo_core SRC DST`."""

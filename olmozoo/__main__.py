@@ -1,0 +1,5 @@
+"""`python -m olmozoo` is the `olmozoo` command."""
+
+from olmozoo.cli import main
+
+main()

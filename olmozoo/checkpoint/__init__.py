@@ -1,0 +1,8 @@
+"""A folder of weights in any format, with no framework."""
+
+from olmozoo.checkpoint.convert import convert_checkpoint
+from olmozoo.checkpoint.matching import initial_weights, load_weights
+from olmozoo.checkpoint.reader import Checkpoint
+from olmozoo.checkpoint.writer import save_checkpoint
+
+__all__ = ["Checkpoint", "convert_checkpoint", "initial_weights", "load_weights", "save_checkpoint"]

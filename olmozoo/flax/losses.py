@@ -1,0 +1,42 @@
+"""Losses of the heads: next token, classification, answer positions."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from olmozoo.families.config import infer_problem_type
+from olmozoo.flax.layers import at_least_float32
+
+
+def cross_entropy(logits: Array, labels: Array, ignored: int) -> Array:
+    """Mean cross-entropy in nats, in at least float32, of logits (n, v) against labels (n,); 0 if all are `ignored`."""
+    wide = logits.astype(at_least_float32(logits.dtype))
+    learned = labels != ignored
+    picked = jnp.take_along_axis(wide, jnp.where(learned, labels, 0)[:, None], axis=-1)[:, 0]
+    losses = jnp.where(learned, jax.nn.logsumexp(wide, axis=-1) - picked, 0)
+    return losses.sum() / jnp.maximum(learned.sum(), 1)
+
+
+def next_token_loss(logits: Array, labels: Array) -> Array:
+    """Cross-entropy of logits (b, s, v) against the labels (b, s) one place on, -100 ignored."""
+    return cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), -100)
+
+
+def classification_loss(logits: Array, labels: Array, problem_type: str | None) -> Array:
+    """The loss of logits (b, n) by `problem_type`, see `SequenceClassifier.__call__`."""
+    wide = logits.astype(at_least_float32(logits.dtype))
+    integers = not jnp.issubdtype(labels.dtype, jnp.floating)
+    kind = problem_type or infer_problem_type(logits.shape[1], integers)
+    if kind == "regression":
+        return jnp.square(wide - labels.reshape(wide.shape)).mean()
+    if kind == "single_label_classification":
+        return cross_entropy(logits, labels.reshape(-1), -100)
+    return -(labels * jax.nn.log_sigmoid(wide) + (1 - labels) * jax.nn.log_sigmoid(-wide)).mean()
+
+
+def place_loss(logits: Array, places: Array) -> Array:
+    """Cross-entropy of logits (b, s) against places (b,), clamped to 0 .. s, where s is ignored."""
+    length = logits.shape[1]
+    return cross_entropy(logits, places.reshape(-1).clip(0, length), length)

@@ -1,0 +1,130 @@
+"""A repository's tokenizer files, read into a `tokenizers.Tokenizer`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from olmozoo.errors import CheckpointError
+from olmozoo.families.config import MOST, read_json
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+# Older files list further special tokens under the first name, newer ones under the second.
+EXTRA = ("additional_special_tokens", "extra_special_tokens")
+
+
+def _optional(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _backend(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    files = whole if whole.is_file() else f"{vocab} with {merges.name}"
+    if not whole.is_file() and not (vocab.is_file() and merges.is_file()):
+        held = ", ".join(sorted(os.listdir(folder)))
+        raise CheckpointError(f"{folder} has no tokenizer.json, nor vocab.json with merges.txt; it holds {held}")
+    try:
+        if whole.is_file():
+            backend = tokenizers.Tokenizer.from_file(str(whole))
+        else:
+            backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
+            prefix = bool(settings.get("add_prefix_space", False))
+            backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+            backend.decoder = tokenizers.decoders.ByteLevel()
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{files} is not a readable tokenizer: {error}") from error
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+def _special_names(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the files say of special tokens, by `SPECIAL` and `EXTRA`.
+
+    A tokenizer_config.json with an `added_tokens_decoder` is of the newer kind and rules; before that,
+    special_tokens_map.json did.
+    """
+    older = _optional(folder / "special_tokens_map.json")
+    both = {**older, **settings} if "added_tokens_decoder" in settings else {**settings, **older}
+    return {name: both[name] for name in (*SPECIAL, *EXTRA) if name in both}
+
+
+def _added_token(value: Any, file: str, special: bool = True) -> tokenizers.AddedToken:
+    """A token as the files have it: its text, or an object with its text and how it is matched."""
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": not special, "special": special}
+    if isinstance(value, str):
+        value = {"content": value}
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str) or not value["content"]:
+        raise CheckpointError(f"{file} has the token {value!r}, expected a text or an object with its content")
+    try:
+        return tokenizers.AddedToken(value["content"], **{name: bool(value.get(name, flags[name])) for name in flags})
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{file} has the token {value['content']!r}, which is not valid Unicode") from error
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, settings: dict[str, Any], names: dict[str, Any]) -> None:
+    """Add the tokens that the files beside the vocabulary list; the vocabulary's own keep what it says of them."""
+    listed = [names[name] for name in SPECIAL if names.get(name) is not None]
+    for name in EXTRA:
+        more = names.get(name) or []
+        if not isinstance(more, list | dict):
+            raise CheckpointError(f"{folder}: {name} is {more!r}, expected a list of tokens or an object of them")
+        listed += more.values() if isinstance(more, dict) else more
+    named = [_added_token(value, f"{folder}: a special token") for value in listed]
+    special = {token.content for token in named}
+
+    where = "tokenizer_config.json" if "added_tokens_decoder" in settings else "added_tokens.json"
+    if where == "added_tokens.json":
+        entries = [(i, text) for text, i in _optional(folder / where).items()]
+    else:
+        added = settings["added_tokens_decoder"]
+        if not isinstance(added, dict):
+            raise CheckpointError(f"{folder / where}: added_tokens_decoder is {added!r}, expected an object")
+        entries = list(added.items())
+    try:
+        entries = sorted((int(i), value) for i, value in entries)  # the library numbers them in the order they come
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{folder / where} lists added tokens without whole numbers as ids: {error}") from error
+    for i, value in entries:
+        token = _added_token(value, where, special=isinstance(value, str) and value in special)
+        backend.add_tokens([token])
+        if (found := backend.token_to_id(token.content)) != i:
+            raise CheckpointError(
+                f"{folder / where} gives the token {token.content!r} the id {i}, but the vocabulary makes it {found}"
+            )
+    backend.add_special_tokens(named)
+
+
+def _special_tokens(backend: tokenizers.Tokenizer, names: dict[str, Any], config: dict[str, Any]) -> dict[str, str]:
+    """The texts of the special tokens, by name."""
+    special = {}
+    for name in SPECIAL:
+        if name in names:
+            value = names[name]
+            text = value["content"] if isinstance(value, dict) else value
+        else:
+            # OPT's own class knows these where its config.json leaves them out.
+            known = {"bos_token": 2, "eos_token": 2, "pad_token": 1} if config.get("model_type") == "opt" else {}
+            ids = config.get(f"{name}_id", known.get(name))
+            first = ids[0] if isinstance(ids, list) and ids else ids
+            text = backend.id_to_token(first) if isinstance(first, int) and 0 <= first <= MOST else None
+        if text is not None:
+            special[name] = text
+    return special
+
+
+def _lead_with(backend: tokenizers.Tokenizer, bos: str | None, folder: Path) -> None:
+    """Begin every text with bos, unless the tokenizer does so already."""
+    if bos is None:
+        raise CheckpointError(f"{folder} begins its texts with a bos token, but none of its files names that")
+    i = backend.token_to_id(bos)
+    if backend.encode("").ids[:1] == [i]:
+        return
+    lead = tokenizers.processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, i)]
+    )
+    own = backend.post_processor
+    backend.post_processor = lead if own is None else tokenizers.processors.Sequence([own, lead])

@@ -1,0 +1,45 @@
+"""Losses of the heads: next token, classification, answer positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+from keras import ops
+
+from olmozoo.families.config import infer_problem_type
+from olmozoo.tf.layers import Tensor, at_least_float32
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, ignored: Any) -> Tensor:
+    """Mean cross-entropy in nats, in at least float32, of logits (n, v) against labels (n,); 0 if all are `ignored`."""
+    wide = ops.cast(logits, at_least_float32(logits.dtype))
+    counted = ops.not_equal(labels, ignored)
+    losses = ops.sparse_categorical_crossentropy(ops.where(counted, labels, 0), wide, from_logits=True)
+    total = ops.sum(ops.where(counted, losses, ops.zeros_like(losses)))
+    return total / ops.cast(ops.maximum(ops.count_nonzero(counted), 1), wide.dtype)
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits (b, s, v) against the labels (b, s) one place on, -100 ignored."""
+    labels = tf.pad(labels[:, 1:], [[0, 0], [0, 1]], constant_values=-100)
+    return cross_entropy(ops.reshape(logits, (-1, logits.shape[-1])), ops.reshape(labels, (-1,)), -100)
+
+
+def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
+    """The loss of logits (b, n) by `problem_type`, see `SequenceClassifier.call`."""
+    wide = ops.cast(logits, at_least_float32(logits.dtype))
+    labels = ops.convert_to_tensor(labels)
+    kind = problem_type or infer_problem_type(logits.shape[1], integers=labels.dtype.is_integer)
+    if kind == "single_label_classification":
+        return cross_entropy(logits, ops.reshape(labels, (-1,)), -100)
+    labels = ops.reshape(ops.cast(labels, wide.dtype), ops.shape(wide))
+    if kind == "regression":
+        return ops.mean(ops.square(wide - labels))
+    return ops.mean(tf.nn.sigmoid_cross_entropy_with_logits(labels, wide))
+
+
+def place_loss(logits: Tensor, places: Tensor) -> Tensor:
+    """Cross-entropy of logits (b, s) against places (b,), clamped to 0 .. s, where s is ignored."""
+    length = ops.shape(logits)[1]
+    return cross_entropy(logits, ops.clip(ops.reshape(places, (-1,)), 0, length), length)

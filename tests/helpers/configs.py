@@ -1,0 +1,66 @@
+"""Configs in which a mistake shows: fewer key/value heads than heads, odd sizes, every option on."""
+
+from olmozoo import Olmo2Config, OlmoConfig, OPTConfig
+from tests.helpers.wings import WINGS
+
+BOUND, GRADIENT_BOUND = 1e-9, 1e-8  # of hidden states and logits, and of gradients, in float64
+ROTARY = {
+    "vocab_size": 61,
+    "hidden_size": 40,
+    "intermediate_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16,
+    "pad_token_id": 0,
+    "eos_token_id": 3,
+}
+OPT = {
+    "vocab_size": 61,
+    "hidden_size": 40,
+    "ffn_dim": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    "eos_token_id": 3,
+}
+
+
+def scaled(kind, **fields):
+    return {"rope_scaling": {"rope_type": kind, **fields}}
+
+
+CONFIGS = {
+    "olmo2": Olmo2Config(**ROTARY),
+    "olmo2-mha": Olmo2Config(**ROTARY | {"num_key_value_heads": 4}, rms_norm_eps=1e-2, hidden_act="gelu_new"),
+    "olmo2-mqa-bias-tied": Olmo2Config(
+        **ROTARY | {"num_key_value_heads": 1}, attention_bias=True, tie_word_embeddings=True
+    ),
+    "olmo2-linear": Olmo2Config(**ROTARY, **scaled("linear", factor=2.5)),
+    "olmo2-dynamic": Olmo2Config(**ROTARY, **scaled("dynamic", factor=2.5)),
+    "olmo2-yarn": Olmo2Config(**ROTARY, **scaled("yarn", factor=4.0, original_max_position_embeddings=8)),
+    "olmo2-llama3": Olmo2Config(
+        **ROTARY,
+        **scaled("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+    ),
+    "olmo2-longrope": Olmo2Config(
+        **ROTARY,
+        **scaled(
+            "longrope",
+            short_factor=[1.0, 1.2, 1.5, 2.0, 2.5],
+            long_factor=[2.0, 3.0, 4.0, 5.0, 6.0],
+            original_max_position_embeddings=12,
+        ),
+    ),
+    "olmo-clip-tied": OlmoConfig(**ROTARY, clip_qkv=0.4, tie_word_embeddings=True),
+    "olmo-bias": OlmoConfig(**ROTARY | {"num_key_value_heads": 1}, attention_bias=True),
+    "opt": OPTConfig(**OPT),
+    "opt-projected-post-norm": OPTConfig(**OPT, word_embed_proj_dim=24, do_layer_norm_before=False),
+    "opt-bare": OPTConfig(**OPT, enable_bias=False, layer_norm_elementwise_affine=False, activation_function="gelu"),
+    "opt-no-final-norm-untied": OPTConfig(**OPT, _remove_final_layer_norm=True, tie_word_embeddings=False),
+}
+LENGTH_DEPENDENT = ("olmo2-dynamic", "olmo2-longrope")  # cached and uncached answers differ by definition
+PRESENT = [param.values[0] for param in WINGS if not param.marks[0].args[0]]
+REFERENCE = PRESENT[0]
+OTHERS = [param for param in WINGS if param.values[0] != REFERENCE]
