@@ -8,17 +8,21 @@ import contextlib
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, Unpack
 
 from olmozoo.errors import CheckpointError, HubError, InputError
+from olmozoo.typing import HubOptions, StrPath
 
-Need = Literal["config", "weights", "tokenizer"]
-HUB_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")  # of `resolve` and its callers
+Need = Literal["config", "weights", "tokenizer", "model"]
+HUB_ARGUMENTS = tuple(HubOptions.__annotations__)
+WORKERS = 8  # shards that are downloaded at once
 
-# What each need takes of the files that exist. The essential file is the last one: a download that broke off never
-# leaves it behind without the others, so that its presence in the cache says that the rest is there too.
+# What each need takes of the files that exist. The essential file is the last one (or the weights, which come after
+# it): a download that broke off never leaves it behind without the others, so that its presence in the cache says that
+# the rest is there too.
 _CONFIG = ("generation_config.json", "config.json")
 TOKENIZER_FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -29,6 +33,7 @@ _FILES: dict[Need, tuple[str, ...]] = {
     "config": _CONFIG,
     "weights": _CONFIG,
     "tokenizer": ("config.json", *TOKENIZER_FILES),
+    "model": (*TOKENIZER_FILES, *_CONFIG),
 }
 # The first of these that exists is the set of weights.
 _WEIGHTS = tuple(
@@ -38,28 +43,16 @@ _WEIGHTS = tuple(
 )
 
 
-def resolve(
-    path_or_repo: str | os.PathLike[str],
-    *,
-    need: Need,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> Path:
+def resolve(path_or_repo: StrPath, *, need: Need, **hub: Unpack[HubOptions]) -> Path:
     """Return the local folder that holds what is needed of a checkpoint, downloading it where necessary.
 
     Args:
         path_or_repo: a folder, or the id of a hub repository (`org/name` or `name`). A folder that exists wins.
         need: `"config"` (config.json, and generation_config.json if there is one), `"weights"` (those and one set of
             weights: safetensors before .bin before what Transformers 4 wrote for TensorFlow and Flax, a single file
-            before shards) or `"tokenizer"` (its files and config.json).
-        revision: branch, tag or commit. Default: `main`. Ignored for a local folder.
-        subfolder: folder inside the repository or the local folder that holds the files. Default: the top.
-        token: hub token; `False` sends none. Default: HF_TOKEN or the token saved by `hf auth login`.
-        cache_dir: the cache of downloads. Default: huggingface_hub's own.
-        local_files_only: use the cache alone and ask the hub nothing. Default: False.
+            before shards), `"tokenizer"` (its files and config.json) or `"model"` (the weights, and the files of the
+            tokenizer if there are any).
+        **hub: see `olmozoo.typing.HubOptions`. For a local folder, all but `subfolder` are ignored.
 
     Returns:
         The folder itself, or the snapshot of the commit in the cache; with `subfolder`, that folder inside it. When the
@@ -67,12 +60,13 @@ def resolve(
 
     Raises:
         HubError: neither a folder nor a repository; missing or gated repository; missing revision, subfolder or file;
-            no answer from the hub and no whole copy in the cache.
+            no answer from the hub and no complete copy in the cache.
         CheckpointError: the index of a sharded checkpoint is broken or names a file outside its folder.
         InputError: `subfolder` leads out of the checkpoint.
     """
     text = os.fspath(path_or_repo)
     folder = Path(os.path.expanduser(text))
+    subfolder, cache_dir = hub.get("subfolder"), hub.get("cache_dir")
     inside = PurePosixPath(subfolder or "")
     if inside.is_absolute() or ".." in inside.parts:
         raise InputError(f"subfolder {subfolder!r} leads out of {text!r}: expected a relative folder inside it")
@@ -81,10 +75,11 @@ def resolve(
             raise HubError(f"{folder} has no subfolder {subfolder!r}")
         return folder / inside
     _check_repo_id(path_or_repo, folder)
-    request = _Request(text, need, revision, inside, None if cache_dir is None else Path(cache_dir).expanduser())
-    if local_files_only:
+    cache = None if cache_dir is None else Path(cache_dir).expanduser()
+    request = _Request(text, need, hub.get("revision"), inside, cache)
+    if hub.get("local_files_only"):
         return _from_cache(request, "local_files_only=True forbids asking the hub")
-    return _from_hub(request, token)
+    return _from_hub(request, hub.get("token"))
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ class _Request:
         return f"{self.repo!r} (revision {self.revision or 'main'!r}{subfolder})"
 
 
-def _check_repo_id(path_or_repo: str | os.PathLike[str], folder: Path) -> None:
+def _check_repo_id(path_or_repo: StrPath, folder: Path) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in an __all__
 
@@ -125,7 +120,8 @@ def _from_hub(request: _Request, token: str | bool | None) -> Path:
     except Exception as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status is not None and 400 <= status < 500 and status not in (408, 429):
-            raise HubError(f"cannot list the files of {request}: {_reason(error, repo)}") from error
+            reason = f"cannot list the files of {request}: {_reason(error, repo)}"
+            raise HubError(f"there is no folder {repo!r}, and {reason}") from error
         return _from_cache(request, _reason(error, repo), error)
     sha = info.sha
     if sha is None:
@@ -152,7 +148,8 @@ def _from_cache(request: _Request, reason: str, cause: Exception | None = None) 
 
     def lack(missing: str) -> HubError:
         cache = request.cache_dir or constants.HF_HUB_CACHE
-        error = HubError(f"{reason}, and the cache {cache} has no {missing} of {request}")
+        reasons = f"there is no folder {request.repo!r}, {reason}, and the cache {cache} has no {missing} of {request}"
+        error = HubError(reasons)
         error.__cause__ = cause
         return error
 
@@ -171,18 +168,18 @@ def _collect(need: Need, names: set[str], fetch: Callable[[str], Path], lack: Ca
         raise lack("tokenizer.json, nor vocab.json with merges.txt")
     if need != "tokenizer" and "config.json" not in names:
         raise lack("config.json")
-    weights = [name for name in _WEIGHTS if name in names][:1] if need == "weights" else []
-    if need == "weights" and not weights:
+    weights = [name for name in _WEIGHTS if name in names][:1] if need in ("weights", "model") else []
+    if need in ("weights", "model") and not weights:
         raise lack(f"weights (any of {', '.join(_WEIGHTS)})")
     templates = [n for n in sorted(names) if PurePosixPath(n).match(f"{CHAT_TEMPLATES}/*.jinja")]
-    wanted = [*(templates if need == "tokenizer" else ()), *(name for name in _FILES[need] if name in names), *weights]
-    files = [fetch(name) for name in wanted]
+    wanted = [*(templates if need in ("tokenizer", "model") else ()), *(n for n in _FILES[need] if n in names)]
+    files = [fetch(name) for name in (*wanted, *weights)]
     if weights and weights[0].endswith(".index.json"):
         shards = _shards(files[-1])
         if absent := [shard for shard in shards if shard not in names]:
             raise lack(f"{', '.join(absent)}, which {weights[0]} names")
-        for shard in shards:
-            fetch(shard)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            list(pool.map(fetch, shards))
     return files[-1].parent
 
 
@@ -206,7 +203,7 @@ def _shards(index: Path) -> list[str]:
 def _remember(ref: Path, sha: str) -> None:
     """Note in the cache which commit a revision is at, for when the hub is out of reach.
 
-    Only now that the snapshot is whole: after a failed update the cache still leads to the commit before it.
+    Only now that the snapshot is complete: after a failed update the cache still leads to the commit before it.
     """
     draft = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):  # the cache may be read-only
@@ -226,7 +223,7 @@ def _reason(error: Exception, repo: str) -> str:
         page = f"{constants.ENDPOINT}/{repo}"
         return f"the repository is gated: request access at {page}, then give a token (token=..., or HF_TOKEN)"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return "no such repository (and no such local folder); if it is private, give a token (token=..., or HF_TOKEN)"
+        return "no such repository; if it is private, give a token (token=..., or HF_TOKEN)"
     if isinstance(error, errors.RevisionNotFoundError):
         return "the repository has no such branch, tag or commit"
     first_line = (str(error).strip().splitlines() or [""])[0]

@@ -204,6 +204,24 @@ def test_one_set_of_weights(hub: HubServer, best: int) -> None:
     assert set(files(folder)) == {"config.json", order[best], *(SHARDS if best % 2 else [])}
 
 
+def test_a_model_is_its_weights_and_its_tokenizer_if_there_is_one(hub: HubServer) -> None:
+    hub.add_repo("org/name", {"main": {**TOKENIZER, **SINGLE}})
+    folder = resolve("org/name", need="model")
+    assert files(folder) == {name: data for name, data in {**TOKENIZER, **SINGLE}.items() if name != "README.md"}
+    assert hub.count("GET", "/api/models/org/name") == 1
+    assert resolve("org/name", need="model", local_files_only=True) == folder
+    hub.add_repo("org/bare", {"main": SINGLE})
+    assert set(files(resolve("org/bare", need="model"))) == set(SINGLE) - {"README.md"}
+
+
+def test_a_name_that_is_neither_says_first_that_there_is_no_such_folder(hub: HubServer) -> None:
+    with pytest.raises(HubError, match=r"^there is no folder 'nope', and cannot list the files of 'nope'"):
+        resolve("nope", need="config")
+    hub.stop()
+    with pytest.raises(HubError, match=r"^there is no folder 'nope', http.* could not be reached"):
+        resolve("nope", need="config")
+
+
 def test_tokenizer_files(hub: HubServer) -> None:
     hub.add_repo("org/name", {"main": TOKENIZER})
     folder = resolve("org/name", need="tokenizer")
@@ -228,7 +246,7 @@ def test_missing_repo(hub: HubServer) -> None:
 def test_private_repo(hub: HubServer) -> None:
     hub.add_repo("org/secret", {"main": SINGLE}, private=True)
     hub.tokens.add("hf_known")
-    with pytest.raises(HubError, match=r"no such repository .* if it is private, give a token"):
+    with pytest.raises(HubError, match=r"no such repository; if it is private, give a token"):
         resolve("org/secret", need="config")
     assert (resolve("org/secret", need="config", token="hf_known") / "config.json").read_bytes() == CONFIG
 
