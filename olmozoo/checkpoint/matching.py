@@ -45,7 +45,7 @@ def load_weights(
     sources, fresh = match_tensors(checkpoint, config, head, ignore_mismatched_sizes)
     if fresh:
         warnings.warn(
-            f"{checkpoint.folder}: started anew, for training: {', '.join(sorted(fresh.values()))}", stacklevel=3
+            f"{checkpoint.folder}: started anew, for training: {', '.join(sorted(fresh.values()))}", stacklevel=4
         )
     for parameter in sorted(config.parameters(head), key=lambda parameter: -parameter.size):
         if parameter.tied_to is None:

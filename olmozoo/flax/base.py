@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import jax
@@ -24,6 +25,7 @@ from olmozoo.flax.cache import KVCache
 from olmozoo.flax.layers import at_least_float32
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.hub import resolve
+from olmozoo.modeling import split_options
 from olmozoo.outputs import OUTPUTS
 
 DROPOUTS = ("dropout", "attention_dropout", "layerdrop")  # what a config may have that draws random numbers in training
@@ -163,15 +165,10 @@ class PreTrainedModel:
         cls,
         path_or_repo: str | os.PathLike[str],
         *,
-        revision: str | None = None,
-        subfolder: str | None = None,
         dtype: Any = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
         ignore_mismatched_sizes: bool = False,
         _do_init: bool = True,
-        **config_overrides: Any,
+        **options: Any,
     ) -> Self | tuple[Self, dict[str, Any]]:
         """A model with the weights of a checkpoint.
 
@@ -180,32 +177,36 @@ class PreTrainedModel:
 
         Args:
             path_or_repo: a folder, or a repository on the hub.
-            revision: branch, tag or commit; default the repository's main branch.
-            subfolder: a folder inside either.
             dtype: of the parameters and of what is computed; default the checkpoint's own.
-            token: for gated repositories; default the one of this machine's login.
-            cache_dir: where downloads are kept; default the hub's cache.
-            local_files_only: never go to the network.
             ignore_mismatched_sizes: start tensors of a wrong shape anew, with a warning, rather than refuse.
             _do_init: False returns `(model, params)`, the model without parameters of its own.
-            **config_overrides: fields of the config to change.
+            **options: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only` say where on the hub to look
+                (see `olmozoo.hub.resolve`); all others are fields of the config to change.
 
         Raises:
-            HubError: the repository or a file cannot be had.
+            HubError: the repository or one of its files cannot be downloaded and is not in the cache.
             ConfigError: the config is of another family or has a bad value, or the dtype is float64 and JAX has it
                 switched off.
             CheckpointError: the weights are broken or do not fit the config; every problem is named.
         """
-        folder = resolve(
-            path_or_repo,
-            need="weights",
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
+        hub, overrides = split_options(options)
+        folder = resolve(path_or_repo, need="weights", **hub)
+        config = cls.config_class.from_folder(folder, **overrides)
+        return cls._from_folder(
+            folder, config, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, _do_init=_do_init
         )
-        config = cls.config_class.from_folder(folder, **config_overrides)
+
+    @classmethod
+    def _from_folder(
+        cls,
+        folder: Path,
+        config: ModelConfig,
+        *,
+        dtype: Any = None,
+        ignore_mismatched_sizes: bool = False,
+        _do_init: bool = True,
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """`from_pretrained` of a local folder, of which `config` has been read."""
         checkpoint = Checkpoint(folder)
         wanted = usable_dtype(checkpoint.dtype if dtype in (None, "auto") else dtype)
         weights = load_weights(

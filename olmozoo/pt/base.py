@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -18,6 +19,7 @@ from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import BASE_PREFIX, Head, Parameter
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.hub import resolve
+from olmozoo.modeling import split_options
 from olmozoo.outputs import OUTPUTS
 from olmozoo.pt.cache import KVCache
 
@@ -67,15 +69,10 @@ class PreTrainedModel(nn.Module):
         cls,
         path_or_repo: str | os.PathLike[str],
         *,
-        revision: str | None = None,
-        subfolder: str | None = None,
         dtype: torch.dtype | str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
         ignore_mismatched_sizes: bool = False,
         device: torch.device | str | None = None,
-        **config_overrides: Any,
+        **options: Any,
     ) -> Self:
         """A model with the weights of a checkpoint, in evaluation mode.
 
@@ -84,31 +81,35 @@ class PreTrainedModel(nn.Module):
 
         Args:
             path_or_repo: a folder, or a repository on the hub.
-            revision: branch, tag or commit; default the repository's main branch.
-            subfolder: a folder inside either.
             dtype: of the parameters; default the checkpoint's own.
-            token: for gated repositories; default the one of this machine's login.
-            cache_dir: where downloads are kept; default the hub's cache.
-            local_files_only: never go to the network.
             ignore_mismatched_sizes: start tensors of a wrong shape anew, with a warning, rather than refuse.
             device: where the parameters go; default torch's default device.
-            **config_overrides: fields of the config to change.
+            **options: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only` say where on the hub to look
+                (see `olmozoo.hub.resolve`); all others are fields of the config to change.
 
         Raises:
-            HubError: the repository or a file cannot be had.
+            HubError: the repository or one of its files cannot be downloaded and is not in the cache.
             ConfigError: the config is of another family or has a bad value.
             CheckpointError: the weights are broken or do not fit the config; every problem is named.
         """
-        folder = resolve(
-            path_or_repo,
-            need="weights",
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
+        hub, overrides = split_options(options)
+        folder = resolve(path_or_repo, need="weights", **hub)
+        config = cls.config_class.from_folder(folder, **overrides)
+        return cls._from_folder(
+            folder, config, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, device=device
         )
-        config = cls.config_class.from_folder(folder, **config_overrides)
+
+    @classmethod
+    def _from_folder(
+        cls,
+        folder: Path,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype | str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """`from_pretrained` of a local folder, of which `config` has been read."""
         checkpoint = Checkpoint(folder)
         wanted = checkpoint.dtype if dtype in (None, "auto") else dtype_of(dtype)
         device = torch.get_default_device() if device is None else torch.device(device)
