@@ -1,25 +1,54 @@
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+# What is installed into it: all wings by default; one wing with EXTRAS=test-pt, test-tf or test-flax.
+EXTRAS ?= dev
+CONSTRAINTS ?= --constraint constraints.txt
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed-$(EXTRAS)
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-pt test-tf test-flax lint docs dist dist-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST)
+
+# One wing and the neutral modules: no test that needs another framework.
+test-pt: $(INSTALLED)
+	$(PYTEST) -m "not tf and not flax"
+
+test-tf: $(INSTALLED)
+	$(PYTEST) -m "not pt and not flax"
+
+test-flax: $(INSTALLED)
+	$(PYTEST) -m "not pt and not tf"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,test]"
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
+
+dist: $(VENV)/.installed-dist
+	rm -rf dist
+	$(BIN)/python -m build
+
+# Install the wheel into an empty environment with one extra, and run that wing: make dist-check WING=tf
+WING ?= pt
+dist-check: dist
+	rm -rf build/dist-check
+	$(PYTHON) -m venv build/dist-check
+	build/dist-check/bin/python -m pip install --quiet $(CONSTRAINTS) "$$(echo dist/*.whl)[$(WING)]"
+	build/dist-check/bin/python -P tests/smoke.py $(WING)
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[$*]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) build dist site demo-output

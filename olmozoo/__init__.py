@@ -15,7 +15,7 @@ from olmozoo.text.pipeline import pipeline
 from olmozoo.text.streaming import TextIteratorStreamer, TextStreamer
 from olmozoo.text.tokenizer import Tokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CheckpointError",
