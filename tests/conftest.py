@@ -7,6 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and tests run side by side
 
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # in the first process of all
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from tests.helpers.wings import let_programs_go
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """Mark the tests in tests/pt, tests/tf and tests/flax with the wing; others carry their marks themselves."""
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder in ("pt", "tf", "flax"):
+            item.add_marker(folder)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,9 +12,35 @@ from olmozoo import InputError, convert
 from olmozoo.backends import BACKENDS, installed, load
 
 WINGS = [
-    pytest.param(name, marks=pytest.mark.skipif(name not in installed(), reason=f"olmozoo[{name}] is not installed"))
+    pytest.param(
+        name,
+        marks=[
+            getattr(pytest.mark, name),
+            pytest.mark.skipif(name not in installed(), reason=f"olmozoo[{name}] is not installed"),
+        ],
+    )
     for name in BACKENDS
 ]
+PRESENT = installed()
+
+
+def needs(*names: str):
+    """Mark a test that needs these wings at once, and skip it where one of them is not installed."""
+
+    def mark(test):
+        missing = [name for name in names if name not in PRESENT]
+        for name in names:
+            test = getattr(pytest.mark, name)(test)
+        return pytest.mark.skipif(bool(missing), reason=f"olmozoo[{','.join(missing)}] is not installed")(test)
+
+    return mark
+
+
+def several(test):
+    """Mark a test that compares all wings that are installed, and skip it where there is only one."""
+    for name in BACKENDS:
+        test = getattr(pytest.mark, name)(test)
+    return pytest.mark.skipif(len(PRESENT) < 2, reason="fewer than two frameworks are installed")(test)
 
 
 def scope(wing: str):

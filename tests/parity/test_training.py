@@ -12,10 +12,9 @@ import pytest
 
 from tests.helpers.checkpoints import left_padded
 from tests.helpers.configs import CONFIGS
-from tests.helpers.wings import WINGS
+from tests.helpers.wings import PRESENT, several
 from tests.parity.test_heads import model_class
 
-PRESENT = [param.values[0] for param in WINGS if not param.marks[0].args[0]]
 STEPS = 20
 SETTINGS = {"learning_rate": 3e-4, "beta_1": 0.9, "beta_2": 0.95, "epsilon": 5e-12, "weight_decay": 0.1}
 EXACT = {name: np.float64(value) for name, value in SETTINGS.items()}
@@ -117,7 +116,7 @@ def train_flax(config):
 TRAIN = {"pt": train_pt, "tf": train_tf, "flax": train_flax}
 
 
-@pytest.mark.skipif(len(PRESENT) < 2, reason="training parity compares two frameworks; fewer are installed")
+@several
 @pytest.mark.parametrize("name", ["olmo2-mqa-bias-tied", "olmo-bias", "opt-projected-post-norm"])
 def test_twenty_steps_of_adamw_agree(name):
     config = CONFIGS[name]

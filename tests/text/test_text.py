@@ -14,7 +14,7 @@ from olmozoo.text.pipeline import pipeline
 from olmozoo.text.tokenizer import Tokenizer
 from olmozoo.verify.compare import plot, verify
 from tests.helpers.checkpoints import train_tokenizer, write_checkpoint
-from tests.helpers.wings import WINGS
+from tests.helpers.wings import PRESENT, WINGS, several
 
 TEXT = "The quick brown fox jumps over the lazy dog. Größe, naïve, 日本語. " * 20
 CONFIG = Olmo2Config(
@@ -114,10 +114,6 @@ def test_errors_are_one_message_and_an_exit_code(tmp_path):
     assert done.returncode == 2
     assert "config.json" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-PRESENT = [param.values[0] for param in WINGS if not param.marks[0].args[0]]
-several = pytest.mark.skipif(len(PRESENT) < 2, reason="verify compares two frameworks; fewer are installed")
 
 
 @several

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from olmozoo import InputError, Olmo2Config, OPTConfig
-from olmozoo.backends import BACKENDS, installed
+from olmozoo.backends import BACKENDS
 from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.verify.compare import BAND, plot, rounding, verify, write_html
 from olmozoo.verify.report import Report, Row
 from tests.helpers.checkpoints import random_values, train_tokenizer, write_checkpoint
+from tests.helpers.wings import PRESENT, several
 
 CONFIG = Olmo2Config(
     vocab_size=320,
@@ -27,10 +28,8 @@ CONFIG = Olmo2Config(
 )
 LAYERS = ["embeddings", "layer 1", "layer 2", "layer 3", "logits"]
 ATTENTION = ["attention 1", "attention 2", "attention 3"]
-PRESENT = installed()
-pytestmark = pytest.mark.skipif(not PRESENT, reason="no framework is installed")
-FIRST, LAST = (PRESENT or [""])[0], (PRESENT or [""])[-1]
-several = pytest.mark.skipif(len(PRESENT) < 2, reason="fewer than two frameworks are installed")
+FIRST, LAST = PRESENT[0], PRESENT[-1]
+pytestmark = getattr(pytest.mark, FIRST)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +54,10 @@ def off(folder, name, change, config=CONFIG):
 # -- two checkpoints --------------------------------------------------------------------------------------------------
 
 
+@several
 def test_the_same_weights_in_other_files_and_another_backend_agree(folder, tmp_path):
     other = write_checkpoint(tmp_path / "b", CONFIG, dtype="float32", max_shard_size="9KB")
-    report = verify(folder, against=other, backends=[FIRST] if FIRST == LAST else [FIRST, LAST])
+    report = verify(folder, against=other, backends=[FIRST, LAST])
     assert report.ok
     assert report.weights.same
     assert report.reference == f"A in {FIRST}"
@@ -103,11 +103,12 @@ def test_one_backend_is_enough_against_another_and_none_is_not(folder):
 # -- rounding ---------------------------------------------------------------------------------------------------------
 
 
+@several
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounding_explains_low_precision_and_little_is_wasted(folder, dtype):
     report = verify(folder, against=folder, backends=PRESENT, dtype=dtype)
     assert report.ok
-    labels = [f"A in {FIRST}", *(f"B in {name}" for name in PRESENT[1:] or PRESENT)]
+    labels = [f"A in {FIRST}", *(f"B in {name}" for name in PRESENT[1:])]
     assert [(entry.backend, entry.name) for entry in report.band] == [(la, name) for la in labels for name in LAYERS]
     for entry in report.band:
         assert entry.allowed == BAND * entry.expected
