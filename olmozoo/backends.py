@@ -1,6 +1,7 @@
-"""A causal language model in any of the three frameworks, with NumPy arrays in and out.
+"""The registry of wings: how each loads, calls and generates, with NumPy arrays in and out.
 
-The one place above the wings that knows how each is called; pipeline, verify and the tests go through it.
+What is above the wings (pipeline, evaluation, verification, conversion of live models) goes through it, and names no
+framework. A new wing is one class here.
 """
 
 from __future__ import annotations
@@ -8,112 +9,248 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 
 from olmozoo.checkpoint.reader import Checkpoint
 from olmozoo.errors import InputError
+from olmozoo.families.config import ModelConfig
+from olmozoo.families.parameter import Head
+from olmozoo.families.registry import model_class
+from olmozoo.generation.config import GenerationConfig
 from olmozoo.hub import resolve
-from olmozoo.typing import Array
+from olmozoo.typing import Array, HubOptions, StrPath
 
 
 class Backend(ABC):
-    """A loaded model. Ids and masks are (batch, seq) arrays, padded on the left.
+    """A causal language model, loaded in one wing. Ids and masks are (batch, seq) arrays, padded on the left.
 
     Args:
-        path_or_repo: a folder, or a repository on the hub.
+        folder: of the checkpoint.
+        config: its config.
         dtype: name of the parameters' dtype; default the checkpoint's own.
-        **hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`.
+        device: such as "cpu", "cuda", "cuda:1" or "mps"; default an accelerator if there is one, else the CPU.
+
+    Attributes:
+        model: the model, of the wing's own class.
+        device: its device, in the framework's own form. None where the framework chooses.
+
+    Raises:
+        MissingBackendError: the framework is not installed.
+        InputError: there is no such device.
     """
 
-    framework: str  # the module that must be there
-    wing: str
+    wing: ClassVar[str]
+    framework: ClassVar[str]  # the module that has to be installed
+    device: Any = None
 
-    @abstractmethod
-    def __init__(self, path_or_repo: str | os.PathLike[str], dtype: str | None = None, **hub: Any) -> None:
-        self.model: Any
+    def __init__(self, folder: Path, config: ModelConfig, dtype: str | None = None, device: str | None = None) -> None:
+        cls = self.model_class(config, "causal_lm")
+        self.device = self.choose_device(folder, dtype, device)
+        self.model = self.load(cls, folder, config, dtype)
 
-    @abstractmethod
+    @property
+    def config(self) -> ModelConfig:
+        """The model's config."""
+        config: ModelConfig = self.model.config
+        return config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The model's defaults of `generate`."""
+        settings: GenerationConfig = self.model.generation_config
+        return settings
+
     def forward(self, input_ids: Array, attention_mask: Array, **options: Any) -> dict[str, Any]:
-        """Logits, hidden states and what else `options` asks of a forward call."""
+        """Logits, hidden states and whatever else `options` asks of a forward call; floats are at least float32."""
+        with self.scope():
+            output = self.model(
+                input_ids=self.to_framework(input_ids), attention_mask=self.to_framework(attention_mask), **options
+            )
+            arrays: dict[str, Any] = _arrays(output, self.to_numpy)
+            return arrays
 
-    @abstractmethod
     def generate(self, input_ids: Array, attention_mask: Array, **settings: Any) -> Array:
         """Prompt and answer, (batch, seq + new)."""
+        with self.scope():
+            found = self.model.generate(self.to_framework(input_ids), self.to_framework(attention_mask), **settings)
+            return self.to_numpy(getattr(found, "sequences", found))
+
+    # -- what a wing defines --------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def module(cls) -> ModuleType:
+        """The wing, imported."""
+
+    @classmethod
+    def model_class(cls, config: ModelConfig | type[ModelConfig], head: Head | None) -> type[Any]:
+        """The wing's class of a family with a head.
+
+        Raises:
+            MissingBackendError: the framework is not installed.
+            ConfigError: the family has no such head.
+        """
+        cls.module()
+        return model_class(cls.wing, config, head)
+
+    @abstractmethod
+    def choose_device(self, folder: Path, dtype: str | None, device: str | None) -> Any:
+        """The device for a checkpoint, in the framework's own form."""
+
+    def load(self, cls: type[Any], folder: Path, config: ModelConfig, dtype: str | None) -> Any:
+        """A model of the class with the weights of a folder."""
+        with self.scope():
+            return cls._from_folder(folder, config, dtype=dtype)
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """What the framework's calls run in."""
+        return contextlib.nullcontext()
+
+    def to_framework(self, array: Array) -> Any:
+        """An array of ids as the model takes it."""
+        return array
+
+    @abstractmethod
+    def to_numpy(self, value: Any) -> Array:
+        """One of the model's outputs as an array."""
 
 
 class PyTorch(Backend):
     """A model of `olmozoo.pt`."""
 
-    framework, wing = "torch", "pt"
+    wing, framework = "pt", "torch"
 
-    def __init__(self, path_or_repo: str | os.PathLike[str], dtype: str | None = None, **hub: Any) -> None:
-        from olmozoo.pt import AutoModelForCausalLM
+    @classmethod
+    def module(cls) -> ModuleType:
+        """See `Backend.module`."""
+        import olmozoo.pt
 
-        self.model = AutoModelForCausalLM.from_pretrained(path_or_repo, dtype=dtype, **hub)
+        return olmozoo.pt
 
-    def forward(self, input_ids: Array, attention_mask: Array, **options: Any) -> dict[str, Any]:
-        """See `Backend.forward`."""
+    def choose_device(self, folder: Path, dtype: str | None, device: str | None) -> Any:
+        """The one asked for; by default CUDA or another accelerator if there is one (MPS not for float64)."""
         import torch
 
-        with torch.inference_mode():
-            output = self.model(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), **options)
-        return _arrays(output, lambda tensor: _wide(tensor.float() if tensor.element_size() < 4 else tensor))
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if device is None:
+            if accelerator is None or (accelerator.type == "mps" and _dtype(folder, dtype) == "float64"):
+                return torch.device("cpu")
+            return accelerator
+        here = ["cpu", "meta"] if accelerator is None else [accelerator.type, "cpu", "meta"]
+        with contextlib.suppress(RuntimeError):  # no such word
+            if (chosen := torch.device(device)).type in here:
+                return chosen
+        raise _no_device(device, "PyTorch", here)
 
-    def generate(self, input_ids: Array, attention_mask: Array, **settings: Any) -> Array:
-        """See `Backend.generate`."""
+    def load(self, cls: type[Any], folder: Path, config: ModelConfig, dtype: str | None) -> Any:
+        """See `Backend.load`."""
+        return cls._from_folder(folder, config, dtype=dtype, device=self.device)
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """No gradients."""
         import torch
 
-        return self.model.generate(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), **settings).numpy()
+        return torch.inference_mode()
+
+    def to_framework(self, array: Array) -> Any:
+        """See `Backend.to_framework`."""
+        import torch
+
+        return torch.from_numpy(array).to(self.device)
+
+    def to_numpy(self, value: Any) -> Array:
+        """See `Backend.to_numpy`."""
+        if value.is_floating_point() and value.element_size() < 4:
+            value = value.float()
+        return np.asarray(value.cpu())
 
 
 class TensorFlow(Backend):
     """A model of `olmozoo.tf`."""
 
-    framework, wing = "tensorflow", "tf"
+    wing, framework = "tf", "tensorflow"
 
-    def __init__(self, path_or_repo: str | os.PathLike[str], dtype: str | None = None, **hub: Any) -> None:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow greets on standard error otherwise
-        from olmozoo.tf import TFAutoModelForCausalLM
+    @classmethod
+    def module(cls) -> ModuleType:
+        """See `Backend.module`."""
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else it writes notices to standard error
+        import olmozoo.tf
 
-        self.model = TFAutoModelForCausalLM.from_pretrained(path_or_repo, dtype=dtype, **hub)
+        return olmozoo.tf
 
-    def forward(self, input_ids: Array, attention_mask: Array, **options: Any) -> dict[str, Any]:
-        """See `Backend.forward`."""
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
-        return _arrays(output, lambda tensor: _wide(tensor.numpy()))
+    def choose_device(self, folder: Path, dtype: str | None, device: str | None) -> Any:
+        """The one asked for; by default TensorFlow takes a GPU by itself."""
+        if device is None:
+            return None
+        import tensorflow as tf
 
-    def generate(self, input_ids: Array, attention_mask: Array, **settings: Any) -> Array:
-        """See `Backend.generate`."""
-        return self.model.generate(input_ids, attention_mask, **settings).numpy()
+        kind, index = _kind_and_index(device)
+        devices = tf.config.list_logical_devices("GPU" if kind in ("cuda", "gpu") else kind.upper())
+        if index < len(devices):
+            return devices[index].name
+        raise _no_device(device, "TensorFlow", {d.device_type.lower() for d in tf.config.list_logical_devices()})
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """The device."""
+        import tensorflow as tf
+
+        scope: contextlib.AbstractContextManager[Any] = tf.device(self.device)
+        return scope
+
+    def to_numpy(self, value: Any) -> Array:
+        """See `Backend.to_numpy`."""
+        return _at_least_float32(value.numpy())
 
 
 class Flax(Backend):
-    """A model of `olmozoo.flax`; where it is in float64, that is enabled in JAX for its calls alone."""
+    """A model of `olmozoo.flax`; float64 is enabled in JAX for the calls of a model that is in it, and no others."""
 
-    framework, wing = "flax", "flax"
+    wing, framework = "flax", "flax"
 
-    def __init__(self, path_or_repo: str | os.PathLike[str], dtype: str | None = None, **hub: Any) -> None:
+    @classmethod
+    def module(cls) -> ModuleType:
+        """See `Backend.module`."""
+        import olmozoo.flax
+
+        return olmozoo.flax
+
+    def choose_device(self, folder: Path, dtype: str | None, device: str | None) -> Any:
+        """The one asked for; by default JAX takes an accelerator by itself."""
+        if device is None:
+            return None
         import jax
 
-        from olmozoo.flax import FlaxAutoModelForCausalLM
+        kind, index = _kind_and_index(device)
+        with contextlib.suppress(RuntimeError):  # no such platform
+            if index < len(devices := jax.devices(kind)):
+                return devices[index]
+        raise _no_device(device, "JAX", {d.platform for d in jax.devices()} | {"cpu"})
 
-        own = dtype or Checkpoint(resolve(path_or_repo, need="weights", **hub)).dtype
-        self._scope = (lambda: jax.enable_x64(True)) if own == "float64" else contextlib.nullcontext
-        with self._scope():
-            self.model = FlaxAutoModelForCausalLM.from_pretrained(path_or_repo, dtype=dtype, **hub)
+    def load(self, cls: type[Any], folder: Path, config: ModelConfig, dtype: str | None) -> Any:
+        """See `Backend.load`. In the dtype of the file, whatever that is: float64 needs to be enabled."""
+        import jax
 
-    def forward(self, input_ids: Array, attention_mask: Array, **options: Any) -> dict[str, Any]:
-        """See `Backend.forward`."""
-        with self._scope():
-            return _arrays(self.model(input_ids, attention_mask, **options), _wide)
+        with jax.default_device(self.device), jax.enable_x64(True):
+            return cls._from_folder(folder, config, dtype=dtype)
 
-    def generate(self, input_ids: Array, attention_mask: Array, **settings: Any) -> Array:
-        """See `Backend.generate`."""
-        with self._scope():
-            return np.asarray(self.model.generate(input_ids, attention_mask, **settings).sequences)
+    @contextlib.contextmanager
+    def scope(self) -> Any:
+        """The device, and float64 where the model is in it."""
+        import jax
+
+        wide = jax.enable_x64(True) if self.model.dtype == np.float64 else contextlib.nullcontext()
+        with jax.default_device(self.device), wide:
+            yield
+
+    def to_numpy(self, value: Any) -> Array:
+        """See `Backend.to_numpy`."""
+        return _at_least_float32(np.asarray(value))
 
 
 BACKENDS: dict[str, type[Backend]] = {cls.wing: cls for cls in (PyTorch, TensorFlow, Flax)}
@@ -124,24 +261,61 @@ def installed() -> list[str]:
     return [name for name, cls in BACKENDS.items() if find_spec(cls.framework) is not None]
 
 
-def load(
-    path_or_repo: str | os.PathLike[str], backend: str | None = None, dtype: str | None = None, **hub: Any
-) -> Backend:
-    """Load a causal language model in a wing; default the first that is installed.
+def backend_class(name: str | None = None) -> type[Backend]:
+    """The wing of a name; default the first that is installed.
 
     Raises:
         InputError: there is no such wing.
-        MissingBackendError: its framework is not installed.
     """
-    name = backend or next(iter(installed()), "pt")
+    name = name or next(iter(installed()), "pt")
     if name not in BACKENDS:
-        raise InputError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
-    return BACKENDS[name](path_or_repo, dtype, **hub)
+        raise InputError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)} (PyTorch, Keras, JAX)")
+    return BACKENDS[name]
 
 
-def _wide(value: Any) -> Array:
-    """A NumPy array in float32 or float64 (or an integer kind) of an array in any dtype."""
-    array = np.asarray(value)
+def load(
+    path_or_repo: StrPath,
+    backend: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    **hub: Unpack[HubOptions],
+) -> Backend:
+    """Load a causal language model in a wing.
+
+    Args:
+        path_or_repo: a folder, or a repository on the hub.
+        backend: "pt", "tf" or "flax"; default the first that is installed.
+        dtype: name of the parameters' dtype; default the checkpoint's own.
+        device: such as "cpu", "cuda", "cuda:1" or "mps"; default an accelerator if there is one, else the CPU.
+        **hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        InputError: there is no such wing or device.
+        MissingBackendError: the wing's framework is not installed.
+    """
+    cls = backend_class(backend)
+    cls.module()  # before anything is downloaded
+    folder = resolve(path_or_repo, need="weights", **hub)
+    return cls(folder, ModelConfig.from_folder(folder), dtype, device)
+
+
+def _kind_and_index(device: str) -> tuple[str, int]:
+    kind, _, index = device.partition(":")
+    if not kind or (index and not index.isdecimal()):
+        raise InputError(f"device is {device!r}, expected a kind and an index, such as 'cpu' or 'cuda:1'")
+    return kind, int(index or 0)
+
+
+def _no_device(device: str, framework: str, here: Iterable[str]) -> InputError:
+    return InputError(f"device is {device!r}, and {framework} has {', '.join(sorted(here))} here")
+
+
+def _dtype(folder: Path, dtype: str | None) -> str:
+    return dtype or Checkpoint(folder).dtype.name
+
+
+def _at_least_float32(array: Array) -> Array:
+    """The array, in float32 where it is in a shorter floating dtype."""
     return array.astype(np.float32) if array.dtype.kind not in "iub" and array.dtype.itemsize < 4 else array
 
 

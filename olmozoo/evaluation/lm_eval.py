@@ -5,7 +5,7 @@
 
     lm_eval.simple_evaluate(OlmozooLM("allenai/OLMo-2-0425-1B", backend="flax"), tasks=["arc_easy"])
 
-Nothing else in olmozoo imports this room.
+Nothing else in olmozoo imports this module.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from olmozoo.errors import InputError
 from olmozoo.evaluation.scoring import fit, pair, prefix, score, windows
 from olmozoo.text.pipeline import cut, pipeline
+from olmozoo.typing import HubOptions, StrPath
 
 # The names that tasks use for the most tokens of an answer, the first of them first.
 ANSWER_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -38,26 +39,28 @@ class OlmozooLM(LM):
         pretrained: a folder, or a repository on the hub.
         backend: "pt", "tf" or "flax"; default the first that is installed.
         dtype: name of the parameters' dtype; default the checkpoint's own.
+        device: such as "cpu", "cuda", "cuda:1" or "mps"; default an accelerator if there is one, else the CPU.
         batch_size: rows that run at once.
         max_gen_toks: the most tokens of an answer where the task does not say.
         **hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
-        InputError: there is no such backend.
+        InputError: there is no such backend or device.
     """
 
     def __init__(
         self,
-        pretrained: str | os.PathLike[str],
+        pretrained: StrPath,
         backend: str | None = None,
         dtype: str | None = None,
         batch_size: int = 4,
         max_gen_toks: int = 256,
-        **hub: Any,
+        device: str | None = None,
+        **hub: Unpack[HubOptions],
     ) -> None:
         super().__init__()
-        self.pipeline = pipeline("text-generation", pretrained, backend=backend, dtype=dtype, **hub)
-        self.model, self.tokenizer = self.pipeline.model, self.pipeline.tokenizer
+        self.pipeline = pipeline("text-generation", pretrained, backend=backend, dtype=dtype, device=device, **hub)
+        self.backend, self.tokenizer = self.pipeline.backend, self.pipeline.tokenizer
         self.name = os.fspath(pretrained)
         self.batch_size = int(batch_size)
         self.max_gen_toks = max_gen_toks
@@ -65,7 +68,7 @@ class OlmozooLM(LM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation after its context, and whether greedy decoding would write it.
 
-        Contexts and continuations meet as in `olmozoo.evaluate.pair`; a context too long loses its beginning.
+        Contexts and continuations meet as in `olmozoo.evaluation.scoring.pair`; a context too long loses its beginning.
         """
         rows = [self._row(context, continuation) for context, continuation in _arguments(requests)]
         found = [(math.fsum(values), greedy) for values, greedy in self._score(rows, "scoring", disable_tqdm)]
@@ -76,11 +79,11 @@ class OlmozooLM(LM):
 
         Texts longer than the model are cut into windows that share one token, so that each token is scored once.
         """
-        longest = self.model.model.config.max_position_embeddings
+        longest = self.backend.config.max_position_embeddings
         rows, owners = [], []
         for n, (text,) in enumerate(_arguments(requests)):
             ids = np.array([prefix(self.tokenizer), *self.tokenizer.encode(text, add_special_tokens=False)], np.int64)
-            self.tokenizer.check_ids(ids, self.model.model.config.vocab_size)
+            self.tokenizer.check_ids(ids, self.backend.config.vocab_size)
             for start, first, end in windows(len(ids), longest + 1, longest):
                 rows.append((ids[start:end], end - first))
                 owners.append(n)
@@ -104,10 +107,10 @@ class OlmozooLM(LM):
         with tqdm(total=len(requests), desc="writing", disable=disable_tqdm) as bar:
             for options, members in groups.items():
                 settings = self._settings(json.loads(options))
-                room = self.model.model.config.max_position_embeddings - settings["max_new_tokens"]
-                if room < 1:
+                longest = self.backend.config.max_position_embeddings - settings["max_new_tokens"]
+                if longest < 1:
                     raise InputError(f"max_gen_toks is {settings['max_new_tokens']}: no room for a context before it")
-                rows = [self._context(requests[n].args[0])[-room:] for n in members]
+                rows = [self._context(requests[n].args[0])[-longest:] for n in members]
                 advance = _advance(bar)
                 written = self.pipeline.complete(rows, batch_size=self.batch_size, report=advance, **settings)
                 for n, (ids,) in zip(members, written, strict=True):
@@ -135,7 +138,7 @@ class OlmozooLM(LM):
 
     def _row(self, context: str, continuation: str) -> tuple[Any, int]:
         before, after = pair(self.tokenizer, context, continuation)
-        return fit(self.model, self.tokenizer, before, after)
+        return fit(self.backend, self.tokenizer, before, after)
 
     def _context(self, text: str) -> list[int]:
         return self.pipeline.encode(text) or [prefix(self.tokenizer)]
@@ -143,7 +146,7 @@ class OlmozooLM(LM):
     def _score(self, rows: Sequence[tuple[Any, int]], what: str, disable_tqdm: bool) -> list[tuple[Any, bool]]:
         with tqdm(total=len(rows), desc=what, disable=disable_tqdm) as bar:
             advance = _advance(bar)
-            return score(self.model, rows, self.batch_size, lambda done, total: advance(done))
+            return score(self.backend, rows, self.batch_size, lambda done, total: advance(done))
 
     def _settings(self, options: dict[str, Any]) -> dict[str, Any]:
         """A task's options as settings of `generate`. As in lm-eval, a temperature above 0 samples."""

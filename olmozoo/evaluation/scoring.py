@@ -1,26 +1,26 @@
 """How well a model knows a text: perplexity, and multiple choice by log-likelihood, on any backend.
 
-The model's logits are turned into log-likelihoods here, in float64, so that backends differ by their logits alone.
+Log-likelihoods are computed here from the model's logits, in float64, so that backends differ by their logits alone.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from olmozoo.backends import Backend, load
+from olmozoo.backends import Backend, backend_class, load
 from olmozoo.errors import CheckpointError, InputError
+from olmozoo.hub import resolve
 from olmozoo.text.tokenizer import Tokenizer, pad_left
-from olmozoo.typing import Array
+from olmozoo.typing import Array, HubOptions, StrPath
 
-Progress = Callable[[int, int], object]  # told how many rows of how many are scored
+Progress = Callable[[int, int], object]  # called with the number of rows scored and the number of all rows
 
 WINDOW = 1024  # the default's upper end: a window's logits are window x vocabulary, 400 MB at 100k tokens
 WIDTHS = 32  # batches are as wide as a multiple of this, since frameworks compile anew for each width
@@ -107,49 +107,53 @@ class MultipleChoice:
 
 
 def evaluate(
-    path_or_repo: str | os.PathLike[str],
-    file: str | os.PathLike[str],
+    path_or_repo: StrPath,
+    file: StrPath | Sequence[str] | Sequence[Question],
     *,
     backend: str | None = None,
     dtype: str | None = None,
+    device: str | None = None,
     window: int | None = None,
     stride: int | None = None,
     batch_size: int = 4,
     progress: Progress = lambda done, total: None,
-    **hub: Any,
+    **hub: Unpack[HubOptions],
 ) -> Perplexity | MultipleChoice:
-    """Evaluate a model on a file: see `read` for what it may hold, `perplexity` and `multiple_choice` for the rest.
+    """Perplexity of texts, or accuracy on multiple-choice questions; see `perplexity` and `multiple_choice`.
 
     Args:
         path_or_repo: a folder, or a repository on the hub.
-        file: .txt or .jsonl.
+        file: a .txt or .jsonl, as in `read`; or texts, or questions.
         backend: "pt", "tf" or "flax"; default the first that is installed.
         dtype: name of the parameters' dtype; default the checkpoint's own.
+        device: such as "cpu", "cuda", "cuda:1" or "mps"; default an accelerator if there is one, else the CPU.
         window, stride: of `perplexity`.
         batch_size: rows that run at once.
-        progress: told how many rows of how many are scored.
+        progress: called with the number of rows scored and the number of all rows.
         **hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
         InputError: the file or an argument does not fit.
     """
-    content = read(file)
+    content = file if isinstance(file, (list, tuple)) else read(file)
     questions = [entry for entry in content if isinstance(entry, Question)]
     if questions and (window is not None or stride is not None):
-        raise InputError(f"{file} holds multiple-choice questions: window and stride are for texts")
-    model, tokenizer = load(path_or_repo, backend, dtype, **hub), Tokenizer.from_pretrained(path_or_repo, **hub)
+        raise InputError("window and stride are for texts, and these are multiple-choice questions")
+    backend_class(backend).module()  # before anything is downloaded
+    folder = resolve(path_or_repo, need="model", **hub)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    loaded = load(folder, backend, dtype, device)
     if questions:
-        return multiple_choice(model, tokenizer, questions, batch_size=batch_size, progress=progress)
+        return multiple_choice(loaded, tokenizer, questions, batch_size=batch_size, progress=progress)
     texts = [entry for entry in content if isinstance(entry, str)]
-    sizes = {"window": window, "stride": stride, "batch_size": batch_size}
-    return perplexity(model, tokenizer, texts, **sizes, progress=progress)  # type: ignore[arg-type]
+    return perplexity(loaded, tokenizer, texts, window=window, stride=stride, batch_size=batch_size, progress=progress)
 
 
 # ----------------------------------------------------------------------------------------------------------- perplexity
 
 
 def perplexity(
-    model: Backend,
+    backend: Backend,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
@@ -164,22 +168,22 @@ def perplexity(
     families have none). All its tokens but the first, which nothing precedes, are scored exactly once. A text of up to
     `window` tokens is one window. In a longer one the first window has the first `window` tokens, and each further
     window ends `stride` tokens after the one before it (the last one with the text), is `window` tokens long, and
-    scores those of its tokens that no window before it had. So every token is scored with at least `window - stride`
+    scores those of its tokens that no earlier window has. So every token is scored with at least `window - stride`
     tokens of context before it, or with all there are.
 
     Args:
-        model: a loaded model.
+        backend: a loaded model.
         tokenizer: its tokenizer.
         texts: the documents.
         window: tokens a window, from 2 to the model's max_position_embeddings. Default: that, 1024 at most.
         stride: tokens from one window's end to the next one's, from 1 to `window - 1`. Default: half the window.
         batch_size: windows that run at once.
-        progress: told how many windows of how many are scored.
+        progress: called with the number of windows scored and the number of all windows.
 
     Raises:
         InputError: a size does not fit, a text uses tokens that the model lacks, or there is not one token to score.
     """
-    config = model.model.config
+    config = backend.config
     longest = config.max_position_embeddings
     window = min(longest, WINDOW) if window is None else window
     if not 2 <= window <= longest:
@@ -195,7 +199,7 @@ def perplexity(
         rows += ((ids[start:end], end - first) for start, first, end in windows(len(ids), window, stride))
     if not rows:
         raise InputError(f"nothing to score in {len(texts)} texts: expected one of at least two tokens")
-    scores = score(model, rows, batch_size, progress)
+    scores = score(backend, rows, batch_size, progress)
     return Perplexity(
         documents=len(texts),
         tokens=sum(scored for _, scored in rows),
@@ -216,7 +220,7 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 
 
 def multiple_choice(
-    model: Backend,
+    backend: Backend,
     tokenizer: Tokenizer,
     questions: Sequence[Question],
     *,
@@ -226,11 +230,11 @@ def multiple_choice(
     """Let a model choose by the log-likelihood of each choice after its context, as lm-eval does: see `pair`.
 
     Args:
-        model: a loaded model.
+        backend: a loaded model.
         tokenizer: its tokenizer.
         questions: what to ask.
         batch_size: choices that run at once.
-        progress: told how many choices of how many are scored.
+        progress: called with the number of choices scored and the number of all choices.
 
     Raises:
         InputError: there is no question, or one has a choice that is no token or is too long for the model.
@@ -241,8 +245,8 @@ def multiple_choice(
     for question in questions:
         for choice in question.choices:
             context, continuation = pair(tokenizer, question.context, choice, question.where)
-            rows.append(fit(model, tokenizer, context, continuation, question.where))
-    scores = iter(score(model, rows, batch_size, progress))
+            rows.append(fit(backend, tokenizer, context, continuation, question.where))
+    scores = iter(score(backend, rows, batch_size, progress))
     values = [[math.fsum(next(scores)[0]) for _ in question.choices] for question in questions]
     lengths = [[len(choice) for choice in question.choices] for question in questions]
     return MultipleChoice(
@@ -293,14 +297,14 @@ def prefix(tokenizer: Tokenizer, where: str = "text") -> int:
 
 
 def fit(
-    model: Backend, tokenizer: Tokenizer, context: Sequence[int], continuation: Sequence[int], where: str = "pair"
+    backend: Backend, tokenizer: Tokenizer, context: Sequence[int], continuation: Sequence[int], where: str = "pair"
 ) -> tuple[Array, int]:
     """A row for `score`; a context too long for the model loses its beginning.
 
     Raises:
         InputError: the continuation alone is too long, or the model has no rows for some of the tokens.
     """
-    config = model.model.config
+    config = backend.config
     longest = config.max_position_embeddings
     if len(continuation) > longest:
         raise InputError(f"{where}: {len(continuation)} tokens to score, and max_position_embeddings is {longest}")
@@ -313,7 +317,7 @@ def fit(
 
 
 def score(
-    model: Backend,
+    backend: Backend,
     rows: Sequence[tuple[Array, int]],
     batch_size: int = 4,
     progress: Progress = lambda done, total: None,
@@ -321,10 +325,10 @@ def score(
     """Log-likelihoods of the last tokens of rows, each given all tokens before it.
 
     Args:
-        model: a loaded model.
+        backend: a loaded model.
         rows: ids, and how many of the last of them to score: at least 1, and fewer than all.
         batch_size: rows that run at once; rows of a like length run together.
-        progress: told how many rows of how many are done.
+        progress: called with the number of rows done and the number of all rows.
 
     Returns:
         In the order of `rows`: the float64 log-likelihoods in nats, and whether each token was the model's likeliest.
@@ -342,7 +346,9 @@ def score(
         ids, mask = pad_left([rows[i][0][:-1].tolist() for i in batch], 0)  # nothing follows the last token
         spare = ((0, 0), (-ids.shape[1] % WIDTHS, 0))
         keep = max(rows[i][1] for i in batch)
-        output = model.forward(np.pad(ids, spare), np.pad(mask, spare), logits_to_keep=keep, return_dict=True)
+        output = backend.forward(
+            np.pad(ids, spare), np.pad(mask, spare), logits_to_keep=keep, use_cache=False, return_dict=True
+        )
         for i, logits in zip(batch, output["logits"], strict=True):
             row, scored = rows[i]
             results[i] = _log_likelihoods(logits[-scored:], row[-scored:])
@@ -367,12 +373,8 @@ def _log_likelihoods(logits: Array, targets: Array) -> tuple[Array, bool]:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def read(file: str | os.PathLike[str]) -> list[str] | list[Question]:
-    """The contents of a file to evaluate on.
-
-    A .txt file is one text. A .jsonl file has an object in each line, blank lines apart, all of one kind:
-    `{"text": ...}` is a text; `{"context": ..., "choices": [...], "answer": ...}` is a question, its answer the index
-    of a choice or the choice itself. Further keys are ignored.
+def read(file: StrPath) -> list[str] | list[Question]:
+    """The contents of a file to evaluate on: of a .txt one text, of a .jsonl an entry a line; see `parse`.
 
     Raises:
         InputError: the file is absent, not UTF-8, of another kind or empty; or a line is malformed, which is named.
@@ -381,20 +383,39 @@ def read(file: str | os.PathLike[str]) -> list[str] | list[Question]:
     if path.suffix not in (".txt", ".jsonl"):
         raise InputError(f"{path} is not .txt or .jsonl")
     try:
-        text = path.read_bytes().decode("utf-8")  # and not `read_text`, which rewrites line ends
+        return parse(path.read_bytes(), str(path), path.suffix == ".jsonl")  # not `read_text`, which changes line ends
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def parse(data: bytes, where: str, jsonl: bool = False) -> list[str] | list[Question]:
+    """Texts or questions in UTF-8.
+
+    JSON Lines have an object in each line, blank lines apart, all of one kind: `{"text": ...}` is a text;
+    `{"context": ..., "choices": [...], "answer": ...}` is a question, its answer the index of a choice or the choice
+    itself. Further keys are ignored.
+
+    Args:
+        data: the bytes.
+        where: names them in errors.
+        jsonl: whether they are JSON Lines; otherwise they are one text.
+
+    Raises:
+        InputError: they are not UTF-8, or there are no lines; or a line is malformed, which is named.
+    """
+    try:
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 at byte {error.start}") from error
-    if path.suffix == ".txt":
+        raise InputError(f"{where} is not UTF-8 at byte {error.start}") from error
+    if not jsonl:
         return [text]
-    entries = [_entry(line, f"{path}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    entries = [_entry(line, f"{where}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not entries:
-        raise InputError(f"{path} has no lines")
+        raise InputError(f"{where} has no lines")
     kinds = {type(entry) for entry, _ in entries}
     if len(kinds) > 1:
-        where = next(where for entry, where in entries if type(entry) is not type(entries[0][0]))
-        raise InputError(f"{where}: texts and questions in one file, expected lines of one kind")
+        line = next(line for entry, line in entries if type(entry) is not type(entries[0][0]))
+        raise InputError(f"{line}: texts and questions in one file, expected lines of one kind")
     return [entry for entry, _ in entries]
 
 

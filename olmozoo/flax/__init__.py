@@ -8,7 +8,12 @@ try:
 except ImportError as error:
     raise MissingBackendError("olmozoo.flax needs JAX and Flax: pip install 'olmozoo[flax]'") from error
 
-from olmozoo.flax.auto import FlaxAutoModelForCausalLM
+from olmozoo.flax.auto import (
+    FlaxAutoModel,
+    FlaxAutoModelForCausalLM,
+    FlaxAutoModelForQuestionAnswering,
+    FlaxAutoModelForSequenceClassification,
+)
 from olmozoo.flax.cache import KVCache
 from olmozoo.flax.olmo import FlaxOlmoForCausalLM, FlaxOlmoForSequenceClassification, FlaxOlmoModel
 from olmozoo.flax.olmo2 import FlaxOlmo2ForCausalLM, FlaxOlmo2ForSequenceClassification, FlaxOlmo2Model
@@ -20,7 +25,10 @@ from olmozoo.flax.opt import (
 )
 
 __all__ = [
+    "FlaxAutoModel",
     "FlaxAutoModelForCausalLM",
+    "FlaxAutoModelForQuestionAnswering",
+    "FlaxAutoModelForSequenceClassification",
     "FlaxOPTForCausalLM",
     "FlaxOPTForQuestionAnswering",
     "FlaxOPTForSequenceClassification",

@@ -1,35 +1,80 @@
-"""Pick the class from config.json."""
+"""Classes that pick the model class by the `model_type` of a config."""
 
 from __future__ import annotations
 
-import os
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 from olmozoo.families.config import ModelConfig
-from olmozoo.flax.heads import CausalLM
-from olmozoo.flax.olmo import FlaxOlmoForCausalLM
-from olmozoo.flax.olmo2 import FlaxOlmo2ForCausalLM
-from olmozoo.flax.opt import FlaxOPTForCausalLM
-from olmozoo.hub import HUB_ARGUMENTS
+from olmozoo.families.parameter import Head
+from olmozoo.families.registry import model_class
+from olmozoo.flax.base import PreTrainedModel
+from olmozoo.flax.decoder import Decoder
+from olmozoo.flax.heads import CausalLM, QuestionAnswerer, SequenceClassifier
+from olmozoo.hub import resolve
+from olmozoo.modeling import split_options
+from olmozoo.typing import StrPath
 
-CAUSAL_LM: dict[str, type[CausalLM]] = {
-    cls.config_class.model_type: cls for cls in (FlaxOlmoForCausalLM, FlaxOlmo2ForCausalLM, FlaxOPTForCausalLM)
-}
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-class FlaxAutoModelForCausalLM:
-    """The causal language model of whatever family a checkpoint is of."""
+class AutoClass(Generic[Model]):
+    """What the classes below share; there are no instances of them."""
+
+    head: ClassVar[Head | None] = None
 
     @classmethod
     def from_pretrained(
-        cls, path_or_repo: str | os.PathLike[str], **options: Any
-    ) -> CausalLM | tuple[CausalLM, dict[str, Any]]:
-        """See `PreTrainedModel.from_pretrained`; the class is picked by `model_type`."""
-        where = {name: value for name, value in options.items() if name in HUB_ARGUMENTS}
-        config = ModelConfig.from_pretrained(path_or_repo, **where)
-        return CAUSAL_LM[config.model_type].from_pretrained(path_or_repo, **options)
+        cls,
+        path_or_repo: StrPath,
+        *,
+        dtype: Any = None,
+        ignore_mismatched_sizes: bool = False,
+        _do_init: bool = True,
+        **options: Any,
+    ) -> Model | tuple[Model, dict[str, Any]]:
+        """A model of the checkpoint's family with its weights.
+
+        Arguments, return value and errors are those of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ConfigError: the family has no such head.
+        """
+        hub, overrides = split_options(options)
+        folder = resolve(path_or_repo, need="weights", **hub)
+        config = ModelConfig.from_folder(folder, **overrides)
+        found: type[Model] = model_class("flax", config, cls.head)
+        return found._from_folder(
+            folder, config, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, _do_init=_do_init
+        )
 
     @classmethod
-    def from_config(cls, config: ModelConfig, **options: Any) -> CausalLM:
-        """A model with initial weights; `options` as in `PreTrainedModel`."""
-        return CAUSAL_LM[config.model_type](config, **options)
+    def from_config(cls, config: ModelConfig, **options: Any) -> Model:
+        """A model of the config's family with initial weights; `options` as in `PreTrainedModel`.
+
+        Raises:
+            ConfigError: the family has no such head.
+        """
+        found: type[Model] = model_class("flax", config, cls.head)
+        return found(config, **options)
+
+
+class FlaxAutoModel(AutoClass[Decoder]):
+    """The decoder without a head, of whatever family."""
+
+
+class FlaxAutoModelForCausalLM(AutoClass[CausalLM]):
+    """The causal language model, of whatever family."""
+
+    head = "causal_lm"
+
+
+class FlaxAutoModelForSequenceClassification(AutoClass[SequenceClassifier]):
+    """The decoder with a classification head, of whatever family."""
+
+    head = "sequence_classification"
+
+
+class FlaxAutoModelForQuestionAnswering(AutoClass[QuestionAnswerer]):
+    """The decoder with a question-answering head, of a family that has one."""
+
+    head = "question_answering"

@@ -21,6 +21,7 @@ from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import BASE_PREFIX, Head, Kind, Parameter
+from olmozoo.families.registry import register_model
 from olmozoo.flax.cache import KVCache
 from olmozoo.flax.layers import at_least_float32
 from olmozoo.generation.config import GenerationConfig
@@ -57,6 +58,10 @@ class PreTrainedModel:
 
     config_class: ClassVar[type[ModelConfig]]
     head: ClassVar[Head | None] = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        register_model("flax", cls)
 
     def __init__(
         self,

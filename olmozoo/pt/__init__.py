@@ -7,14 +7,22 @@ try:
 except ImportError as error:
     raise MissingBackendError("olmozoo.pt needs PyTorch: pip install 'olmozoo[pt]'") from error
 
-from olmozoo.pt.auto import AutoModelForCausalLM
+from olmozoo.pt.auto import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+)
 from olmozoo.pt.cache import KVCache
 from olmozoo.pt.olmo import OlmoForCausalLM, OlmoForSequenceClassification, OlmoModel
 from olmozoo.pt.olmo2 import Olmo2ForCausalLM, Olmo2ForSequenceClassification, Olmo2Model
 from olmozoo.pt.opt import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, OPTModel
 
 __all__ = [
+    "AutoModel",
     "AutoModelForCausalLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
     "KVCache",
     "OPTForCausalLM",
     "OPTForQuestionAnswering",

@@ -1,33 +1,82 @@
-"""Pick the class from config.json."""
+"""Classes that pick the model class by the `model_type` of a config."""
 
 from __future__ import annotations
 
-import os
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
 
 from olmozoo.families.config import ModelConfig
-from olmozoo.hub import HUB_ARGUMENTS
-from olmozoo.pt.heads import CausalLM
-from olmozoo.pt.olmo import OlmoForCausalLM
-from olmozoo.pt.olmo2 import Olmo2ForCausalLM
-from olmozoo.pt.opt import OPTForCausalLM
+from olmozoo.families.parameter import Head
+from olmozoo.families.registry import model_class
+from olmozoo.hub import resolve
+from olmozoo.modeling import split_options
+from olmozoo.pt.base import PreTrainedModel
+from olmozoo.pt.decoder import Decoder
+from olmozoo.pt.heads import CausalLM, QuestionAnswerer, SequenceClassifier
+from olmozoo.typing import StrPath
 
-CAUSAL_LM: dict[str, type[CausalLM]] = {
-    cls.config_class.model_type: cls for cls in (OlmoForCausalLM, Olmo2ForCausalLM, OPTForCausalLM)
-}
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-class AutoModelForCausalLM:
-    """The causal language model of whatever family a checkpoint is of."""
+class AutoClass(Generic[Model]):
+    """What the classes below share; there are no instances of them."""
 
-    @classmethod
-    def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **options: Any) -> CausalLM:
-        """See `PreTrainedModel.from_pretrained`; the class is picked by `model_type`."""
-        where = {name: value for name, value in options.items() if name in HUB_ARGUMENTS}
-        config = ModelConfig.from_pretrained(path_or_repo, **where)
-        return CAUSAL_LM[config.model_type].from_pretrained(path_or_repo, **options)
+    head: ClassVar[Head | None] = None
 
     @classmethod
-    def from_config(cls, config: ModelConfig, **options: Any) -> CausalLM:
-        """A model with initial weights; `options` as in `PreTrainedModel`."""
-        return CAUSAL_LM[config.model_type](config, **options)
+    def from_pretrained(
+        cls,
+        path_or_repo: StrPath,
+        *,
+        dtype: torch.dtype | str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> Model:
+        """A model of the checkpoint's family with its weights.
+
+        Arguments, return value and errors are those of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ConfigError: the family has no such head.
+        """
+        hub, overrides = split_options(options)
+        folder = resolve(path_or_repo, need="weights", **hub)
+        config = ModelConfig.from_folder(folder, **overrides)
+        found: type[Model] = model_class("pt", config, cls.head)
+        return found._from_folder(
+            folder, config, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, device=device
+        )
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, **options: Any) -> Model:
+        """A model of the config's family with initial weights; `options` as in `PreTrainedModel`.
+
+        Raises:
+            ConfigError: the family has no such head.
+        """
+        found: type[Model] = model_class("pt", config, cls.head)
+        return found(config, **options)
+
+
+class AutoModel(AutoClass[Decoder]):
+    """The decoder without a head, of whatever family."""
+
+
+class AutoModelForCausalLM(AutoClass[CausalLM]):
+    """The causal language model, of whatever family."""
+
+    head = "causal_lm"
+
+
+class AutoModelForSequenceClassification(AutoClass[SequenceClassifier]):
+    """The decoder with a classification head, of whatever family."""
+
+    head = "sequence_classification"
+
+
+class AutoModelForQuestionAnswering(AutoClass[QuestionAnswerer]):
+    """The decoder with a question-answering head, of a family that has one."""
+
+    head = "question_answering"

@@ -17,6 +17,7 @@ from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import ConfigError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import BASE_PREFIX, Head, Parameter
+from olmozoo.families.registry import register_model
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.hub import resolve
 from olmozoo.modeling import split_options
@@ -40,6 +41,10 @@ class PreTrainedModel(nn.Module):
     config_class: ClassVar[type[ModelConfig]]
     head: ClassVar[Head | None] = None
     gradient_checkpointing = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        register_model("pt", cls)
 
     def __init__(self, config: ModelConfig, *, seed: int | None = 0, dtype: torch.dtype | str | None = None) -> None:
         super().__init__()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from olmozoo.backends import Backend, load
+from olmozoo.backends import Backend, backend_class, load
 from olmozoo.errors import InputError
+from olmozoo.hub import resolve
 from olmozoo.text.chat import Message
 from olmozoo.text.streaming import TextIteratorStreamer
 from olmozoo.text.tokenizer import Tokenizer, pad_left
+from olmozoo.typing import HubOptions, StrPath
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -53,12 +54,12 @@ class TextGenerationPipeline:
     """Continues texts, and answers chats.
 
     Args:
-        model: the loaded model.
+        backend: the loaded model.
         tokenizer: its tokenizer.
     """
 
-    def __init__(self, model: Backend, tokenizer: Tokenizer) -> None:
-        self.model = model
+    def __init__(self, backend: Backend, tokenizer: Tokenizer) -> None:
+        self.backend = backend
         self.tokenizer = tokenizer
 
     def __call__(
@@ -72,7 +73,7 @@ class TextGenerationPipeline:
     ) -> Any:
         """What the model writes after each prompt.
 
-        A prompt is a text, or a chat: a list of `{"role": ..., "content": ...}`, which the chat template turns into
+        A prompt is a text, or a chat: a list of `{"role": ..., "content": ...}`, which the chat template renders as
         text. With a seed, the answer to prompt i is the same whatever the other prompts and the batches.
 
         Args:
@@ -117,7 +118,7 @@ class TextGenerationPipeline:
         Args:
             prompts: texts or chats.
             batch_size: prompts that run at once; those of a like length run together.
-            report: told how many prompts are done.
+            report: called with the number of prompts that are done.
             stream_index: the number of the first prompt's random stream.
             **settings: of `generate`.
 
@@ -180,7 +181,7 @@ class TextGenerationPipeline:
             ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
         else:
             raise InputError(f"prompt is {prompt!r}, expected a text or a list of messages")
-        self.tokenizer.check_ids(ids, self.model.model.config.vocab_size)
+        self.tokenizer.check_ids(ids, self.backend.config.vocab_size)
         return ids
 
     def complete(
@@ -201,7 +202,7 @@ class TextGenerationPipeline:
             raise InputError(f"batch_size is {batch_size}, expected at least 1")
         samples = self._setting("do_sample", settings)
         eos = self._setting("eos_token_id", settings)
-        eos = self.model.model.config.eos_token_id if eos is None else eos
+        eos = self.backend.config.eos_token_id if eos is None else eos
         ends = set() if eos is None else set(np.atleast_1d(eos).tolist())
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         written: dict[int, list[list[int]]] = {}
@@ -210,7 +211,7 @@ class TextGenerationPipeline:
             ids, mask = pad_left([rows[i] for i in batch], self.tokenizer.padding_id)
             # Each row draws from a stream of its own, so that it is the same in any batch.
             streams = {"stream_index": [stream_index + i for i in batch]} if samples else {}
-            found = self.model.generate(ids, mask, tokenizer=self.tokenizer, **streams, **settings)
+            found = self.backend.generate(ids, mask, tokenizer=self.tokenizer, **streams, **settings)
             several = found[:, ids.shape[1] :].reshape(len(batch), len(found) // len(batch), -1)
             written |= {i: [_ended(row.tolist(), ends) for row in several[n]] for n, i in enumerate(batch)}
             report(len(written))
@@ -218,7 +219,7 @@ class TextGenerationPipeline:
 
     def _setting(self, name: str, settings: Mapping[str, Any]) -> Any:
         """A setting of this call, or else the model's own."""
-        defaults = settings.get("generation_config") or self.model.model.generation_config
+        defaults = settings.get("generation_config") or self.backend.generation_config
         return getattr(defaults, name) if settings.get(name) is None else settings[name]
 
     def _lazily(
@@ -253,7 +254,7 @@ def _is_chat(value: Any) -> TypeIs[Chat]:
 
 @contextlib.contextmanager
 def _bar(shown: bool, total: int | None) -> Iterator[Callable[[int], object]]:
-    """A progress bar; what it gives is told how many prompts are done."""
+    """A progress bar; it yields a function that takes the number of prompts that are done."""
     if not shown:
         yield lambda done: None
         return
@@ -282,11 +283,12 @@ class _Stoppable(TextIteratorStreamer):
 
 def pipeline(
     task: str,
-    model: str | os.PathLike[str],
+    model: StrPath,
     *,
     backend: str | None = None,
     dtype: str | None = None,
-    **hub: Any,
+    device: str | None = None,
+    **hub: Unpack[HubOptions],
 ) -> TextGenerationPipeline:
     """A pipeline for a task.
 
@@ -295,11 +297,16 @@ def pipeline(
         model: a folder, or a repository on the hub.
         backend: "pt", "tf" or "flax"; default the first that is installed.
         dtype: name of the parameters' dtype; default the checkpoint's own.
+        device: such as "cpu", "cuda", "cuda:1" or "mps"; default an accelerator if there is one, else the CPU.
         **hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
-        InputError: there is no such task or backend.
+        InputError: there is no such task, backend or device.
+        MissingBackendError: the backend's framework is not installed.
     """
     if task != "text-generation":
         raise InputError(f"task is {task!r}, expected 'text-generation'")
-    return TextGenerationPipeline(load(model, backend, dtype, **hub), Tokenizer.from_pretrained(model, **hub))
+    backend_class(backend).module()  # before anything is downloaded
+    folder = resolve(model, need="model", **hub)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    return TextGenerationPipeline(load(folder, backend, dtype, device), tokenizer)

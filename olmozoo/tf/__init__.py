@@ -16,7 +16,12 @@ if keras.backend.backend() != "tensorflow":
         "variable KERAS_BACKEND=tensorflow before Keras is imported"
     )
 
-from olmozoo.tf.auto import TFAutoModelForCausalLM
+from olmozoo.tf.auto import (
+    TFAutoModel,
+    TFAutoModelForCausalLM,
+    TFAutoModelForQuestionAnswering,
+    TFAutoModelForSequenceClassification,
+)
 from olmozoo.tf.cache import KVCache
 from olmozoo.tf.olmo import TFOlmoForCausalLM, TFOlmoForSequenceClassification, TFOlmoModel
 from olmozoo.tf.olmo2 import TFOlmo2ForCausalLM, TFOlmo2ForSequenceClassification, TFOlmo2Model
@@ -24,7 +29,10 @@ from olmozoo.tf.opt import TFOPTForCausalLM, TFOPTForQuestionAnswering, TFOPTFor
 
 __all__ = [
     "KVCache",
+    "TFAutoModel",
     "TFAutoModelForCausalLM",
+    "TFAutoModelForQuestionAnswering",
+    "TFAutoModelForSequenceClassification",
     "TFOPTForCausalLM",
     "TFOPTForQuestionAnswering",
     "TFOPTForSequenceClassification",

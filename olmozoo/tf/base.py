@@ -21,6 +21,7 @@ from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import BASE_PREFIX, Head, Parameter
+from olmozoo.families.registry import register_model
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.hub import resolve
 from olmozoo.modeling import split_options
@@ -49,6 +50,10 @@ class PreTrainedModel(keras.Model):
     label_names: ClassVar[tuple[str, ...]] = ()  # the arguments of `call` that give a loss
     gradient_checkpointing = False
     quantized: tuple[Any, ...] | None = None  # mode, config and filters, where `quantize` was called
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        register_model("tf", cls)
 
     def __init__(
         self,

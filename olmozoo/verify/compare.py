@@ -6,22 +6,22 @@ import gc
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import ml_dtypes
 import numpy as np
 
-from olmozoo.backends import BACKENDS, load
+from olmozoo.backends import BACKENDS, installed
 from olmozoo.checkpoint.diff import diff
 from olmozoo.checkpoint.reader import Checkpoint
 from olmozoo.checkpoint.tensors import dtype_of
-from olmozoo.errors import CheckpointError, HubError, InputError
+from olmozoo.errors import CheckpointError, InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.hub import resolve
 from olmozoo.text.tokenizer import Tokenizer, pad_left
-from olmozoo.typing import Array
+from olmozoo.typing import Array, HubOptions, StrPath
 from olmozoo.verify.html import write_html
 from olmozoo.verify.plots import plot
 from olmozoo.verify.report import Band, NextToken, Report, Row
@@ -66,21 +66,23 @@ class _Run:
 
     label: str
     folder: Path
+    config: ModelConfig
     backend: str
 
 
 def verify(
-    path_or_repo: str | os.PathLike[str],
+    path_or_repo: StrPath,
     *,
-    against: str | os.PathLike[str] | None = None,
+    against: StrPath | None = None,
     backends: Sequence[str] = tuple(BACKENDS),
     dtype: str = "float64",
     prompts: Sequence[str] | None = None,
     attentions: bool = False,
     logits: bool = False,
+    device: str | None = None,
     against_revision: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
-    **hub: Any,
+    **hub: Unpack[HubOptions],
 ) -> Report:
     """Run one left-padded batch through the backends, one after the other, and compare with the first of them.
 
@@ -98,37 +100,45 @@ def verify(
         prompts: texts; default two of different lengths. A checkpoint without a tokenizer gets seeded random ids.
         attentions: compare attention weights too, and keep maps of them.
         logits: keep the likeliest next tokens, and the divergence of the distributions.
+        device: such as "cpu", "cuda", "cuda:1" or "mps"; default an accelerator if there is one, else the CPU.
         against_revision: branch, tag or commit of the second, where it is a repository.
-        progress: told what is being done.
+        progress: called with a text that says what is being done.
         **hub: `revision` (of the first), `subfolder`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
-        InputError: too few backends, an unknown one, or an unknown dtype.
+        InputError: too few backends, an unknown one, or an unknown dtype or device.
     """
     _check(backends, against, dtype)
-    folder = resolve(path_or_repo, need="weights", **hub)
-    config = ModelConfig.from_folder(folder)
+    folders = {"A": resolve(path_or_repo, need="model", **hub)}
+    weights = None
+    if against is not None:
+        options: HubOptions = {**hub, "revision": against_revision}
+        folders["B"] = resolve(against, need="weights", **options)
+        found = diff(folders["A"], folders["B"], progress=progress)
+        weights = replace(found, a=os.fspath(path_or_repo), b=os.fspath(against))
+    configs = {side: ModelConfig.from_folder(folder) for side, folder in folders.items()}
     report = Report(
         f"A in {backends[0]}" if against is not None else backends[0],
         dtype,
         BOUNDS[dtype],
         model=os.fspath(path_or_repo),
         against=None if against is None else os.fspath(against),
-        config=config.to_dict(),
-        weights=None if against is None else _diff(path_or_repo, against, against_revision, progress, hub),
+        config=configs["A"].to_dict(),
+        weights=weights,
     )
     progress("checking that every weight is finite")
-    report.bad_weights.extend(_not_finite(Checkpoint(folder)))
-    runs = [_Run(name, folder, name) for name in dict.fromkeys(backends)]
-    vocabulary = config.vocab_size
-    if against is not None:
-        other = resolve(against, need="weights", **{**hub, "revision": against_revision})
-        report.bad_weights.extend(f"{name} of B" for name in _not_finite(Checkpoint(other)))
-        vocabulary = min(vocabulary, ModelConfig.from_folder(other).vocab_size)
-        names = list(dict.fromkeys(backends[1:] or backends))
-        runs = [_Run(report.reference, folder, backends[0]), *(_Run(f"B in {name}", other, name) for name in names)]
-    tokenizer = _tokenizer(path_or_repo, prompts, hub)
-    ids, mask = _batch(tokenizer, config, vocabulary, prompts)
+    for side, folder in folders.items():
+        suffix = "" if side == "A" else f" of {side}"
+        report.bad_weights.extend(name + suffix for name in _not_finite(Checkpoint(folder)))
+    if against is None:
+        runs = [_Run(name, folders["A"], configs["A"], name) for name in dict.fromkeys(backends)]
+    else:
+        names = dict.fromkeys(backends[1:] or backends)
+        runs = [_Run(report.reference, folders["A"], configs["A"], backends[0])]
+        runs += [_Run(f"B in {name}", folders["B"], configs["B"], name) for name in names]
+    tokenizer = _tokenizer(folders["A"], prompts)
+    vocabulary = min(config.vocab_size for config in configs.values())
+    ids, mask = _batch(tokenizer, configs["A"], vocabulary, prompts)
     real = mask.astype(bool)
 
     exact: dict[Path, dict[str, Array]] = {}
@@ -136,15 +146,15 @@ def verify(
     for run in runs:
         if dtype in ("bfloat16", "float16") and run.folder not in exact:
             progress(f"running {backends[0]} in float32")
-            exact[run.folder] = _layers(_Run("", run.folder, backends[0]), "float32", ids, mask, False)
+            exact[run.folder] = _layers(replace(run, backend=backends[0]), "float32", device, ids, mask, False)
         progress(f"running {run.label} in {dtype}")
-        found = _layers(run, dtype, ids, mask, attentions)
+        output = _layers(run, dtype, device, ids, mask, attentions)
         if run.folder in exact:
-            report.band.extend(_band(run.label, dtype, exact[run.folder], found, real))
-        reference = reference or found
-        _add(report, run.label, reference, found, real)
+            report.band.extend(_band(run.label, dtype, exact[run.folder], output, real))
+        reference = reference or output
+        _add(report, run.label, reference, output, real)
         if logits:
-            _add_tokens(report, run.label, reference["logits"], found["logits"], ids, real, tokenizer)
+            _add_tokens(report, run.label, reference["logits"], output["logits"], ids, real, tokenizer)
     return report
 
 
@@ -152,21 +162,16 @@ def _check(backends: Sequence[str], against: object, dtype: str) -> None:
     least, words = (2, "at least two") if against is None else (1, "at least one")
     if len(set(backends)) < least or any(name not in BACKENDS for name in backends):
         raise InputError(f"backends are {', '.join(backends)}, expected {words} of {', '.join(BACKENDS)}")
+    for name in set(backends) - set(installed()):
+        BACKENDS[name].module()  # which says what to install
     if dtype not in BOUNDS:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(BOUNDS)}")
 
 
-def _diff(a: Any, b: Any, revision_b: str | None, progress: Callable[[str], None], hub: dict[str, Any]) -> Any:
-    rest = {name: value for name, value in hub.items() if name != "revision"}
-    return diff(a, b, revision_a=hub.get("revision"), revision_b=revision_b, progress=progress, **rest)
-
-
-def _tokenizer(
-    path_or_repo: str | os.PathLike[str], prompts: Sequence[str] | None, hub: dict[str, Any]
-) -> Tokenizer | None:
+def _tokenizer(folder: Path, prompts: Sequence[str] | None) -> Tokenizer | None:
     try:
-        return Tokenizer.from_pretrained(path_or_repo, **hub)
-    except (CheckpointError, HubError):
+        return Tokenizer.from_pretrained(folder)
+    except CheckpointError:
         if prompts is not None:
             raise
         return None
@@ -180,14 +185,14 @@ def _batch(
     else:
         stream = np.random.Generator(np.random.Philox(key=0))
         rows = [stream.integers(0, vocabulary, length).tolist() for length in (7, 19)]
-    room = config.max_position_embeddings
-    rows = [[token % vocabulary for token in row[:room]] for row in rows]
+    longest = config.max_position_embeddings
+    rows = [[token % vocabulary for token in row[:longest]] for row in rows]
     return pad_left(rows, min(config.pad_token_id or 0, vocabulary - 1))
 
 
-def _layers(run: _Run, dtype: str, ids: Array, mask: Array, attentions: bool) -> dict[str, Array]:
+def _layers(run: _Run, dtype: str, device: str | None, ids: Array, mask: Array, attentions: bool) -> dict[str, Array]:
     """What each layer gives, (batch, seq, ...)."""
-    output = load(run.folder, run.backend, dtype).forward(
+    output = BACKENDS[run.backend](run.folder, run.config, dtype, device).forward(
         ids, mask, output_hidden_states=True, output_attentions=attentions, use_cache=False
     )
     names = ["embeddings", *(f"layer {i}" for i in range(1, len(output["hidden_states"])))]
@@ -250,7 +255,7 @@ def _add_tokens(
         return
     expected, scores = _log_probabilities(reference), _log_probabilities(found)
     if found is not reference:
-        apart = (np.exp(expected) * (expected - scores)).sum(-1)[real]
+        apart = np.maximum((np.exp(expected) * (expected - scores)).sum(-1)[real], 0.0)  # below 0 is rounding
         report.divergence[label] = float(apart.mean()), float(apart.max())
     for row in range(len(ids)):
         top = np.argsort(-expected[row, -1], kind="stable")[:TOP]

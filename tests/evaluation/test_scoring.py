@@ -131,8 +131,7 @@ class Fixed:
 
     def __init__(self, logits, max_position_embeddings=48):
         self.logits = np.asarray(logits, np.float32)
-        self.model = type("M", (), {})()
-        self.model.config = OlmoConfig(**SIZES, intermediate_size=36, max_position_embeddings=max_position_embeddings)
+        self.config = OlmoConfig(**SIZES, intermediate_size=36, max_position_embeddings=max_position_embeddings)
         self.shapes = []
 
     def forward(self, input_ids, attention_mask, logits_to_keep, **options):
@@ -324,7 +323,7 @@ def test_the_command_asks_questions(folder, tmp_path):
     assert f"{found['accuracy']:.2%}" in command("evaluate", folder, file).stdout
     done = command("evaluate", folder, file, "--window", 8, check=False)
     assert done.returncode == 2
-    assert "window and stride are for texts" in " ".join(done.stderr.split())
+    assert "--window and --stride are for texts" in " ".join(done.stderr.split())
     done = command("evaluate", folder, lines(tmp_path / "bad.jsonl", "{"), check=False)
     assert done.returncode == 2
     assert "bad.jsonl:1: not JSON" in " ".join(done.stderr.split())
@@ -392,7 +391,7 @@ def test_lm_eval_runs_its_tasks_on_a_wing(folder, reference, tasks, wing):
     tokenizer = model.tokenizer
     found = lm_eval.simple_evaluate(model, tasks=tasks, bootstrap_iters=0)
     questions = [Question(q.context.rstrip(), q.choices, q.answer) for q in QUESTIONS]
-    ours = multiple_choice(model.model, tokenizer, questions)
+    ours = multiple_choice(model.backend, tokenizer, questions)
     assert found["results"]["choose"]["acc,none"] == ours.accuracy
     assert found["results"]["choose"]["acc_norm,none"] == ours.accuracy_normalized
     samples = sorted(found["samples"]["choose"], key=lambda sample: sample["doc_id"])
@@ -410,7 +409,7 @@ def test_lm_eval_runs_its_tasks_on_a_wing(folder, reference, tasks, wing):
     samples = sorted(found["samples"]["write"], key=lambda sample: sample["doc_id"])
     for sample, page in zip(samples, pages, strict=True):
         row = tokenizer.encode(page)[-39:]
-        written = model.model.generate(np.array([row]), np.ones((1, len(row)), int), max_new_tokens=9)[0, len(row) :]
+        written = model.backend.generate(np.array([row]), np.ones((1, len(row)), int), max_new_tokens=9)[0, len(row) :]
         assert sample["filtered_resps"] == [cut(tokenizer.decode(written), "e")]
     assert any(sample["filtered_resps"][0] for sample in samples)
 

@@ -12,8 +12,7 @@ import pytest
 
 from olmozoo import InputError, Olmo2Config, Tokenizer, cli
 from olmozoo.generation.config import GenerationConfig
-from olmozoo.text import pipeline
-from olmozoo.text.pipeline import TextGenerationPipeline, cut
+from olmozoo.text.pipeline import TextGenerationPipeline, cut, pipeline
 from tests.helpers.checkpoints import train_tokenizer, write_checkpoint
 from tests.helpers.wings import WINGS
 
@@ -128,7 +127,6 @@ class Echo:
     """A model that writes each row's last token and one more, then its end token, then padding."""
 
     def __init__(self, **defaults):
-        self.model = self
         self.config = CONFIG
         self.generation_config = GenerationConfig(**defaults)
         self.calls = []
@@ -148,25 +146,25 @@ def echo(folder):
 def test_lists_are_batched_by_length_and_answered_in_order(echo):
     texts = ["abc", "a", "abcdef", "ab", "abcd"]
     assert echo(texts, batch_size=2) == ["cd", "ab", "fg", "bc", "de"]
-    widths = [call["ids"].shape for call in echo.model.calls]
+    widths = [call["ids"].shape for call in echo.backend.calls]
     assert widths == [(2, 6), (2, 3), (1, 1)]
-    assert echo.model.calls[0]["mask"].sum(1).tolist() == [6, 4]
-    assert all(call["tokenizer"] is echo.tokenizer for call in echo.model.calls)
-    assert not any("stream_index" in call for call in echo.model.calls)  # greedy decoding has no use for it
+    assert echo.backend.calls[0]["mask"].sum(1).tolist() == [6, 4]
+    assert all(call["tokenizer"] is echo.tokenizer for call in echo.backend.calls)
+    assert not any("stream_index" in call for call in echo.backend.calls)  # greedy decoding has no use for it
 
 
 def test_rows_keep_their_random_streams(echo):
     texts = ["abc", "a", "abcdef", "ab"]
     echo(texts, batch_size=3, do_sample=True, seed=1)
-    assert [call["stream_index"] for call in echo.model.calls] == [[2, 0, 3], [1]]
-    echo.model = Echo(do_sample=True)  # the model's own way
+    assert [call["stream_index"] for call in echo.backend.calls] == [[2, 0, 3], [1]]
+    echo.backend = Echo(do_sample=True)  # the model's own way
     assert list(echo((text for text in texts), batch_size=3)) == ["cd", "ab", "fg", "bc"]
-    assert [call["stream_index"] for call in echo.model.calls] == [[2, 0, 1], [3]]
+    assert [call["stream_index"] for call in echo.backend.calls] == [[2, 0, 1], [3]]
     given = GenerationConfig(do_sample=True, stop_strings="d")
     assert echo(["abc"], generation_config=given) == ["c"]
-    assert echo.model.calls[-1]["stream_index"] == [0]
+    assert echo.backend.calls[-1]["stream_index"] == [0]
     echo("abc", do_sample=False)
-    assert "stream_index" not in echo.model.calls[-1]
+    assert "stream_index" not in echo.backend.calls[-1]
 
 
 def test_answers_hold_their_tokens_up_to_the_end(echo):
