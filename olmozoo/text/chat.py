@@ -1,4 +1,4 @@
-"""Chat templates: a repository's Jinja programs, which turn messages into the text that its model was trained on."""
+"""Chat templates: a repository's Jinja programs, which render messages as the text that its model was trained on."""
 
 from __future__ import annotations
 

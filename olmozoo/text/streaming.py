@@ -30,8 +30,8 @@ class StreamDecoder:
 
     def put(self, token_id: int) -> str:
         """The text that is whole now; "" while a character still lacks some of its bytes."""
-        known = self._tokenizer._known(token_id, self._skip)
-        if self._tokenizer._byte_level:
+        known = self._tokenizer.known_ids(token_id, self._skip)
+        if self._tokenizer.byte_level:
             return self._utf8.decode(b"".join(self._tokenizer.token_bytes()[i] for i in known))
         # Elsewhere a token's text may depend on the tokens before it, so that all are decoded again.
         self._ids += known

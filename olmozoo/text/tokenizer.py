@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
 import tokenizers
@@ -14,16 +13,8 @@ import tokenizers
 from olmozoo.errors import InputError
 from olmozoo.hub import resolve
 from olmozoo.text.chat import Message, chat_templates, checked, compile_template, plain, render
-from olmozoo.text.tokenizer_files import (
-    SPECIAL,
-    _add_tokens,
-    _backend,
-    _lead_with,
-    _optional,
-    _special_names,
-    _special_tokens,
-)
-from olmozoo.typing import Array
+from olmozoo.text.tokenizer_files import SPECIAL, read_files
+from olmozoo.typing import Array, HubOptions, StrPath
 
 
 class Tokenizer:
@@ -57,52 +48,31 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path_or_repo: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        subfolder: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-    ) -> Self:
+    def from_pretrained(cls, path_or_repo: StrPath, **hub: Unpack[HubOptions]) -> Self:
         """The tokenizer of a folder or of a repository on the hub.
 
-        It is read from tokenizer.json, or from vocab.json and merges.txt (GPT-2's byte-level BPE, as OPT has it). OPT
+        It is read from tokenizer.json, or from vocab.json and merges.txt (GPT-2's byte-level BPE, which OPT uses). OPT
         begins every text with its bos token, whether or not its tokenizer.json says so; other tokenizer.json files
         keep their own rules. Special tokens are named by tokenizer_config.json and special_tokens_map.json, and where
         neither mentions one, by its id in config.json.
 
+        Args:
+            path_or_repo: the folder or the repository.
+            **hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`; see `olmozoo.hub.resolve`.
+
         Raises:
-            HubError: the repository cannot be had.
+            HubError: the repository cannot be downloaded and is not in the cache.
             CheckpointError: there are no tokenizer files, or they are broken or contradict each other.
             ConfigError: one of the JSON files beside them is not readable.
         """
-        folder = resolve(
-            path_or_repo,
-            need="tokenizer",
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        settings, config = (_optional(folder / name) for name in ("tokenizer_config.json", "config.json"))
-        names = _special_names(folder, settings)
-        backend = _backend(folder, settings)
-        _add_tokens(backend, folder, settings, names)
-        special = _special_tokens(backend, names, config)
-        backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in special.values()])
-        is_opt = config.get("model_type") == "opt"
-        if is_opt or ("GPT2" in str(settings.get("tokenizer_class")) and settings.get("add_bos_token")):
-            _lead_with(backend, special.get("bos_token"), folder)
+        folder = resolve(path_or_repo, need="tokenizer", **hub)
+        backend, special, settings = read_files(folder)
         return cls(backend, special, chat_templates(folder, settings))
 
     # --------------------------------------------------------------------------------------------------- text and ids
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text, with the special tokens that the repository's own rules add unless told otherwise.
+        """The ids of a text, by default with the special tokens that the repository's own rules add.
 
         Special tokens that are spelled out in the text become their ids.
 
@@ -124,8 +94,8 @@ class Tokenizer:
         Raises:
             InputError: an id is negative.
         """
-        known = self._known(ids, skip_special_tokens)
-        if self._byte_level:
+        known = self.known_ids(ids, skip_special_tokens)
+        if self.byte_level:
             return b"".join(map(self.token_bytes().__getitem__, known)).decode("utf-8", "replace")
         return self.backend.decode(known, skip_special_tokens=False)
 
@@ -173,7 +143,7 @@ class Tokenizer:
 
     @cached_property
     def _bytes(self) -> list[bytes]:
-        if not self._byte_level:
+        if not self.byte_level:
             texts = (self.backend.decode([i], skip_special_tokens=False) for i in range(self.vocab_size))
             return [text.encode() for text in texts]
         alphabet, added = _byte_alphabet(), self.backend.get_added_tokens_decoder()
@@ -196,7 +166,8 @@ class Tokenizer:
         return tokens
 
     @cached_property
-    def _byte_level(self) -> bool:
+    def byte_level(self) -> bool:
+        """Whether a token is bytes, of which characters are made only when they are joined."""
         decoder = self.backend.decoder
         return decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"
 
@@ -204,7 +175,12 @@ class Tokenizer:
     def _special_ids(self) -> frozenset[int]:
         return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
-    def _known(self, ids: Iterable[int] | Array | int, skip_special_tokens: bool) -> list[int]:
+    def known_ids(self, ids: Iterable[int] | Array | int, skip_special_tokens: bool = True) -> list[int]:
+        """The ids that `decode` makes text of: those of the vocabulary, without special tokens unless they are kept.
+
+        Raises:
+            InputError: an id is negative.
+        """
         values = np.asarray(ids if isinstance(ids, (np.ndarray, int)) else list(ids)).reshape(-1).tolist()
         if any(i < 0 for i in values):
             raise InputError(f"id {min(values)} is negative, expected ids from 0 to {self.vocab_size - 1}")

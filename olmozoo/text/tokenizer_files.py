@@ -11,9 +11,33 @@ import tokenizers
 from olmozoo.errors import CheckpointError
 from olmozoo.families.config import MOST, read_json
 
+# The attributes of a tokenizer that name a special token.
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Older files list further special tokens under the first name, newer ones under the second.
 EXTRA = ("additional_special_tokens", "extra_special_tokens")
+
+
+def read_files(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, Any]]:
+    """What the files of a repository say.
+
+    Returns:
+        The tokenizer itself, the texts of its special tokens by the names in `SPECIAL`, and the contents of
+        tokenizer_config.json.
+
+    Raises:
+        CheckpointError: there are no tokenizer files, or they are broken or contradict each other.
+        ConfigError: one of the JSON files beside them is not readable.
+    """
+    settings, config = (_optional(folder / name) for name in ("tokenizer_config.json", "config.json"))
+    names = _special_names(folder, settings)
+    backend = _backend(folder, settings)
+    _add_tokens(backend, folder, settings, names)
+    special = _special_tokens(backend, names, config)
+    backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in special.values()])
+    is_opt = config.get("model_type") == "opt"
+    if is_opt or ("GPT2" in str(settings.get("tokenizer_class")) and settings.get("add_bos_token")):
+        _lead_with(backend, special.get("bos_token"), folder)
+    return backend, special, settings
 
 
 def _optional(file: Path) -> dict[str, Any]:
@@ -24,8 +48,8 @@ def _backend(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     files = whole if whole.is_file() else f"{vocab} with {merges.name}"
     if not whole.is_file() and not (vocab.is_file() and merges.is_file()):
-        held = ", ".join(sorted(os.listdir(folder)))
-        raise CheckpointError(f"{folder} has no tokenizer.json, nor vocab.json with merges.txt; it holds {held}")
+        others = ", ".join(sorted(os.listdir(folder)))
+        raise CheckpointError(f"{folder} has no tokenizer.json, nor vocab.json with merges.txt; it holds {others}")
     try:
         if whole.is_file():
             backend = tokenizers.Tokenizer.from_file(str(whole))
@@ -87,7 +111,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, settings: dict[str,
     try:
         entries = sorted((int(i), value) for i, value in entries)  # the library numbers them in the order they come
     except (TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{folder / where} lists added tokens without whole numbers as ids: {error}") from error
+        raise CheckpointError(f"{folder / where} lists added tokens without integers as ids: {error}") from error
     for i, value in entries:
         token = _added_token(value, where, special=isinstance(value, str) and value in special)
         backend.add_tokens([token])

@@ -270,7 +270,7 @@ def test_broken_files_are_named(tmp_path):
     for broken, message in (
         ({"pad_token": 7}, "has the token 7"),
         ({"pad_token": {"content": ""}}, "expected a text or an object with its content"),
-        ({"added_tokens_decoder": {"x": added("<x>")}}, "without whole numbers"),
+        ({"added_tokens_decoder": {"x": added("<x>")}}, "without integers"),
         ({"chat_template": [{"name": "default"}]}, "without name and template"),
         ({"chat_template": 7}, "chat template 'default' is 7"),
     ):
