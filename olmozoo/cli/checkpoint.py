@@ -4,45 +4,57 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from olmozoo.cli.common import LISTED, AsJson, Dtype, Model, Revision, _printable, _write, err, out
+from olmozoo.cli.common import (
+    LISTED,
+    AsJson,
+    Dtype,
+    Model,
+    Revision,
+    err,
+    import_backend,
+    out,
+    printable,
+    progress_bar,
+    show,
+    write,
+)
 
-
-def info(model: Model, revision: Revision = None) -> None:
-    """Show a model's config, its parameters by group and their size, from config.json alone."""
-    from olmozoo.checkpoint.tensors import DTYPES
+if TYPE_CHECKING:
+    from olmozoo.checkpoint.diff import Diff
     from olmozoo.families.config import ModelConfig
 
-    config = ModelConfig.from_pretrained(model, revision=revision)
-    fields = Table("field", "value", title=f"{config.name}: config")
-    for name, value in sorted(config.to_dict().items()):
-        fields.add_row(*(escape(_printable(text)) for text in (name, value)))
-    out.print(fields)
 
+def info(
+    model: Annotated[str, typer.Argument(help="A folder, a repository on the hub, or a preset such as olmo2-7b.")],
+    as_json: AsJson = False,
+    revision: Revision = None,
+) -> None:
+    """Show a model's config, its parameters by group and their size, from config.json alone."""
+    from olmozoo.checkpoint.tensors import DTYPES
+
+    config = _config(model, revision)
     counts = config.count_parameters()
     total = sum(counts.values())
-    groups = Table("group", "parameters", "share", title="parameters of the causal language model")
-    for group, count in counts.items():
-        groups.add_row(group, f"{count:,}", f"{count / total:.1%}")
-    groups.add_section()
-    groups.add_row("total", f"{total:,}", "100.0%")
-    for column in groups.columns[1:]:
-        column.justify = "right"
-    out.print(groups)
-
-    sizes = Table("dtype", "weights", "cache per token", title="memory")
     cache = 2 * config.num_hidden_layers * config.kv_heads * config.head_dim
-    for dtype in DTYPES.values():
-        sizes.add_row(dtype.name, _bytes(total * dtype.itemsize), _bytes(cache * dtype.itemsize))
-    for column in sizes.columns[1:]:
-        column.justify = "right"
-    out.print(sizes)
+    sizes = {dtype.name: (total * dtype.itemsize, cache * dtype.itemsize) for dtype in DTYPES.values()}
+    if as_json:
+        memory = {name: {"weights": weights, "cache_per_token": token} for name, (weights, token) in sizes.items()}
+        content = {"config": config.to_dict(), "parameters": {**counts, "total": total}, "memory": memory}
+        write(f"{json.dumps(content)}\n")
+        return
+    fields = [(name, str(value)) for name, value in sorted(config.to_dict().items())]
+    show(f"{config.name}: config", ["field", "value"], fields, texts=2)
+    groups = [(group, f"{count:,}", f"{count / total:.1%}") for group, count in counts.items()]
+    groups.append(("total", f"{total:,}", "100.0%"))
+    show("parameters of the causal language model", ["group", "parameters", "share"], groups)
+    rows = [(name, _bytes(weights), _bytes(token)) for name, (weights, token) in sizes.items()]
+    show("memory", ["dtype", "weights", "cache per token"], rows)
 
 
 def convert(
@@ -59,16 +71,15 @@ def convert(
     verify: Annotated[bool, typer.Option(help="Read what was written, and compare every tensor bit for bit.")] = False,
     revision: Revision = None,
 ) -> None:
-    """Write a checkpoint in another framework's format, with its config and tokenizer, tensor by tensor.
+    """Write a checkpoint in another framework's format, with its config and tokenizer.
 
-    The folder takes its place when it is whole; before that, what was there stays as it was.
+    The files are written to a temporary folder, which is renamed into place when it is complete.
     """
-    from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
-
     from olmozoo.checkpoint.convert import convert_checkpoint
 
-    columns = (*Progress.get_default_columns()[:-1], DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    if to in ("keras", "keras-weights", "savedmodel"):
+        import_backend("tf")  # whose live model writes them
+    with progress_bar(DownloadColumn(), TransferSpeedColumn()) as bar:
         task = bar.add_task(f"reading {source}", total=None)
         convert_checkpoint(
             source,
@@ -80,7 +91,7 @@ def convert(
             progress=lambda done, total: bar.update(task, description="writing", completed=done, total=total),
             revision=revision,
         )
-    _write(f"{target}\n")
+    write(f"{target}\n")
 
 
 def diff(
@@ -92,48 +103,47 @@ def diff(
     revision_b: Annotated[str | None, typer.Option(help="Branch, tag or commit of repository B.")] = None,
 ) -> None:
     """Compare the configs and weights of two checkpoints, with no framework. Exit code 1 where something differs."""
-    from olmozoo.checkpoint import diff as room
+    from olmozoo.checkpoint.diff import diff as compare
 
     with err.status("comparing") as status:
-        found = room.diff(
+        found = compare(
             a,
             b,
             revision_a=revision_a,
             revision_b=revision_b,
-            progress=lambda text: status.update(escape(_printable(text))),
+            progress=lambda text: status.update(escape(printable(text))),
         )
     if as_json:
-        _write(f"{json.dumps(found.to_dict(every), default=str)}\n")
+        write(f"{json.dumps(found.to_dict(every), default=str)}\n")
     else:
-        _show_diff(found, found.tensors if every else found.differing[:LISTED])
+        show_diff(found, None if every else LISTED)
     if not found.same:
         raise typer.Exit(1)
 
 
-def _show_diff(found: Any, tensors: list[Any]) -> None:
-    """Write a `Diff` as tables, with these of its tensors."""
+def show_diff(found: Diff, most: int | None) -> None:
+    """Print a `Diff`: the tensors that differ, `most` of them at most, or all tensors where that is None."""
+    from olmozoo.verify import tables
+
     if found.config:
-        fields = Table("field", "A", "B", title="config")
-        for entry in found.config:
-            fields.add_row(*(escape(_printable(text)) for text in (entry.name, entry.a, entry.b)))
-        out.print(fields)
-    if tensors:
-        table = Table("tensor", "A", "B", title="weights")
-        for column in ("differing", "largest", "relative", "NaN A/B", "inf A/B"):
-            table.add_column(column, justify="right")
-        for row in tensors:
-            numbers = ["", "", "", "", ""]
-            if row.a and row.b and row.a.partition(" ")[2] == row.b.partition(" ")[2]:
-                share = f"{row.differing / max(row.elements, 1):.1%}"
-                numbers = [f"{row.differing:,} ({share})", f"{row.largest:.2e}", f"{row.relative:.2e}"]
-                numbers += [f"{row.nan_a:,}/{row.nan_b:,}", f"{row.inf_a:,}/{row.inf_b:,}"]
-            sides = [escape(side or "(absent)") for side in (row.a, row.b)]
-            table.add_row(escape(_printable(row.name)), *sides, *numbers, style=None if row.same else "bold")
-        Console(width=max(out.width, 140) if not out.is_terminal else None).print(table)
-    if len(found.differing) > len(tensors):
-        out.print(f"... and {len(found.differing) - len(tensors):,} more that differ: --all lists them")
+        show(*tables.fields(found))
+    listed = found.tensors if most is None else found.differing[:most]
+    if listed:
+        show(*tables.weights(listed), bad="bold")
+    if len(found.differing) > len(listed):
+        out.print(f"... and {len(found.differing) - len(listed):,} more that differ: --all lists them")
     count = f"different: {len(found.differing):,} of {len(found.tensors):,} tensors, {len(found.config)} in the config"
     out.print("[green]the same config and the same weights[/]" if found.same else f"[bold red]{count}[/]")
+
+
+def _config(model: str, revision: str | None) -> ModelConfig:
+    """The config of a folder, of a preset where there is no such folder, or of a repository."""
+    from olmozoo.families.config import ModelConfig
+    from olmozoo.families.registry import presets
+
+    if model in presets() and not Path(model).is_dir():
+        return ModelConfig.from_preset(model)
+    return ModelConfig.from_pretrained(model, revision=revision)
 
 
 def _bytes(count: int) -> str:

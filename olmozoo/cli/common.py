@@ -2,37 +2,125 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
+from rich.table import Table
 
 out = Console()
 err = Console(stderr=True)
+LISTED = 30  # tensors that `diff` and `verify` list by default
+
+MODEL, SAMPLING, BEAMS, OUTPUT = "Model", "Sampling", "Beam search", "Output"  # the panels of --help
 Model = Annotated[str, typer.Argument(help="A folder, or a repository on the hub such as allenai/OLMo-2-0425-1B.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")]
-Backend = Annotated[str | None, typer.Option(help="pt, tf or flax; default the first that is installed.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.", rich_help_panel=MODEL)]
+Backend = Annotated[
+    str | None, typer.Option(help="pt, tf or flax; default the first that is installed.", rich_help_panel=MODEL)
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, mps ...; default an accelerator if there is one.", rich_help_panel=MODEL),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float64, float32, bfloat16 or float16; default the checkpoint's own.", rich_help_panel=MODEL),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON.")]
-MaxNewTokens = Annotated[int, typer.Option(help="The most tokens to write.")]
-Sample = Annotated[bool | None, typer.Option(help="Draw tokens, or take the likeliest; default the model's own way.")]
-Temperature = Annotated[float | None, typer.Option(help="Sample with scores divided by this.")]
-TopK = Annotated[int | None, typer.Option(help="Sample from so many of the likeliest tokens; 0 for all.")]
-TopP = Annotated[float | None, typer.Option(help="Sample from the fewest tokens that make up this probability.")]
-MinP = Annotated[float | None, typer.Option(help="Sample from tokens at least so probable beside the likeliest.")]
-RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1, tokens of the text so far become rarer.")]
-Seed = Annotated[int | None, typer.Option(help="Of sampling; the same gives the same text on every backend.")]
-Dtype = Annotated[str | None, typer.Option(help="float64, float32, bfloat16 or float16; default the checkpoint's own.")]
+MaxNewTokens = Annotated[int, typer.Option(help="The most tokens to write.", rich_help_panel=OUTPUT)]
+Sample = Annotated[
+    bool | None,
+    typer.Option(help="Draw tokens, or take the likeliest; default the model's own way.", rich_help_panel=SAMPLING),
+]
+Temperature = Annotated[
+    float | None, typer.Option(help="Sample with scores divided by this.", rich_help_panel=SAMPLING)
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(help="Sample from so many of the likeliest tokens; 0 for all.", rich_help_panel=SAMPLING),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Sample from the fewest tokens that make up this probability.", rich_help_panel=SAMPLING),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="Sample from tokens at least so probable beside the likeliest.", rich_help_panel=SAMPLING),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Of sampling; the same gives the same text on every backend.", rich_help_panel=SAMPLING),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(help="Above 1, tokens of the text so far become rarer.", rich_help_panel=OUTPUT),
+]
 
 
-def _write(text: str) -> None:
+def import_backend(name: str | None) -> None:
+    """Import a wing without what TensorFlow's native code writes to standard error meanwhile, which no setting stops.
+
+    Raises:
+        InputError: there is no such wing.
+        MissingBackendError: its framework is not installed.
+    """
+    from olmozoo.backends import backend_class
+
+    backend = backend_class(name)
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        backend.module()
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def write(text: str) -> None:
+    """Write to standard output at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
-LISTED = 30  # tensors that `diff` and `verify` list unless told otherwise
-
-
-def _printable(value: Any) -> str:
+def printable(value: Any) -> str:
     """The text of a value from a file; half a surrogate pair, which no terminal takes, is spelled out."""
     return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+def show(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    ok: Sequence[bool] | None = None,
+    texts: int = 1,
+    bad: str = "bold red",
+) -> None:
+    """Print a table; the arguments are the fields of `olmozoo.verify.tables.Table`.
+
+    The first column is never cut, however narrow the terminal is; where there is none, no cell is wrapped either.
+
+    Args:
+        bad: the style of rows that are not `ok`.
+    """
+    table = Table(title=escape(printable(title)))
+    for n, heading in enumerate(columns):
+        longest = max((cell_len(printable(row[n])) for row in rows), default=0) if n == 0 else None
+        table.add_column(escape(heading), justify="left" if n < texts else "right", min_width=longest)
+    for n, row in enumerate(rows):
+        table.add_row(*(escape(printable(value)) for value in row), style=None if ok is None or ok[n] else bad)
+    needed = Console(width=10_000).measure(table)
+    Console(width=max(out.width, needed.minimum if out.is_terminal else needed.maximum)).print(table)
+
+
+def progress_bar(*columns: ProgressColumn) -> Progress:
+    """A progress bar on standard error; nothing where that is no terminal."""
+    kept = (*Progress.get_default_columns()[:-1], *(columns or (MofNCompleteColumn(), TimeRemainingColumn())))
+    return Progress(*kept, console=err, transient=True, disable=not err.is_terminal)

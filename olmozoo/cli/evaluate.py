@@ -8,19 +8,33 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from olmozoo.cli.common import AsJson, Backend, Dtype, Model, Revision, err, out
+from olmozoo.cli.common import (
+    AsJson,
+    Backend,
+    Device,
+    Dtype,
+    Model,
+    Revision,
+    import_backend,
+    progress_bar,
+    show,
+    write,
+)
 
 
 def evaluate(
     model: Model,
-    file: Annotated[Path, typer.Argument(help="A .txt, or a .jsonl of texts or of multiple-choice questions.")],
-    backend: Backend = None,
+    file: Annotated[
+        str, typer.Argument(help="A .txt, or a .jsonl of texts or of multiple-choice questions; - for standard input.")
+    ],
     window: Annotated[int | None, typer.Option(help="Tokens a window; default the model's most, up to 1024.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens from window to window; default half a window.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows that run at once.")] = 4,
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="Standard input is JSON Lines, and not one text.")] = False,
     as_json: AsJson = False,
+    backend: Backend = None,
+    device: Device = None,
     dtype: Dtype = None,
     revision: Revision = None,
 ) -> None:
@@ -28,18 +42,19 @@ def evaluate(
 
     A line of a .jsonl is {"text": ...}, or {"context": ..., "choices": [...], "answer": ...}.
     """
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+    from olmozoo.evaluation import scoring
 
-    from olmozoo.evaluation import scoring as room
-
-    columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    is_input = file == "-"
+    entries = scoring.parse(sys.stdin.buffer.read(), "standard input", jsonl) if is_input else scoring.read(file)
+    with progress_bar() as bar:
         task = bar.add_task(f"loading {model}", total=None)
-        result = room.evaluate(
+        import_backend(backend)
+        result = scoring.evaluate(
             model,
-            file,
+            entries,
             backend=backend,
             dtype=dtype,
+            device=device,
             window=window,
             stride=stride,
             batch_size=batch_size,
@@ -47,18 +62,20 @@ def evaluate(
             revision=revision,
         )
     if as_json:
-        sys.stdout.write(f"{json.dumps(result.to_dict())}\n")
+        write(f"{json.dumps(result.to_dict())}\n")
         return
-    table = Table("measure", "value", title=file.name)
-    table.columns[1].justify = "right"
-    if isinstance(result, room.Perplexity):
-        table.add_row("perplexity", f"{result.perplexity:.4f}")
-        table.add_row("bits per byte", f"{result.bits_per_byte:.4f}")
-        table.add_row("texts", f"{result.documents:,}")
-        table.add_row("tokens scored", f"{result.tokens:,}")
-        table.add_row("bytes", f"{result.bytes:,}")
+    if isinstance(result, scoring.Perplexity):
+        rows = [
+            ("perplexity", f"{result.perplexity:.4f}"),
+            ("bits per byte", f"{result.bits_per_byte:.4f}"),
+            ("texts", f"{result.documents:,}"),
+            ("tokens scored", f"{result.tokens:,}"),
+            ("bytes", f"{result.bytes:,}"),
+        ]
     else:
-        table.add_row("accuracy", f"{result.accuracy:.2%}")
-        table.add_row("accuracy, length-normalized", f"{result.accuracy_normalized:.2%}")
-        table.add_row("questions", f"{len(result.answers):,}")
-    out.print(table)
+        rows = [
+            ("accuracy", f"{result.accuracy:.2%}"),
+            ("accuracy, length-normalized", f"{result.accuracy_normalized:.2%}"),
+            ("questions", f"{len(result.answers):,}"),
+        ]
+    show("standard input" if is_input else Path(file).name, ["measure", "value"], rows)

@@ -7,12 +7,15 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from olmozoo.cli.common import (
+    BEAMS,
+    OUTPUT,
     Backend,
+    Device,
     Dtype,
     MaxNewTokens,
     MinP,
@@ -24,10 +27,14 @@ from olmozoo.cli.common import (
     Temperature,
     TopK,
     TopP,
-    _write,
     err,
+    import_backend,
+    write,
 )
 from olmozoo.errors import InputError, OlmozooError
+
+if TYPE_CHECKING:
+    from olmozoo.text.pipeline import TextGenerationPipeline
 
 
 def generate(
@@ -38,27 +45,42 @@ def generate(
     file: Annotated[
         Path | None, typer.Option(help="Read the prompt from a file; a .jsonl has a prompt or messages in each line.")
     ] = None,
-    backend: Backend = None,
-    max_new_tokens: MaxNewTokens = 64,
-    stream: Annotated[bool, typer.Option(help="Write the answer while it is made.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Write a line of JSON for each answer: prompt, text, tokens, prompt_tokens.")
-    ] = False,
     batch_size: Annotated[int, typer.Option(help="Prompts that run at once.")] = 8,
+    backend: Backend = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    max_new_tokens: MaxNewTokens = 64,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="A text that ends an answer; give it several times.", rich_help_panel=OUTPUT),
+    ] = None,
+    num_return_sequences: Annotated[int, typer.Option(help="Answers to each prompt.", rich_help_panel=OUTPUT)] = 1,
+    repetition_penalty: RepetitionPenalty = None,
+    no_repeat_ngram_size: Annotated[
+        int | None, typer.Option(help="No run of so many tokens comes twice.", rich_help_panel=OUTPUT)
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Write the answer while it is made.", rich_help_panel=OUTPUT)
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Write a line of JSON for each answer: prompt, text, tokens, prompt_tokens.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     sample: Sample = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    no_repeat_ngram_size: Annotated[int | None, typer.Option(help="No run of so many tokens comes twice.")] = None,
-    num_beams: Annotated[int | None, typer.Option(help="Beams of beam search.")] = None,
-    length_penalty: Annotated[float | None, typer.Option(help="Above 0, beam search prefers longer answers.")] = None,
-    num_return_sequences: Annotated[int, typer.Option(help="Answers to each prompt.")] = 1,
-    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; give it several times.")] = None,
     seed: Seed = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beams of beam search.", rich_help_panel=BEAMS)] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option(help="Above 0, beam search prefers longer answers.", rich_help_panel=BEAMS)
+    ] = None,
 ) -> None:
     """Continue a prompt, and print the prompt and its continuation.
 
@@ -85,27 +107,31 @@ def generate(
         seed=seed,
     )
     with err.status(f"loading {model}"):
-        write = pipeline("text-generation", model, backend=backend, dtype=dtype, revision=revision)
+        import_backend(backend)
+        pipe = pipeline("text-generation", model, backend=backend, dtype=dtype, device=device, revision=revision)
     if stream:
         for n, text in enumerate(prompts):
-            _write(text if isinstance(text, str) else "")
-            for piece in write.stream(text, stream_index=n, **settings):
-                _write(piece)
-            _write("\n")
+            write(text if isinstance(text, str) else "")
+            for piece in pipe.stream(text, stream_index=n, **settings):
+                write(piece)
+            write("\n")
         return
-    with err.status("writing"):
-        answers = write.answers(prompts, batch_size=batch_size, **settings)
+    with err.status("generating"):
+        answers = pipe.answers(prompts, batch_size=batch_size, **settings)
     for answer in (one for several in answers for one in several):
         if as_json:
-            _write(f"{json.dumps(vars(answer), ensure_ascii=False)}\n")
+            write(f"{json.dumps(vars(answer), ensure_ascii=False)}\n")
         else:
-            _write(f"{answer.full if isinstance(answer.prompt, str) else answer.text}\n")
+            write(f"{answer.full if isinstance(answer.prompt, str) else answer.text}\n")
 
 
 def chat(
     model: Model,
-    system: Annotated[str | None, typer.Option(help="What the model is told before the chat.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message, before the chat.")] = None,
     backend: Backend = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
     max_new_tokens: MaxNewTokens = 512,
     sample: Sample = None,
     temperature: Temperature = None,
@@ -114,8 +140,6 @@ def chat(
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
 ) -> None:
     """Talk with a model that has a chat template. Ctrl-C stops an answer, Ctrl-D leaves."""
     from olmozoo.text.pipeline import pipeline
@@ -131,54 +155,57 @@ def chat(
         seed=seed,
     )
     with err.status(f"loading {model}"):
-        write = pipeline("text-generation", model, backend=backend, dtype=dtype, revision=revision)
-    if "default" not in write.tokenizer.chat_templates:
+        import_backend(backend)
+        pipe = pipeline("text-generation", model, backend=backend, dtype=dtype, device=device, revision=revision)
+    if "default" not in pipe.tokenizer.chat_templates:
         # A made-up format would look like a chat, and the model was never trained on it.
         raise InputError(
             f"{model} has no chat template, so it is no chat model: continue texts with `olmozoo generate`"
         )
-    _talk(write, [] if system is None else [{"role": "system", "content": system}], settings)
+    _talk(pipe, [] if system is None else [{"role": "system", "content": system}], settings)
 
 
-def _talk(write: Any, opening: list[dict[str, str]], settings: dict[str, Any]) -> None:
+def _talk(pipe: TextGenerationPipeline, opening: list[dict[str, str]], settings: dict[str, Any]) -> None:
     """Read lines and answer them, until /exit or the input's end."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for `input`)
 
-    _write("/reset forgets the chat, /exit or Ctrl-D leaves, Ctrl-C stops an answer\n")
+    write("/reset forgets the chat, /exit or Ctrl-D leaves, Ctrl-C stops an answer\n")
     messages = list(opening)
-    for turn in itertools.count():
+    for number in itertools.count():
         try:
             line = input("> ").strip()
             if line == "/exit":
                 return
             if line == "/reset":
                 messages = list(opening)
-                _write("the chat is forgotten\n")
+                write("the chat is forgotten\n")
             elif line.startswith("/"):
-                _write(f"there is no {line.split()[0]}: /reset or /exit\n")
+                write(f"there is no {line.split()[0]}: /reset or /exit\n")
             elif line:
-                messages = _answer(write, [*messages, {"role": "user", "content": line}], turn, settings)
+                messages = _answer(pipe, [*messages, {"role": "user", "content": line}], number, settings)
         except EOFError:
-            _write("\n")
+            write("\n")
             return
         except KeyboardInterrupt:  # wherever it comes, a second one after an answer's included
-            _write("\n")
+            write("\n")
 
 
-def _answer(write: Any, messages: list[dict[str, str]], turn: int, settings: dict[str, Any]) -> list[dict[str, str]]:
+def _answer(
+    pipe: TextGenerationPipeline, messages: list[dict[str, str]], number: int, settings: dict[str, Any]
+) -> list[dict[str, str]]:
     """Write the answer to a chat, and return the chat with it; without the question too, if nothing was written."""
     pieces: list[str] = []
     try:
-        with contextlib.closing(write.stream(messages, stream_index=turn, **settings)) as answer:
+        with contextlib.closing(pipe.stream(messages, stream_index=number, **settings)) as answer:
             for piece in answer:
                 pieces.append(piece)
-                _write(piece)
+                write(piece)
     except KeyboardInterrupt:
-        _write(" [stopped]")
+        write(" [stopped]")
     except OlmozooError as error:  # such as a chat that has grown too long
-        _write(f"olmozoo: {error}")
-    _write("\n")
+        write(f"olmozoo: {error}")
+    write("\n")
     return [*messages, {"role": "assistant", "content": "".join(pieces)}] if pieces else messages[:-1]
 
 
@@ -215,7 +242,7 @@ def _prompt(line: str, where: str) -> Any:
 
 
 def _settings(**given: Any) -> dict[str, Any]:
-    """The options that were given. One of sampling turns sampling on."""
+    """The options that were given. One of sampling enables sampling."""
     settings = {name: value for name, value in given.items() if value is not None}
     if "do_sample" not in settings and settings.keys() & {"temperature", "top_k", "top_p", "min_p"}:
         settings["do_sample"] = True

@@ -25,14 +25,15 @@ def plot(report: Report, file: str | os.PathLike[str]) -> None:
         ImportError: matplotlib is not installed (`pip install 'olmozoo[plot]'`).
         InputError: the file cannot be written.
     """
-    figure = _divergence(report)
+    figure = divergence(report)
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:  # of a path, and of the format that its name ends in
         raise InputError(f"cannot write {os.fspath(file)}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _divergence(report: Report) -> Figure:
+def divergence(report: Report) -> Figure:
+    """The divergence by layer, one line a backend, and the bound."""
     lines = {
         f"{backend} and {report.reference}": [
             (row.name, row.relative) for row in report.rows if row.backend == backend and _is_layer(row)
@@ -45,19 +46,20 @@ def _divergence(report: Report) -> Figure:
     return figure
 
 
-def _rounding(report: Report) -> Figure:
+def rounding(report: Report) -> Figure:
+    """The distance from the float32 answer by layer, what rounding explains, and the bound."""
     lines: dict[str, list[tuple[str, float]]] = {}
     for entry in report.band:
         lines.setdefault(entry.backend, []).append((entry.name, entry.distance))
     figure = _by_layer(lines, f"Distance from the float32 answer in {report.dtype}", "norm of difference / norm")
     axes = figure.axes[0]
     entries = [entry for entry in report.band if entry.backend == report.reference]
-    places = range(len(entries))
+    steps = range(len(entries))
     allowed = [entry.allowed for entry in entries]
     expected = [entry.expected for entry in entries]
-    axes.plot(places, expected, color="black", linestyle=":", label="expected of rounding")
-    axes.fill_between(places, min(expected) / 10, allowed, color="tab:green", alpha=0.12, label="rounding explains it")
-    axes.plot(places, allowed, color="tab:red", linestyle="--", label="bound")
+    axes.plot(steps, expected, color="black", linestyle=":", label="expected of rounding")
+    axes.fill_between(steps, min(expected) / 10, allowed, color="tab:green", alpha=0.12, label="rounding explains it")
+    axes.plot(steps, allowed, color="tab:red", linestyle="--", label="bound")
     axes.legend(loc="lower right")
     return figure
 
@@ -90,7 +92,7 @@ def _by_layer(lines: dict[str, list[tuple[str, float]]], title: str, unit: str, 
     return figure
 
 
-def _attention(report: Report) -> Figure:
+def attention(report: Report) -> Figure:
     """The reference's attention in some layers, and under it each other backend's largest difference from it."""
     from matplotlib.colors import LogNorm, PowerNorm
     from matplotlib.figure import Figure

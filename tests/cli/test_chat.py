@@ -12,7 +12,7 @@ import time
 import pytest
 
 from olmozoo import Olmo2Config, cli
-from olmozoo.text import pipeline
+from olmozoo.text.pipeline import pipeline
 from tests.helpers.checkpoints import train_tokenizer, write_checkpoint
 from tests.helpers.wings import WINGS
 

@@ -1,0 +1,184 @@
+"""The commands: what they print, on a terminal and into a pipe, and how they refuse."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from olmozoo import Olmo2Config, __version__, cli
+from olmozoo.cli import common, in_options
+from tests.helpers.checkpoints import random_values, train_tokenizer, write_checkpoint
+
+CONFIG = Olmo2Config(
+    vocab_size=320, hidden_size=40, intermediate_size=36, num_hidden_layers=1, num_attention_heads=4, pad_token_id=1
+)
+LONG = "model.layers.0.post_feedforward_layernorm.weight"  # the longest name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = write_checkpoint(tmp_path_factory.mktemp("cli"), CONFIG, dtype="float32")
+    train_tokenizer(folder, "The quick brown fox jumps over the lazy dog. " * 20)
+    return folder
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Runs `olmozoo` in this process: what it writes, or its error where it fails."""
+
+    def run(*words, code=0):
+        monkeypatch.setattr(sys, "argv", ["olmozoo", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        written = capsys.readouterr()
+        assert ended.value.code == code, written.err
+        return " ".join(written.err.split()) if code == 2 else written.out
+
+    return run
+
+
+def test_the_version(command):
+    assert command("--version") == f"olmozoo {__version__}\n"
+
+
+# -- info -------------------------------------------------------------------------------------------------------------
+
+
+def test_info_of_a_preset(command, tmp_path, monkeypatch):
+    text = command("info", "olmo2-7b")
+    assert "7,298,617,344" in text
+    assert "11008" in text
+    monkeypatch.chdir(tmp_path)
+    CONFIG.save_pretrained(tmp_path / "olmo2-7b")
+    assert "320" in command("info", "olmo2-7b"), "a folder of that name wins"
+
+
+def test_info_as_json(command, folder):
+    found = json.loads(command("info", folder, "--json"))
+    assert found["config"] == Olmo2Config.from_pretrained(folder).to_dict()
+    assert found["parameters"] == {**CONFIG.count_parameters(), "total": sum(CONFIG.count_parameters().values())}
+    assert found["memory"]["bfloat16"] == {
+        "weights": 2 * found["parameters"]["total"],
+        "cache_per_token": 2 * 2 * CONFIG.num_hidden_layers * CONFIG.hidden_size,
+    }
+
+
+# -- diff -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def changed(tmp_path):
+    from olmozoo.checkpoint import save_checkpoint
+
+    save_checkpoint(
+        tmp_path / "b",
+        CONFIG,
+        "causal_lm",
+        read=lambda p: (random_values(p) + (p.name == LONG)).astype("float32"),
+        dtype=lambda p: "float32",
+    )
+    return tmp_path / "b"
+
+
+def test_diff_never_cuts_names_and_has_no_columns_of_zeros(command, folder, changed, monkeypatch):
+    for width, terminal in ((80, True), (30, True), (80, False)):
+        console = Console(width=width, force_terminal=terminal, color_system=None, file=(text := io.StringIO()))
+        monkeypatch.setattr(common, "out", console)
+        monkeypatch.setattr(common, "Console", lambda width, to=text: Console(width=width, file=to, color_system=None))
+        command("diff", folder, changed, code=1)
+        assert LONG in text.getvalue(), width
+        assert "40 (100.0%)" in " ".join(text.getvalue().split()) or width == 30
+        assert "NaN" not in text.getvalue()
+
+
+def test_diff_counts_nan_where_there_is_one(command, folder, tmp_path):
+    import numpy as np
+
+    from olmozoo.checkpoint import save_checkpoint
+
+    values = {p.name: random_values(p).astype("float32") for p in CONFIG.parameters("causal_lm")}
+    values[LONG][3] = np.nan
+    save_checkpoint(tmp_path / "b", CONFIG, "causal_lm", read=lambda p: values[p.name], dtype=lambda p: "float32")
+    text = command("diff", folder, tmp_path / "b", code=1)
+    assert "NaN A/B" in text
+    assert "0/1" in text
+    assert "inf" not in text
+
+
+# -- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_reads_standard_input(command, folder, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    options = ("--backend", "pt", "--device", "cpu", "--json")
+    (tmp_path / "a.txt").write_text("The quick brown fox")
+    (tmp_path / "a.jsonl").write_text('{"text": "The quick"}\n{"text": "lazy dog"}\n')
+    for name, more in (("a.txt", ()), ("a.jsonl", ("--jsonl",))):
+        expected = json.loads(command("evaluate", folder, tmp_path / name, *options))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / name).read_bytes())))
+        assert json.loads(command("evaluate", folder, "-", *more, *options)) == expected
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_errors_are_in_the_words_of_the_command_line(command, folder):
+    pytest.importorskip("torch")
+    words = ("generate", folder, "x", "--backend", "pt")
+    assert "--top-k is -1" in command(*words, "--top-k", -1, code=2)
+    assert "--temperature is -1.0" in command(*words, "--temperature", -1, code=2)
+    assert "--device is 'abacus'" in command(*words, "--device", "abacus", code=2)
+    assert "--backend is 'torch', expected one of pt, tf, flax" in command(
+        "generate", folder, "x", "--backend", "torch", code=2
+    )
+    assert in_options("top_p is 2 with do_sample=False") == "--top-p is 2 with --no-sample"
+
+
+def test_a_folder_that_is_not_there_is_said_first(command, monkeypatch, tmp_path):
+    pytest.importorskip("torch")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert command("generate", "nope", "x", code=2).startswith("olmozoo: there is no folder 'nope', ")
+
+
+def test_a_backend_that_is_not_installed_names_its_extra(folder):
+    for name in ("jax", "flax"):
+        code = (
+            f"import sys; sys.modules[{name!r}] = None; sys.argv = ['olmozoo', 'generate', {str(folder)!r}, 'x', "
+            "'--backend', 'flax']\nfrom olmozoo.cli import main; main()"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "pip install 'olmozoo[flax]'" in done.stderr
+
+
+# -- standard error ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("framework", "words"),
+    [
+        ("tensorflow", ["generate", "{folder}", "x", "--backend", "tf", "--max-new-tokens", "1"]),
+        ("tensorflow", ["convert", "{folder}", "{new}", "--to", "savedmodel"]),
+        ("orbax", ["convert", "{folder}", "{new}", "--to", "orbax"]),
+        ("torch", ["evaluate", "{folder}", "{text}", "--backend", "pt"]),
+    ],
+    ids=["generate-tf", "savedmodel", "orbax", "evaluate"],
+)
+def test_frameworks_write_nothing_to_standard_error(folder, tmp_path, framework, words):
+    pytest.importorskip(framework)
+    (tmp_path / "t.txt").write_text("The quick brown fox")
+    words = [word.format(folder=folder, new=tmp_path / "new", text=tmp_path / "t.txt") for word in words]
+    done = subprocess.run([sys.executable, "-m", "olmozoo", *words], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_is_in_panels(command):
+    text = command("generate", "--help")
+    assert [name for name in ("Model", "Output", "Sampling", "Beam search") if f"─ {name} ─" in text] == [
+        "Model", "Output", "Sampling", "Beam search",
+    ]  # fmt: skip
