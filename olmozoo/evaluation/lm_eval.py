@@ -32,7 +32,7 @@ ANSWER_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completio
 
 
 @register_model("olmozoo")
-class OlmozooLM(LM):
+class OlmozooLM(LM):  # type: ignore[misc]  # lm-eval has no types
     """A checkpoint as lm-eval's `LM`.
 
     Args:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,7 @@ def evaluate(
     Raises:
         InputError: the file or an argument does not fit.
     """
-    content = file if isinstance(file, (list, tuple)) else read(file)
+    content = read(file) if isinstance(file, (str, os.PathLike)) else file
     questions = [entry for entry in content if isinstance(entry, Question)]
     if questions and (window is not None or stride is not None):
         raise InputError("window and stride are for texts, and these are multiple-choice questions")

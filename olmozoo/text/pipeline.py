@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Unpack
@@ -135,7 +135,7 @@ class TextGenerationPipeline:
             for prompt, row, several in zip(prompts, rows, written, strict=True)
         ]
 
-    def stream(self, prompt: Prompt, **settings: Any) -> Iterator[str]:
+    def stream(self, prompt: Prompt, **settings: Any) -> Generator[str, None, None]:
         """The answer to one prompt, piece by piece, as it is written.
 
         The model runs in a thread of its own. It stops at its next token when the iterator is closed, or when an

@@ -58,7 +58,7 @@ def agreement(report: Report) -> Table:
     columns = ["compared", "same likeliest token"]
     rows = [[label, f"{share:.1%}"] for label, share in report.agreement.items()]
     if report.divergence:
-        columns += ["mean KL divergence, nats", "largest"]
+        columns += ["mean KL divergence, nats", "largest KL divergence"]
         rows = [[*row, *map(_number, report.divergence[row[0]])] for row in rows]
     return Table(f"next tokens, compared with {report.reference}", columns, rows)
 
