@@ -26,6 +26,7 @@ OPTIONS = {
     "do_sample=False": "--no-sample",
     "do_sample=True": "--sample",
     "stop_strings": "--stop",
+    "give one as chat_template": "give prompts without messages",
     "window and stride": "--window and --stride",
     **{
         name: "--" + name.replace("_", "-")

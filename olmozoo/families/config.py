@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self
 from olmozoo.errors import ConfigError
 from olmozoo.families.parameter import HEAD_MODULES, Head, Parameter
 from olmozoo.families.registry import MODEL_TYPES, config_class
+from olmozoo.hub import resolve
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Limits that no model comes near. Without them, a config.json could ask for any amount of time or memory.
@@ -252,8 +253,6 @@ class ModelConfig(ABC):
             HubError: the repository or the file cannot be had.
             ConfigError: the file is not a config of this family or has a bad value.
         """
-        from olmozoo.hub import resolve  # a convenience on top of this room: nothing else here knows of the hub
-
         folder = resolve(
             path_or_repo,
             need="config",

@@ -134,6 +134,7 @@ def test_errors_are_in_the_words_of_the_command_line(command, folder):
     assert "--backend is 'torch', expected one of pt, tf, flax" in command(
         "generate", folder, "x", "--backend", "torch", code=2
     )
+    assert in_options("no default chat template: give one as chat_template").endswith("give prompts without messages")
     assert in_options("top_p is 2 with do_sample=False") == "--top-p is 2 with --no-sample"
 
 
