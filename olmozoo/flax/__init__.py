@@ -14,6 +14,7 @@ from olmozoo.flax.auto import (
     FlaxAutoModelForQuestionAnswering,
     FlaxAutoModelForSequenceClassification,
 )
+from olmozoo.flax.base import canonical_state
 from olmozoo.flax.cache import KVCache
 from olmozoo.flax.olmo import FlaxOlmoForCausalLM, FlaxOlmoForSequenceClassification, FlaxOlmoModel
 from olmozoo.flax.olmo2 import FlaxOlmo2ForCausalLM, FlaxOlmo2ForSequenceClassification, FlaxOlmo2Model
@@ -40,4 +41,5 @@ __all__ = [
     "FlaxOlmoForSequenceClassification",
     "FlaxOlmoModel",
     "KVCache",
+    "canonical_state",
 ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,13 @@ from olmozoo.checkpoint.tensors import aligned_copy, check_shapes, dtype_of
 from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.config import ModelConfig
-from olmozoo.families.parameter import BASE_PREFIX, Head, Kind, Parameter
+from olmozoo.families.parameter import Kind, Parameter
 from olmozoo.families.registry import register_model
 from olmozoo.flax.cache import KVCache
 from olmozoo.flax.layers import at_least_float32
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.hub import resolve
-from olmozoo.modeling import split_options
+from olmozoo.modeling import ModelMixin, resized_config, split_options
 from olmozoo.outputs import OUTPUTS
 
 DROPOUTS = ("dropout", "attention_dropout", "layerdrop")  # what a config may have that draws random numbers in training
@@ -36,7 +36,7 @@ for output_class in OUTPUTS:
     jax.tree_util.register_dataclass(output_class)
 
 
-class PreTrainedModel:
+class PreTrainedModel(ModelMixin):
     """Base of every model here: a config, a Flax module and, in most uses, its parameters.
 
     Args:
@@ -56,9 +56,6 @@ class PreTrainedModel:
         ConfigError: the config is of another family, or float64 is asked for and JAX has it switched off.
     """
 
-    config_class: ClassVar[type[ModelConfig]]
-    head: ClassVar[Head | None] = None
-
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         register_model("flax", cls)
@@ -73,18 +70,15 @@ class PreTrainedModel:
         *,
         param_dtype: Any = None,
     ) -> None:
-        if not isinstance(config, self.config_class):
-            raise ConfigError(
-                f"{type(self).__name__} takes a {self.config_class.__name__}, not {type(config).__name__}"
-            )
+        self.check_config(config)
         self.config = config
         self.dtype = usable_dtype(dtype)
         self.param_dtype = at_least_float32(self.dtype) if param_dtype is None else usable_dtype(param_dtype)
         self.generation_config = GenerationConfig.from_model(config)
-        self.module = self.build()
+        self.module = self.make_module()
         self._params: dict[str, Any] | None = self.init_weights(seed) if _do_init else None
 
-    def build(self) -> nn.Module:
+    def make_module(self) -> nn.Module:
         """The Flax module that `self.config` asks for."""
         raise NotImplementedError
 
@@ -105,12 +99,12 @@ class PreTrainedModel:
 
     @params.setter
     def params(self, params: Mapping[str, Any]) -> None:
-        self._params = self.checked(params)
+        self._params = self.check_parameters(params)
 
     @property
     def params_shape_tree(self) -> dict[str, Any]:
         """The parameters as `jax.ShapeDtypeStruct`s, in `param_dtype`."""
-        return self._bind((parameter, self._struct(parameter)) for parameter in self._table())
+        return self._tree((parameter, self._struct(parameter)) for parameter in self._parameter_table())
 
     def init_weights(self, seed: int = 0) -> dict[str, Any]:
         """Initial parameters in `param_dtype`, bit for bit the same as in the other frameworks.
@@ -125,7 +119,7 @@ class PreTrainedModel:
 
             return jax.pure_callback(initial, self._struct(parameter), *traced)
 
-        return self._bind((parameter, draw(parameter)) for parameter in self._table())
+        return self._tree((parameter, draw(parameter)) for parameter in self._parameter_table())
 
     def tree(self, params: Any = None) -> Any:
         """The bare tree of `params`, which may be `{"params": tree}`; the model's own by default."""
@@ -133,7 +127,7 @@ class PreTrainedModel:
             return self.params
         return params.get("params", params)
 
-    def checked(self, params: Any) -> dict[str, Any]:
+    def check_parameters(self, params: Any = None) -> dict[str, Any]:
         """`tree(params)` as plain dicts, once its names and shapes are those of the parameter table.
 
         Raises:
@@ -145,23 +139,40 @@ class PreTrainedModel:
         check_shapes(f"params do not fit {type(self).__name__}", found, expected)
         return params
 
-    def _table(self) -> list[Parameter]:
-        return [parameter for parameter in self.config.parameters(self.head) if parameter.tied_to is None]
+    def bind_parameters(self, items: Iterable[tuple[Parameter, np.ndarray]]) -> None:
+        """Set `params` to copies of values, which keep their dtype.
 
-    def _path(self, parameter: Parameter) -> tuple[str, ...]:
-        """Where a parameter is in the tree: its canonical name, the leaf renamed by kind.
+        Args:
+            items: all parameters of the table with their values, as they are in a checkpoint.
 
-        In a base model it goes without the leading `model.`.
+        Raises:
+            InputError: some are missing or have another shape; every problem is named.
         """
-        name = parameter.name if self.head else parameter.name.removeprefix(BASE_PREFIX)
-        return (*name.split(".")[:-1], LEAVES[parameter.kind])
+        self.params = self._tree((parameter, from_numpy(parameter, array)) for parameter, array in items)
+
+    def read_parameters(self, params: Any = None) -> Iterator[tuple[Parameter, np.ndarray]]:
+        """The parameters of the table, without tied ones, with their values as they are in a checkpoint.
+
+        Args:
+            params: default the model's own.
+
+        Raises:
+            InputError: there are no parameters, or they do not fit; every problem is named.
+        """
+        leaves = flatten_dict(self.check_parameters(params))
+        for parameter in self._parameter_table():
+            yield parameter, to_numpy(parameter, leaves[self._leaf(parameter)])
+
+    def _leaf(self, parameter: Parameter) -> tuple[str, ...]:
+        """The path of a parameter in the tree: the canonical one, its last name changed to the one of Flax."""
+        return (*self._parameter_path(parameter)[:-1], LEAVES[parameter.kind])
 
     def _struct(self, parameter: Parameter) -> jax.ShapeDtypeStruct:
         shape = parameter.shape[::-1] if parameter.kind == "linear" else parameter.shape
         return jax.ShapeDtypeStruct(shape, self.param_dtype)
 
-    def _bind(self, leaves: Iterable[tuple[Parameter, Any]]) -> dict[str, Any]:
-        return unflatten_dict({self._path(parameter): leaf for parameter, leaf in leaves})
+    def _tree(self, leaves: Iterable[tuple[Parameter, Any]]) -> dict[str, Any]:
+        return unflatten_dict({self._leaf(parameter): leaf for parameter, leaf in leaves})
 
     # -- loading and saving ---------------------------------------------------------------------------------------
 
@@ -218,11 +229,10 @@ class PreTrainedModel:
             checkpoint, config, cls.head, dtype=wanted, ignore_mismatched_sizes=ignore_mismatched_sizes
         )
         model = cls(config, dtype=wanted, param_dtype=wanted, _do_init=False)
-        params = model._bind((parameter, to_leaf(parameter, array)) for parameter, array in weights)
         model.generation_config = GenerationConfig.from_folder(folder, config)
         if not _do_init:
-            return model, params
-        model.params = params
+            return model, model._tree((parameter, from_numpy(parameter, array)) for parameter, array in weights)
+        model.bind_parameters(weights)
         return model
 
     def save_pretrained(
@@ -239,13 +249,13 @@ class PreTrainedModel:
             InputError: there are no parameters, or they do not fit.
             CheckpointError: the folder could not be written and is as it was before.
         """
-        leaves = flatten_dict(self.checked(params))
+        leaves = flatten_dict(self.check_parameters(params))
         save_checkpoint(
             folder,
             self.config,
             self.head,
-            read=lambda parameter: to_array(parameter, leaves[self._path(parameter)]),
-            dtype=lambda parameter: leaves[self._path(parameter)].dtype,
+            read=lambda parameter: to_numpy(parameter, leaves[self._leaf(parameter)]),
+            dtype=lambda parameter: leaves[self._leaf(parameter)].dtype,
             generation_config=self.generation_config.to_dict(),
             max_shard_size=max_shard_size,
         )
@@ -264,11 +274,6 @@ class PreTrainedModel:
         output = self.module.apply({"params": self.tree(params)}, rngs=rngs, **arguments)
         return output if self.setting("return_dict", return_dict, True) else output.to_tuple()
 
-    def setting(self, name: str, value: bool | None, default: bool) -> bool:
-        """A call's choice, else the config's, else the default."""
-        value = getattr(self.config, name, None) if value is None else value
-        return default if value is None else value
-
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` positions; dtype by default the model's."""
         return KVCache.create(self.config, batch_size, max_length, self.dtype if dtype is None else dtype)
@@ -278,11 +283,11 @@ class PreTrainedModel:
     def num_parameters(self, exclude_embeddings: bool = False) -> int:
         """The number of values in parameters; tied ones count once."""
         left_out = self.config.embedding.name if exclude_embeddings else None
-        return sum(parameter.size for parameter in self._table() if parameter.name != left_out)
+        return sum(parameter.size for parameter in self._parameter_table() if parameter.name != left_out)
 
     def get_input_embeddings(self) -> Any:
         """The token embedding among the model's own parameters, (vocab, width)."""
-        return flatten_dict(self.params)[self._path(self.config.embedding)]
+        return flatten_dict(self.params)[self._leaf(self.config.embedding)]
 
     def set_input_embeddings(self, embedding: Any) -> None:
         """Replace the token embedding (and with it a tied head) in the model's own parameters.
@@ -290,7 +295,7 @@ class PreTrainedModel:
         Raises:
             InputError: it has another shape, or there are no parameters.
         """
-        self.params = unflatten_dict(flatten_dict(self.params) | {self._path(self.config.embedding): embedding})
+        self.params = unflatten_dict(flatten_dict(self.params) | {self._leaf(self.config.embedding): embedding})
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
@@ -310,17 +315,15 @@ class PreTrainedModel:
             InputError: the model has no parameters of its own.
             ConfigError: there is no such number of rows.
         """
-        rows = self.config.vocab_size if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of:
-            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
-        config, leaves = self.config.replace(vocab_size=rows), flatten_dict(self.params)
+        config, leaves = resized_config(self.config, new_num_tokens, pad_to_multiple_of), flatten_dict(self.params)
+        rows = config.vocab_size
         for parameter in config.parameters(self.head):
             if "vocab" in parameter.axes and parameter.tied_to is None:
-                old = leaves[self._path(parameter)]
+                old = leaves[self._leaf(parameter)]
                 axis = 1 if parameter.kind == "linear" else 0
                 kept = min(rows, old.shape[axis])
                 added = oriented(parameter, parameter.initial(0, old.dtype)[kept:])
-                leaves[self._path(parameter)] = jnp.concatenate([old.take(np.arange(kept), axis), added], axis)
+                leaves[self._leaf(parameter)] = jnp.concatenate([old.take(np.arange(kept), axis), added], axis)
         self.config = config
         self.module = self.module.clone(config=config)
         self.params = unflatten_dict(leaves)
@@ -347,6 +350,19 @@ class PreTrainedModel:
         return cast(params, jnp.float32, mask)
 
 
+def canonical_state(model: PreTrainedModel, params: Any = None) -> dict[str, np.ndarray]:
+    """The values of a model by canonical name, as they are in a checkpoint; tied heads are left out.
+
+    Args:
+        model: the model.
+        params: a tree of its parameters, or of gradients; default its own.
+
+    Raises:
+        InputError: there are no parameters, or they do not fit; every problem is named.
+    """
+    return {parameter.name: array for parameter, array in model.read_parameters(params)}
+
+
 def usable_dtype(dtype: Any) -> np.dtype[Any]:
     """The dtype of that name.
 
@@ -367,18 +383,18 @@ def oriented(parameter: Parameter, array: np.ndarray) -> np.ndarray:
     return array.T if parameter.kind == "linear" else array
 
 
-def to_leaf(parameter: Parameter, array: np.ndarray) -> jax.Array:
-    """The values on the default device, a copy: nothing that happens to a file changes a JAX array.
+def from_numpy(parameter: Parameter, array: np.ndarray) -> jax.Array:
+    """A copy of the values on the default device: a file that changes later changes no JAX array.
 
-    On the CPU, JAX takes over memory so aligned as it is.
+    On the CPU, JAX uses memory that is aligned like this as it is.
     """
     return jax.device_put(aligned_copy(array, transposed=parameter.kind == "linear"))
 
 
-def to_array(parameter: Parameter, leaf: jax.Array) -> np.ndarray:
-    """The leaf as it is on disk, transposed the same way."""
+def to_numpy(parameter: Parameter, leaf: jax.Array) -> np.ndarray:
+    """The leaf as it is on disk: a copy of a linear weight, the memory of the leaf itself for the rest."""
     array = np.asarray(leaf)
-    return np.asarray(jax.device_put(array.T)) if parameter.kind == "linear" else array
+    return aligned_copy(array, transposed=True) if parameter.kind == "linear" else array
 
 
 def cast(params: Any, dtype: Any, mask: Any) -> Any:

@@ -1,11 +1,13 @@
-"""Key/value caches. A block takes its layer's past and gives back its present, so that a call is a pure function."""
+"""Key/value caches. Both kinds are pytrees, and adding to one returns a new one, so that a call is a pure function."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array, lax
 
@@ -15,15 +17,15 @@ from olmozoo.families.config import ModelConfig
 
 @struct.dataclass
 class KVCache:
-    """Keys and values in memory set aside once, for `max_length` positions. It never changes: a call returns another.
+    """Preallocated keys and values, for `max_length` positions.
 
-    Outside of jit a call that has no room for its positions is refused. Inside, the number of positions held is not
+    Outside of jit a call that has no room for its positions is refused. Inside, the number of positions cached is not
     known, and new ones would overwrite the last: do not ask for more than `max_length`.
 
     Attributes:
         keys: one array a layer, (batch, kv_heads, max_length, head_dim).
-        values: the same.
-        length: the number of positions held, an int32 scalar; it may be traced.
+        values: the same for values.
+        length: scalar int32, the number of positions cached; it may be traced.
     """
 
     keys: tuple[Array, ...]
@@ -40,12 +42,20 @@ class KVCache:
 
     @property
     def max_length(self) -> int:
-        """The most positions it can hold."""
+        """The number of positions that there is memory for."""
         return self.keys[0].shape[2]
 
     def get_seq_length(self) -> Array:
-        """The number of positions held."""
+        """The number of positions cached."""
         return self.length
+
+    def begin_with(self, pairs: Sequence[tuple[Array, Array]]) -> Self:
+        """The cache with the keys and values of a tuple of pairs in its first positions."""
+        keys, values = (
+            tuple(_write(*both, 0) for both in zip(memory, side, strict=True))
+            for memory, side in zip((self.keys, self.values), zip(*pairs, strict=True), strict=True)
+        )
+        return KVCache(keys, values, jnp.int32(pairs[0][0].shape[2]))
 
     def reorder(self, rows: Array) -> Self:
         """A cache whose row i is row `rows[i]` of this one."""
@@ -53,19 +63,19 @@ class KVCache:
         return self.replace(keys=keys, values=values)
 
 
-def cache_length(past_key_values: Any) -> int:
-    """The number of positions that a cache of either form holds; 0 for None."""
+def cached_length(past_key_values: Any) -> Any:
+    """The number of positions cached, of either form; 0 for None. That of a `KVCache` may be traced."""
     if past_key_values is None:
         return 0
-    return int(past_key_values.length) if isinstance(past_key_values, KVCache) else past_key_values[0][0].shape[2]
+    return past_key_values.length if isinstance(past_key_values, KVCache) else past_key_values[0][0].shape[2]
 
 
-def open_cache(past_key_values: Any, layers: int, new: int) -> tuple[list[Any], Any, int]:
-    """What a call with `new` positions finds.
+def open_cache(past_key_values: Any, layers: int, new: int) -> tuple[Sequence[Any], Any, int]:
+    """The cache for one call that adds `new` positions.
 
     Returns:
-        Each layer's past, as `update` takes it; the number of positions held, traced perhaps; and the number of keys
-        that queries will be set against.
+        Each layer's past, as `update` takes it; the number of positions cached, traced perhaps; and the number of keys
+        that queries are compared with, which for a `KVCache` is all that there is memory for.
 
     Raises:
         InputError: `past_key_values` is no cache, has another number of layers, or has no room.
@@ -79,38 +89,52 @@ def open_cache(past_key_values: Any, layers: int, new: int) -> tuple[list[Any], 
     found = len(past_key_values.keys if is_object else past_key_values)
     if found != layers:
         raise InputError(f"past_key_values has {found} layers, expected {layers}")
+    past = cached_length(past_key_values)
     if not is_object:
-        past = past_key_values[0][0].shape[2]
         return [(key, value, None) for key, value in past_key_values], past, past + new
-    past, room = past_key_values.length, past_key_values.max_length
+    room = past_key_values.max_length
     end = new if isinstance(past, jax.core.Tracer) else int(past) + new
     if end > room:
-        raise InputError(f"the cache holds {room} positions, {end} were asked of it")
+        raise InputError(f"the cache has room for {room} positions, {end} are needed")
     return [(*pair, past) for pair in zip(past_key_values.keys, past_key_values.values, strict=True)], past, room
 
 
 def update(past: Any, key: Array, value: Array) -> tuple[Array, Array]:
-    """Add key and value (batch, kv_heads, new, head_dim) to a layer's past; all that the layer holds then.
+    """Add key and value (batch, kv_heads, new, head_dim) to a layer's past; return all that are cached then.
 
     Raises:
-        InputError: the cache is of other rows or heads.
+        InputError: the cache has other rows or heads.
     """
     if past is None:
         return key, value
     old_key, old_value, start = past
     if old_key.shape[:2] != key.shape[:2]:
-        raise InputError(f"the cache is of {old_key.shape[:2]} rows and heads, expected {key.shape[:2]}")
+        raise InputError(f"the cache has {old_key.shape[:2]} rows and heads, expected {key.shape[:2]}")
     if start is None:
         return jnp.concatenate([old_key, key], axis=2), jnp.concatenate([old_value, value], axis=2)
-    return (
-        lax.dynamic_update_slice_in_dim(old_key, key.astype(old_key.dtype), start, axis=2),
-        lax.dynamic_update_slice_in_dim(old_value, value.astype(old_value.dtype), start, axis=2),
-    )
+    return _write(old_key, key, start), _write(old_value, value, start)
+
+
+def _write(memory: Array, new: Array, start: Any) -> Array:
+    """Write `new` (batch, kv_heads, new, head_dim) at `start` of one array of a `KVCache`."""
+    return lax.dynamic_update_slice_in_dim(memory, new.astype(memory.dtype), start, axis=2)
 
 
 def close_cache(past_key_values: Any, presents: list[tuple[Array, Array]], new: int, use_cache: bool) -> Any:
-    """What a call returns for the cache it was given: the kind that went in; where none did, pairs if wanted."""
+    """The cache that a call returns: of the kind that it was given; where none was, a tuple of pairs if wanted."""
     if isinstance(past_key_values, KVCache):
         keys, values = zip(*presents, strict=True)
         return KVCache(keys, values, past_key_values.length + new)
     return tuple(presents) if use_cache or past_key_values is not None else None
+
+
+def padded_left(past_key_values: Any, length: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """The positions cached, of either form, as a tuple of pairs with zeros before them, `length` positions in all.
+
+    In NumPy: JAX would compile for each new length.
+    """
+    cached, pairs = int(cached_length(past_key_values)), past_key_values
+    if isinstance(pairs, KVCache):
+        pairs = zip(pairs.keys, pairs.values, strict=True)
+    pad = ((0, 0), (0, 0), (length - cached, 0), (0, 0))
+    return tuple(tuple(np.pad(np.asarray(x)[:, :, :cached], pad) for x in pair) for pair in pairs)

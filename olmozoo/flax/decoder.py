@@ -1,7 +1,7 @@
-"""What every decoder does around its blocks, and the heads on top. Families fill in the blocks (see `olmo2.py`).
+"""The base model of every family: embeddings, blocks, final norm. Families fill in the blocks (see `olmo2.py`).
 
-A `...Module` is a Flax module, a pure function of its parameters. The class of the same name without it holds one, with
-a config and parameters, and is what users call.
+A `...Module` is a Flax module, a pure function of its parameters. The class of the same name without it has one, with a
+config and parameters, and is what users call.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from olmozoo.families.config import ModelConfig
 from olmozoo.flax.base import PreTrainedModel
 from olmozoo.flax.cache import close_cache, open_cache
 from olmozoo.flax.layers import causal_mask, rotary
+from olmozoo.modeling import check_inputs
 from olmozoo.outputs import BaseModelOutput
 
 
 class Layers(nn.Module):
-    """The blocks of a decoder, named "0", "1", ... as they are in a checkpoint."""
+    """The blocks of a decoder, named "0", "1", ... as in a checkpoint; a list alone would name them "blocks_0", ..."""
 
     block: type[nn.Module]
     config: ModelConfig
@@ -33,11 +34,11 @@ class Layers(nn.Module):
     def setup(self) -> None:
         block = nn.remat(self.block, static_argnums=5) if self.gradient_checkpointing else self.block  # deterministic
         types = (self.config, self.dtype, self.param_dtype)
-        self.blocks = [block(*types, name=str(layer)) for layer in range(self.config.num_hidden_layers)]
+        self.blocks = [block(*types, layer, name=str(layer)) for layer in range(self.config.num_hidden_layers)]
 
 
 class DecoderModule(nn.Module):
-    """A base model: embeddings, blocks, final norm. Subclasses set `embed_tokens`, `layers`, `norm` in `setup`."""
+    """A base model. Subclasses make `embed_tokens`, `layers` (with the blocks in it), `norm` and `rope` in `setup`."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
@@ -59,31 +60,30 @@ class DecoderModule(nn.Module):
         **family_inputs: Any,
     ) -> BaseModelOutput:
         """Run the decoder; see `Decoder.__call__`."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise InputError("expected exactly one of input_ids and inputs_embeds")
-        given = jnp.asarray(input_ids if inputs_embeds is None else inputs_embeds)
-        if given.ndim != (2 if inputs_embeds is None else 3):
-            raise InputError(f"the input has shape {given.shape}, expected (batch, seq) or (batch, seq, hidden)")
-        batch, length = given.shape[:2]
-        pasts, past, total = open_cache(past_key_values, self.config.num_hidden_layers, length)
+        input_ids, inputs_embeds = (None if x is None else jnp.asarray(x) for x in (input_ids, inputs_embeds))
+        check_inputs(input_ids, inputs_embeds)
+        blocks = self.stack.layers.blocks
 
-        hidden = (self.parts.embed_tokens(given) if inputs_embeds is None else given).astype(self.dtype)  # (b, s, c)
-        mask = causal_mask(attention_mask, batch, length, past, total)
+        hidden = self.stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = hidden.astype(self.dtype)  # (b, s, c)
+        batch, length, _ = hidden.shape
+        pasts, past, keys = open_cache(past_key_values, len(blocks), length)
+        mask = causal_mask(attention_mask, batch, length, past, keys)
         if position_ids is None and cache_position is not None:
             position_ids = jnp.asarray(cache_position)[None]
-        hidden, extras = self.place(hidden, position_ids, attention_mask, past, **family_inputs)
+        hidden, layer_inputs = self.embed_positions(hidden, position_ids, attention_mask, past, **family_inputs)
 
         layerdrop = getattr(self.config, "layerdrop", 0.0)
         states, presents, attentions = [hidden], [], []
-        for layer, extra, layer_past in zip(self.parts.layers.blocks, extras, pasts, strict=True):
+        for block, layer_input, layer_past in zip(blocks, layer_inputs, pasts, strict=True):
             before = hidden
-            hidden, present, weights = layer(hidden, mask, extra, layer_past, deterministic)
+            hidden, present, weights = block(hidden, mask, layer_input, layer_past, deterministic)
             if layerdrop and not deterministic:
                 hidden = jnp.where(jax.random.uniform(self.make_rng("dropout")) < layerdrop, before, hidden)
             states.append(hidden)
             presents.append(present)
             attentions.append(weights if output_attentions else None)
-        states[-1] = hidden = self.finish(hidden)
+        states[-1] = hidden = self.final_norm(hidden)
         use_cache = use_cache and (deterministic or not self.gradient_checkpointing)
         return BaseModelOutput(
             last_hidden_state=hidden,
@@ -93,14 +93,14 @@ class DecoderModule(nn.Module):
         )
 
     @property
-    def parts(self) -> nn.Module:
-        """The module that holds `embed_tokens` and `layers`."""
+    def stack(self) -> nn.Module:
+        """The module with `embed_tokens` and `layers`."""
         return self
 
-    def place(
+    def embed_positions(
         self, hidden: Array, position_ids: Array | None, attention_mask: Array | None, past: Any
     ) -> tuple[Array, list[Any]]:
-        """Bring positions in: the embeddings, changed or not, and what each block needs (here cosines and sines)."""
+        """Add positions; return the hidden states and one input per layer, here cosines and sines."""
         batch, length, _ = hidden.shape
         if position_ids is None:
             position_ids = past + jnp.arange(length)[None]
@@ -109,17 +109,17 @@ class DecoderModule(nn.Module):
             raise InputError(f"position_ids has shape {position_ids.shape}, expected ({batch} or 1, {length})")
         return hidden, [rotary(self.rope, position_ids, hidden.dtype)] * self.config.num_hidden_layers
 
-    def finish(self, hidden: Array) -> Array:
-        """What comes after the last block."""
+    def final_norm(self, hidden: Array) -> Array:
+        """The hidden states after the last block, normed."""
         return self.norm(hidden)
 
 
 class Decoder(PreTrainedModel):
-    """A base model: embeddings, blocks, final norm. Subclasses name its module."""
+    """A base model. Subclasses name its module."""
 
     module_class: ClassVar[type[DecoderModule]]
 
-    def build(self) -> DecoderModule:
+    def make_module(self) -> DecoderModule:
         return self.module_class(self.config, self.dtype, self.param_dtype)
 
     def __call__(
@@ -144,21 +144,22 @@ class Decoder(PreTrainedModel):
 
         Args:
             input_ids: (batch, seq) token ids; this or `inputs_embeds`.
-            attention_mask: (batch, past + seq), 1 for real tokens and 0 for padding; default all real. With a `KVCache`
-                it may be as long as that.
+            attention_mask: (batch, past + seq), 1 for real tokens and 0 for padding; default all real. Or (batch, 1 or
+                heads, seq, past + seq): true where a query sees a key, or floats that are added to the scores. With a
+                `KVCache` it may be as wide as its `max_length`.
             position_ids: (batch or 1, seq); default past, past + 1, ...
             params: the parameters, bare or as `{"params": ...}`; default the model's own.
             past_key_values: a `KVCache`, or a tuple of (key, value) pairs, each (batch, kv_heads, past, head_dim).
-            inputs_embeds: (batch, seq, hidden) embeddings in place of `input_ids`.
+            inputs_embeds: (batch, seq, hidden) embeddings instead of `input_ids`.
             output_attentions: whether to return attention weights; default False.
             output_hidden_states: whether to return hidden states; default False.
             return_dict: False returns a plain tuple; default True.
             dropout_rng: a `jax.random` key; needed in training where the config has dropout.
             deterministic: False in training, which puts dropout on.
-            use_cache: whether to return a cache where none went in; default `config.use_cache`, and False in training
+            use_cache: whether to return a cache where none is given; default `config.use_cache`, and False in training
                 with gradient checkpointing.
-            cache_position: (seq,) places in the sequence; they are `position_ids` where those are not given.
-            **family_inputs: what the family's `place` takes besides (OPT: `head_mask`).
+            cache_position: (seq,) positions, for rows that all have the same; `position_ids` go before them.
+            **family_inputs: further arguments of the family's `embed_positions` (OPT: `head_mask`).
 
         Returns:
             `BaseModelOutput`.

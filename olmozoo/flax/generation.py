@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from olmozoo.errors import InputError
-from olmozoo.flax.cache import KVCache, cache_length
+from olmozoo.flax.cache import KVCache, cached_length, padded_left
 from olmozoo.flax.layers import at_least_float32
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.generation.decode import advance, guess
@@ -68,7 +68,7 @@ class GenerationMixin:
         """
         if any(isinstance(x, jax.core.Tracer) for x in (input_ids, inputs_embeds)):
             raise InputError("generate is compiled itself and gives as many tokens as it takes: call it outside of jit")
-        held = cache_length(past_key_values)
+        held = int(cached_length(past_key_values))
         call = prepare(
             generation_config or self.generation_config,
             self.config,
@@ -88,7 +88,7 @@ class GenerationMixin:
             embeds = np.pad(np.asarray(inputs_embeds).astype(self.dtype), ((0, 0), (call.shift, 0), (0, 0)))
         params = self.tree(params)
         ids = None if call.ids is None else narrowed(call.ids, wide)
-        pasts = None if past_key_values is None else padded_left(past_key_values, held, call.past)
+        pasts = None if past_key_values is None else padded_left(past_key_values, call.past)
         if streamer is not None:
             streamer.put(call.state.tokens[:, rules.text - call.prompt : rules.text])
         state, cache = self._read_prompt(params, ids, embeds, call.mask, pasts, state, knobs, rules=rules)
@@ -160,11 +160,7 @@ class GenerationMixin:
         read = self._reader(params, mask)
         cache = self.init_cache(*mask.shape)
         if pasts is not None:
-            keys, values = (
-                tuple(lax.dynamic_update_slice(a, b.astype(a.dtype), (0, 0, 0, 0)) for a, b in zip(*sides, strict=True))
-                for sides in zip((cache.keys, cache.values), zip(*pasts, strict=True), strict=True)
-            )
-            cache = KVCache(keys, values, jnp.int32(pasts[0][0].shape[2]))
+            cache = cache.begin_with(pasts)
         room = (embeds if ids is None else ids).shape[1]
         chunk = rules.chunk or room
 
@@ -290,12 +286,3 @@ def narrowed(array: np.ndarray, wide: Any) -> np.ndarray:
     if array.dtype.kind == "f":
         return array.astype(wide)
     return array.astype(np.int32) if array.dtype == np.int64 else array
-
-
-def padded_left(past_key_values: Any, held: int, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The pairs of a cache that holds `held` positions, with zeros before them up to `length`."""
-    pairs = past_key_values
-    if isinstance(pairs, KVCache):
-        pairs = zip(pairs.keys, pairs.values, strict=True)
-    pad = ((0, 0), (0, 0), (length - held, 0), (0, 0))
-    return [tuple(np.pad(np.asarray(x)[:, :, :held], pad) for x in pair) for pair in pairs]

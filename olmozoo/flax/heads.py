@@ -49,7 +49,7 @@ class HeadedModel(PreTrainedModel):
     base_class: ClassVar[type[Decoder]]
     module_class: ClassVar[type[HeadedModule]]
 
-    def build(self) -> HeadedModule:
+    def make_module(self) -> HeadedModule:
         return self.module_class(self.base_class.module_class, self.config, self.dtype, self.param_dtype)
 
 
@@ -75,7 +75,7 @@ class CausalLMModule(HeadedModule):
                 raise InputError("labels need the logits at every position: leave out logits_to_keep")
             hidden = hidden[:, jnp.asarray(logits_to_keep) if places else slice(-operator.index(logits_to_keep), None)]
         tied = self.config.tie_word_embeddings
-        logits = tied_head(hidden, self.model.parts.embed_tokens.embedding) if tied else self.lm_head(hidden)
+        logits = tied_head(hidden, self.model.stack.embed_tokens.embedding) if tied else self.lm_head(hidden)
         return CausalLMOutput(
             loss=None if labels is None else next_token_loss(logits, jnp.asarray(labels)),
             logits=logits,

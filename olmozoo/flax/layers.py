@@ -66,52 +66,76 @@ class LayerNorm(nn.Module):
 
 
 def rotary(rope: Rope, positions: Array, dtype: Any) -> tuple[Array, Array]:
-    """Cosines and sines, each (b, 1, s, d), for positions (b, s), in at least float32."""
+    """Cosines and sines, each (b, 1, s, d), for positions (b, s), in at least float32; see `Rope.frequencies`."""
     dtype = at_least_float32(dtype)
     inv_freq = jnp.array(rope.inv_freq, dtype)
-    length = positions.max() + 1
     if rope.growth is not None:
-        past = jnp.maximum(length - rope.length, 0).astype(dtype)
+        past = jnp.maximum(positions.max() + 1 - rope.length, 0).astype(dtype)
         inv_freq = inv_freq * (1 + rope.factor * past / rope.length) ** -jnp.array(rope.growth, dtype)
     elif rope.long_inv_freq is not None:
-        inv_freq = jnp.where(length > rope.length, jnp.array(rope.long_inv_freq, dtype), inv_freq)
+        is_long = positions.max() + 1 > rope.length
+        inv_freq = jnp.where(is_long, jnp.array(rope.long_inv_freq, dtype), inv_freq)
     angles = positions[:, None, :, None].astype(dtype) * inv_freq
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn each pair (i, i + d/2) of x (b, h, s, d) by its angle (arXiv:2104.09864, in the half-split layout)."""
+    """Rotate each pair (i, i + d/2) of x (b, h, s, d) by its angle (arXiv:2104.09864, in the half-split layout)."""
     wide = x.astype(cos.dtype)
     first, second = jnp.split(wide, 2, axis=-1)
     return (wide * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
 
 
-def causal_mask(attention_mask: Array | None, batch: int, length: int, past: Any, total: int) -> Array:
-    """Which of `total` keys each query sees: bool (b or 1, 1, s, t). `past`, the number of keys cached, may be traced.
+def causal_mask(attention_mask: Array | None, batch: int, length: int, past: Any, keys: int) -> Array:
+    """Which keys each query sees: bool (b or 1, 1, s, t).
 
-    A query sees the real keys up to its own place. One that would see none (padding on the left) sees itself, so that
-    no softmax is over nothing.
+    A query sees the real keys up to its own position. One that would see none (padding on the left) sees itself, so
+    that no softmax is over nothing. Positions of a `KVCache` that are not written yet come after every query's own, so
+    none sees them.
+
+    Args:
+        attention_mask: (b, past + s), 1 for real tokens; it may be as wide as (b, t). Or (b or 1, h or 1, s, past + s
+            to t), which is the answer itself: true where a query sees a key, or floats, which `attention` adds to the
+            scores.
+        batch: b.
+        length: s.
+        past: positions in the cache before this call; it may be traced.
+        keys: t; past + s, but for a `KVCache` its `max_length`.
 
     Raises:
-        InputError: attention_mask is not (batch, past + length); up to `total` columns will do, the rest being of
-            places in the cache that are not written yet.
+        InputError: attention_mask has another shape.
     """
+    least = length if isinstance(past, jax.core.Tracer) else int(past) + length
+    if attention_mask is not None and jnp.ndim(attention_mask) == 4:
+        return whole_mask(attention_mask, length, least, keys)
     query = past + jnp.arange(length)[:, None]
-    key = jnp.arange(total)[None, :]
+    key = jnp.arange(keys)[None, :]
     causal = (key <= query)[None, None]
     if attention_mask is None:
         return causal
     real = jnp.asarray(attention_mask).astype(bool)
-    least = length if isinstance(past, jax.core.Tracer) else int(past) + length
-    if real.ndim != 2 or real.shape[0] != batch or not least <= real.shape[1] <= total:
+    if real.ndim != 2 or real.shape[0] != batch or not least <= real.shape[1] <= keys:
         raise InputError(
             f"attention_mask has shape {real.shape}, expected ({batch}, {least}"
-            f"{'' if least == total else f' to {total}'}), the cached positions and {length} new ones"
+            f"{'' if least == keys else f' to {keys}'}), the cached positions and {length} new ones"
         )
-    real = jnp.pad(real, ((0, 0), (0, total - real.shape[1])))
+    real = jnp.pad(real, ((0, 0), (0, keys - real.shape[1])))
     seen = causal & real[:, None, None, :]
     return seen | (~seen.any(-1, keepdims=True) & (key == query))
+
+
+def whole_mask(mask: Array, length: int, least: int, keys: int) -> Array:
+    """An attention_mask of four dimensions, as wide as the keys: bool, or floats to add to the scores."""
+    mask = jnp.asarray(mask)
+    if mask.shape[2] != length or not least <= mask.shape[3] <= keys:
+        raise InputError(
+            f"attention_mask has shape {mask.shape}, expected (batch, 1 or heads, {length}, {least}"
+            f"{'' if least == keys else f' to {keys}'})"
+        )
+    floating = jnp.issubdtype(mask.dtype, jnp.floating)
+    pad = ((0, 0), (0, 0), (0, 0), (0, keys - mask.shape[3]))
+    return jnp.pad(mask if floating else mask.astype(bool), pad, constant_values=-jnp.inf if floating else False)
 
 
 def clip(x: Array, limit: float | None) -> Array:
@@ -135,23 +159,28 @@ def attention(
 ) -> tuple[Array, Array]:
     """Softmax attention of query (b, h, s, d) on key and value (b, g, t, d); key head i serves h/g query heads.
 
-    A head_mask (h,) multiplies each head's weights.
+    A mask of floats is added to the scores. A head_mask (h,) multiplies each head's weights. `dropout` is a function
+    of the weights.
 
     Returns:
         The heads' outputs, side by side, (b, s, h * d); and the weights (b, h, s, t).
     """
     batch, heads, length, head_dim = query.shape
-    groups, total = key.shape[1:3]
+    groups, keys = key.shape[1:3]
     wide = at_least_float32(query.dtype)
     key, value = key.astype(query.dtype), value.astype(query.dtype)  # a cache may be of another dtype
     query = query.reshape(batch, groups, heads // groups, length, head_dim)
     scores = jnp.einsum("bgnsd,bgtd->bgnst", query, key, preferred_element_type=wide) * scale
-    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(wide).min)
+    mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(-1, *scores.shape[1:])
+    if jnp.issubdtype(mask.dtype, jnp.floating):
+        scores += jnp.maximum(mask.astype(wide), jnp.finfo(query.dtype).min)  # no row of infinities alone
+    else:
+        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
     weights = dropout(nn.softmax(scores).astype(query.dtype))
     if head_mask is not None:
         weights = weights * head_mask.reshape(groups, -1, 1, 1).astype(weights.dtype)
     out = jnp.einsum("bgnst,bgtd->bgnsd", weights, value).transpose(0, 3, 1, 2, 4)  # (b, s, g, n, d)
-    return out.reshape(batch, length, -1), weights.reshape(batch, heads, length, total)
+    return out.reshape(batch, length, -1), weights.reshape(batch, heads, length, keys)
 
 
 class GatedMLP(nn.Module):

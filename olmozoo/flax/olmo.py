@@ -40,13 +40,13 @@ class OlmoAttention(nn.Module):
         self.dropout = nn.Dropout(config.attention_dropout)
 
     def __call__(
-        self, x: Array, mask: Array, turn: tuple[Array, Array], past: Any, deterministic: bool
+        self, x: Array, mask: Array, cos_sin: tuple[Array, Array], past: Any, deterministic: bool
     ) -> tuple[Array, tuple[Array, Array], Array]:
         head_dim, limit = self.config.head_dim, self.config.clip_qkv
         query = split_heads(clip(self.q_proj(x), limit), head_dim)  # (b, h, s, d)
         key = split_heads(clip(self.k_proj(x), limit), head_dim)  # (b, g, s, d)
         value = split_heads(clip(self.v_proj(x), limit), head_dim)
-        query, key = rotate(query, *turn), rotate(key, *turn)
+        query, key = rotate(query, *cos_sin), rotate(key, *cos_sin)
         key, value = update(past, key, value)  # (b, g, t, d)
         dropout = partial(self.dropout, deterministic=deterministic)
         out, weights = attention(query, key, value, mask, head_dim**-0.5, dropout)
@@ -59,6 +59,7 @@ class OlmoBlock(nn.Module):
     config: OlmoConfig
     dtype: Any
     param_dtype: Any
+    layer: int
 
     def setup(self) -> None:
         config, types = self.config, (self.dtype, self.param_dtype)
@@ -68,9 +69,9 @@ class OlmoBlock(nn.Module):
         self.post_attention_layernorm = LayerNorm(False, self.param_dtype)
 
     def __call__(
-        self, x: Array, mask: Array, turn: tuple[Array, Array], past: Any, deterministic: bool
+        self, x: Array, mask: Array, cos_sin: tuple[Array, Array], past: Any, deterministic: bool
     ) -> tuple[Array, tuple[Array, Array], Array]:
-        out, present, weights = self.self_attn(self.input_layernorm(x), mask, turn, past, deterministic)
+        out, present, weights = self.self_attn(self.input_layernorm(x), mask, cos_sin, past, deterministic)
         x = x + out  # (b, s, c)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x, present, weights

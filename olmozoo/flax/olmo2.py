@@ -1,7 +1,7 @@
 """OLMo 2 in Flax (arXiv:2501.00656).
 
     x ─┬─ attention ─ norm ─ + ─┬─ MLP ─ norm ─ + ─
-       └────────────────────────┘└──────────────┘        norms are on what a sublayer puts out, not on what it takes in
+       └─────────────────────┘  └───────────────┘        norms are on the output of a sublayer, not on its input
 
 Shapes: b batch, s positions in this call, t positions with the cache, h query heads, g key/value heads, d head_dim,
 c hidden size.
@@ -42,13 +42,13 @@ class Olmo2Attention(nn.Module):
         self.dropout = nn.Dropout(config.attention_dropout)
 
     def __call__(
-        self, x: Array, mask: Array, turn: tuple[Array, Array], past: Any, deterministic: bool
+        self, x: Array, mask: Array, cos_sin: tuple[Array, Array], past: Any, deterministic: bool
     ) -> tuple[Array, tuple[Array, Array], Array]:
         head_dim = self.config.head_dim
         query = split_heads(self.q_norm(self.q_proj(x)), head_dim)  # (b, h, s, d)
         key = split_heads(self.k_norm(self.k_proj(x)), head_dim)  # (b, g, s, d)
         value = split_heads(self.v_proj(x), head_dim)
-        query, key = rotate(query, *turn), rotate(key, *turn)
+        query, key = rotate(query, *cos_sin), rotate(key, *cos_sin)
         key, value = update(past, key, value)  # (b, g, t, d)
         dropout = partial(self.dropout, deterministic=deterministic)
         out, weights = attention(query, key, value, mask, head_dim**-0.5, dropout)
@@ -61,6 +61,7 @@ class Olmo2Block(nn.Module):
     config: Olmo2Config
     dtype: Any
     param_dtype: Any
+    layer: int
 
     def setup(self) -> None:
         config, types = self.config, (self.dtype, self.param_dtype)
@@ -70,9 +71,9 @@ class Olmo2Block(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(config.rms_norm_eps, self.param_dtype)
 
     def __call__(
-        self, x: Array, mask: Array, turn: tuple[Array, Array], past: Any, deterministic: bool
+        self, x: Array, mask: Array, cos_sin: tuple[Array, Array], past: Any, deterministic: bool
     ) -> tuple[Array, tuple[Array, Array], Array]:
-        out, present, weights = self.self_attn(x, mask, turn, past, deterministic)
+        out, present, weights = self.self_attn(x, mask, cos_sin, past, deterministic)
         x = x + self.post_attention_layernorm(out)  # (b, s, c)
         x = x + self.post_feedforward_layernorm(self.mlp(x))
         return x, present, weights

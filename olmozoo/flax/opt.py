@@ -31,10 +31,11 @@ class OPTAttention(nn.Module):
     config: OPTConfig
     dtype: Any
     param_dtype: Any
+    layer: int
 
     def setup(self) -> None:
         config, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        heads = config.kv_heads_in(int(self.path[-2])) * config.head_dim
+        heads = config.kv_heads_in(self.layer) * config.head_dim
         dense = partial(nn.Dense, use_bias=config.enable_bias, **types)
         self.q_proj = dense(heads)
         self.k_proj = dense(heads)
@@ -61,11 +62,12 @@ class OPTBlock(nn.Module):
     config: OPTConfig
     dtype: Any
     param_dtype: Any
+    layer: int
 
     def setup(self) -> None:
         config, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dense = partial(nn.Dense, use_bias=config.enable_bias, **types)
-        self.self_attn = OPTAttention(config, **types)
+        self.self_attn = OPTAttention(config, **types, layer=self.layer)
         self.self_attn_layer_norm = LayerNorm(config.layer_norm_elementwise_affine, self.param_dtype)
         self.fc1 = dense(config.ffn_dim)
         self.fc2 = dense(config.hidden_size)
@@ -90,8 +92,8 @@ class OPTBlock(nn.Module):
         return x, present, weights
 
 
-class OPTParts(nn.Module):
-    """What a checkpoint keeps under `decoder`."""
+class OPTDecoder(nn.Module):
+    """The layers of the decoder, `decoder` in a checkpoint."""
 
     config: OPTConfig
     dtype: Any
@@ -115,13 +117,13 @@ class OPTModule(DecoderModule):
     """The OPT decoder without a head, as a function of its parameters."""
 
     def setup(self) -> None:
-        self.decoder = OPTParts(self.config, self.dtype, self.param_dtype, self.gradient_checkpointing)
+        self.decoder = OPTDecoder(self.config, self.dtype, self.param_dtype, self.gradient_checkpointing)
 
     @property
-    def parts(self) -> nn.Module:
+    def stack(self) -> nn.Module:
         return self.decoder
 
-    def place(
+    def embed_positions(
         self,
         hidden: Array,
         position_ids: Array | None,
@@ -131,8 +133,8 @@ class OPTModule(DecoderModule):
     ) -> tuple[Array, list[Array | None]]:
         """Add the learned positions; a head_mask (layers, heads) or (heads,) goes to the attentions."""
         length, layers = hidden.shape[1], self.config.num_hidden_layers
-        if position_ids is None and attention_mask is not None:  # pads count for nothing and are at -1
-            real = jnp.asarray(attention_mask).astype(jnp.int32)
+        if position_ids is None and attention_mask is not None and jnp.ndim(attention_mask) == 2:
+            real = jnp.asarray(attention_mask).astype(jnp.int32)  # padding has position -1
             position_ids = lax.dynamic_slice_in_dim(real.cumsum(-1) * real - 1, past, length, axis=1)
         elif position_ids is None:
             position_ids = past + jnp.arange(length)[None]
@@ -143,7 +145,7 @@ class OPTModule(DecoderModule):
             return hidden, [None] * layers
         return hidden, list(jnp.broadcast_to(head_mask, (layers, self.config.num_attention_heads)))
 
-    def finish(self, hidden: Array) -> Array:
+    def final_norm(self, hidden: Array) -> Array:
         if self.decoder.final_layer_norm is not None:
             hidden = self.decoder.final_layer_norm(hidden)
         return hidden if self.decoder.project_out is None else self.decoder.project_out(hidden)  # (b, s, e)

@@ -13,6 +13,7 @@ from olmozoo.pt.auto import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
 )
+from olmozoo.pt.base import canonical_state
 from olmozoo.pt.cache import KVCache
 from olmozoo.pt.olmo import OlmoForCausalLM, OlmoForSequenceClassification, OlmoModel
 from olmozoo.pt.olmo2 import Olmo2ForCausalLM, Olmo2ForSequenceClassification, Olmo2Model
@@ -34,4 +35,5 @@ __all__ = [
     "OlmoForCausalLM",
     "OlmoForSequenceClassification",
     "OlmoModel",
+    "canonical_state",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -14,13 +15,13 @@ from olmozoo.checkpoint.matching import initial_weights, load_weights
 from olmozoo.checkpoint.reader import Checkpoint
 from olmozoo.checkpoint.tensors import check_shapes, dtype_of
 from olmozoo.checkpoint.writer import save_checkpoint
-from olmozoo.errors import ConfigError, InputError, raise_problems
+from olmozoo.errors import InputError, raise_problems
 from olmozoo.families.config import ModelConfig
-from olmozoo.families.parameter import BASE_PREFIX, Head, Parameter
+from olmozoo.families.parameter import Parameter
 from olmozoo.families.registry import register_model
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.hub import resolve
-from olmozoo.modeling import split_options
+from olmozoo.modeling import ModelMixin, resized_config, split_options
 from olmozoo.outputs import OUTPUTS
 from olmozoo.pt.cache import KVCache
 
@@ -28,7 +29,7 @@ for output_class in OUTPUTS:  # so that torch.export and DDP see the tensors in 
     torch.export.register_dataclass(output_class, serialized_type_name=f"olmozoo.{output_class.__name__}")
 
 
-class PreTrainedModel(nn.Module):
+class PreTrainedModel(ModelMixin, nn.Module):
     """Base of every model here.
 
     Args:
@@ -38,8 +39,6 @@ class PreTrainedModel(nn.Module):
         dtype: of the parameters; default torch's default dtype.
     """
 
-    config_class: ClassVar[type[ModelConfig]]
-    head: ClassVar[Head | None] = None
     gradient_checkpointing = False
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -48,10 +47,7 @@ class PreTrainedModel(nn.Module):
 
     def __init__(self, config: ModelConfig, *, seed: int | None = 0, dtype: torch.dtype | str | None = None) -> None:
         super().__init__()
-        if not isinstance(config, self.config_class):
-            raise ConfigError(
-                f"{type(self).__name__} takes a {self.config_class.__name__}, not {type(config).__name__}"
-            )
+        self.check_config(config)
         self.config = config
         self.generation_config = GenerationConfig.from_model(config)
         device = torch.get_default_device()
@@ -59,9 +55,7 @@ class PreTrainedModel(nn.Module):
             self.make_layers()
         if seed is not None and device.type != "meta":
             dtype_name = dtype_of(dtype or torch.get_default_dtype())
-            for parameter, array in initial_weights(config, self.head, seed=seed, dtype=dtype_name):
-                self._bind(parameter, to_tensor(array).to(device))
-            self.tie_weights()
+            self.bind_parameters(initial_weights(config, self.head, seed=seed, dtype=dtype_name), device)
 
     def make_layers(self) -> None:
         """Make the layers from `self.config`."""
@@ -117,14 +111,11 @@ class PreTrainedModel(nn.Module):
         """`from_pretrained` of a local folder, of which `config` has been read."""
         checkpoint = Checkpoint(folder)
         wanted = checkpoint.dtype if dtype in (None, "auto") else dtype_of(dtype)
-        device = torch.get_default_device() if device is None else torch.device(device)
         weights = load_weights(
             checkpoint, config, cls.head, dtype=wanted, ignore_mismatched_sizes=ignore_mismatched_sizes
         )
         model = cls(config, seed=None)
-        for parameter, array in weights:
-            model._bind(parameter, to_tensor(array).to(device))
-        model.tie_weights()
+        model.bind_parameters(weights, device)
         model.generation_config = GenerationConfig.from_folder(folder, config)
         return model.eval()
 
@@ -139,54 +130,78 @@ class PreTrainedModel(nn.Module):
             InputError: the model has other parameters than its config says, such as adapters that are not merged.
             CheckpointError: the folder could not be written and is as it was before.
         """
-        self.check()
+        self.check_parameters()
         save_checkpoint(
             folder,
             self.config,
             self.head,
-            read=lambda parameter: to_array(self._find(parameter)),
+            read=lambda parameter: to_numpy(self._find(parameter)),
             dtype=lambda parameter: self._find(parameter).dtype,
             generation_config=self.generation_config.to_dict(),
             max_shard_size=max_shard_size,
         )
 
-    def _path(self, parameter: Parameter) -> str:
-        """A parameter's name in this module: the canonical one, in a base model without the leading `model.`."""
-        return parameter.name if self.head else parameter.name.removeprefix(BASE_PREFIX)
+    # -- parameters -----------------------------------------------------------------------------------------------
 
-    def _find(self, parameter: Parameter) -> nn.Parameter:
-        return self.get_parameter(self._path(parameter))
+    def bind_parameters(
+        self, items: Iterable[tuple[Parameter, np.ndarray]], device: torch.device | str | None = None
+    ) -> None:
+        """Give parameters their values, which keep their dtype, and tie those that are tied.
 
-    def check(self) -> None:
-        """See that the module's parameters are those of the parameter table, and have values.
+        On the CPU a parameter shares the memory of its array: pass a copy of what must not change.
+
+        Args:
+            items: parameters of the table with their values, as they are in a checkpoint.
+            device: where they go; default torch's default device.
+        """
+        device = torch.get_default_device() if device is None else device
+        for parameter, array in items:
+            self._bind(parameter, from_numpy(array).to(device))
+        self.tie_weights()
+
+    def read_parameters(self) -> Iterator[tuple[Parameter, np.ndarray]]:
+        """The parameters of the table, without tied ones, with their values as they are in a checkpoint.
+
+        Raises:
+            InputError: the model has other parameters than its config says; every problem is named.
+        """
+        self.check_parameters()
+        for parameter in self._parameter_table():
+            yield parameter, to_numpy(self._find(parameter))
+
+    def check_parameters(self) -> None:
+        """Check that the module's parameters are those of the parameter table, and have values.
 
         Raises:
             InputError: they are not; every problem is named.
         """
-        table = [parameter for parameter in self.config.parameters(self.head) if parameter.tied_to is None]
-        held = {self._path(parameter): self._find(parameter) for parameter in table}
-        known = {id(tensor) for tensor in held.values()}
+        expected = {".".join(self._parameter_path(parameter)): parameter.shape for parameter in self._parameter_table()}
+        bound = {name: self.get_parameter(name) for name in expected}
+        known = {id(tensor) for tensor in bound.values()}
         others = {name: tensor for name, tensor in self.named_parameters() if id(tensor) not in known}
         headline = f"parameters do not fit the config of {type(self).__name__}"
-        found = {name: tuple(tensor.shape) for name, tensor in (held | others).items()}
-        check_shapes(headline, found, {self._path(parameter): parameter.shape for parameter in table})
-        empty = (f"without values, on the meta device: {name}" for name, tensor in held.items() if tensor.is_meta)
+        found = {name: tuple(tensor.shape) for name, tensor in (bound | others).items()}
+        check_shapes(headline, found, expected)
+        empty = (f"without values, on the meta device: {name}" for name, tensor in bound.items() if tensor.is_meta)
         raise_problems(headline, empty, InputError)
 
+    def _find(self, parameter: Parameter) -> nn.Parameter:
+        return self.get_parameter(".".join(self._parameter_path(parameter)))
+
     def _bind(self, parameter: Parameter, tensor: Tensor) -> None:
-        module, _, leaf = self._path(parameter).rpartition(".")
-        setattr(self.get_submodule(module), leaf, nn.Parameter(tensor))
+        *path, leaf = self._parameter_path(parameter)
+        setattr(self.get_submodule(".".join(path)), leaf, nn.Parameter(tensor))
 
     def tie_weights(self) -> None:
         """Make each tied parameter the one it is tied to."""
         for parameter in self.config.parameters(self.head):
             if parameter.tied_to is not None:
-                module, _, leaf = self._path(parameter).rpartition(".")
-                setattr(self.get_submodule(module), leaf, self.get_parameter(parameter.tied_to))
+                *path, leaf = self._parameter_path(parameter)
+                setattr(self.get_submodule(".".join(path)), leaf, self.get_parameter(parameter.tied_to))
 
     def init_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` positions; dtype by default the model's."""
-        return KVCache(self.config, batch_size, max_length, self.dtype if dtype is None else dtype, self.device)
+        return KVCache.create(self.config, batch_size, max_length, self.dtype if dtype is None else dtype, self.device)
 
     # -- what users of PyTorch models ask for ---------------------------------------------------------------------
 
@@ -205,11 +220,6 @@ class PreTrainedModel(nn.Module):
         """The decoder without its head; itself for a base model."""
         return self.model if self.head else self
 
-    def setting(self, name: str, value: bool | None, default: bool) -> bool:
-        """A call's choice, else the config's, else the default."""
-        value = getattr(self.config, name, None) if value is None else value
-        return default if value is None else value
-
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """The number of values in parameters; tied ones count once."""
         left_out = {id(self.get_input_embeddings().weight)} if exclude_embeddings else set()
@@ -219,11 +229,11 @@ class PreTrainedModel(nn.Module):
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding."""
-        return self.base_model.parts.embed_tokens
+        return self.base_model.stack.embed_tokens
 
     def set_input_embeddings(self, embedding: nn.Embedding) -> None:
         """Replace the token embedding (and with it a tied head)."""
-        self.base_model.parts.embed_tokens = embedding
+        self.base_model.stack.embed_tokens = embedding
         self.tie_weights()
 
     def get_output_embeddings(self) -> nn.Linear | None:
@@ -249,15 +259,13 @@ class PreTrainedModel(nn.Module):
             new_num_tokens: rows; default as many as there are.
             pad_to_multiple_of: round that up to a multiple.
         """
-        rows = self.config.vocab_size if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of:
-            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
-        config = self.config.replace(vocab_size=rows)
+        config = resized_config(self.config, new_num_tokens, pad_to_multiple_of)
+        rows = config.vocab_size
         for parameter in config.parameters(self.head):
             if "vocab" in parameter.axes and parameter.tied_to is None:
                 old = self._find(parameter)
                 kept = min(rows, old.shape[0])
-                added = to_tensor(parameter.initial(0, dtype_of(old.dtype))[kept:]).to(old.device)
+                added = from_numpy(parameter.initial(0, dtype_of(old.dtype))[kept:]).to(old.device)
                 self._bind(parameter, torch.cat([old.detach()[:kept], added]))
                 self._find(parameter).requires_grad_(old.requires_grad)
         for module in self.modules():
@@ -270,14 +278,25 @@ class PreTrainedModel(nn.Module):
         return self.get_input_embeddings()
 
 
-def to_tensor(array: np.ndarray) -> Tensor:
+def canonical_state(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """The values of a model by canonical name, as they are in a checkpoint; tied heads are left out.
+
+    On the CPU the arrays share the memory of the parameters.
+
+    Raises:
+        InputError: the model has other parameters than its config says; every problem is named.
+    """
+    return {parameter.name: array for parameter, array in model.read_parameters()}
+
+
+def from_numpy(array: np.ndarray) -> Tensor:
     """The array as a tensor, sharing its memory."""
     if array.dtype.name == "bfloat16":  # torch takes NumPy's own dtypes only
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
-def to_array(tensor: Tensor) -> np.ndarray:
+def to_numpy(tensor: Tensor) -> np.ndarray:
     """The tensor as an array, sharing its memory where it is on the CPU."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:

@@ -1,4 +1,7 @@
-"""Key/value caches. Both kinds have the `update` and `get_seq_length` of Transformers' caches, which serve as well."""
+"""Key/value caches. A layer adds its keys and values by `update`, as to a cache of Transformers, which serves as well.
+
+Caches of PyTorch change in place, where those of Keras and Flax are values: a layer gets the whole cache here.
+"""
 
 from __future__ import annotations
 
@@ -13,68 +16,66 @@ from olmozoo.families.config import ModelConfig
 
 
 class KVCache:
-    """Keys and values in memory set aside once, for `max_length` positions.
+    """Preallocated keys and values, for `max_length` positions.
 
     Args:
-        config: gives the number of layers and the shape of a layer.
-        batch_size: rows.
-        max_length: the most positions it can hold.
-        dtype: of the keys and values.
-        device: where they lie.
+        keys: one tensor a layer, (batch, kv_heads, max_length, head_dim).
+        values: the same for values.
+        length: the number of positions cached.
     """
 
-    def __init__(
-        self,
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], length: int = 0) -> None:
+        self.keys, self.values = list(keys), list(values)
+        self.lengths = [length] * len(self.keys)  # within a call, some layers are ahead of others
+
+    @classmethod
+    def create(
+        cls,
         config: ModelConfig,
         batch_size: int,
         max_length: int,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-    ) -> None:
+    ) -> Self:
+        """An empty cache for `batch_size` rows of up to `max_length` positions."""
         layers = range(config.num_hidden_layers)
         shapes = [(batch_size, config.kv_heads_in(layer), max_length, config.head_dim) for layer in layers]
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-        self.lengths = [0] * len(shapes)
-        self.max_length = max_length
+        keys, values = ([torch.empty(shape, dtype=dtype, device=device) for shape in shapes] for _ in range(2))
+        return cls(keys, values)
+
+    @property
+    def max_length(self) -> int:
+        """The number of positions that there is memory for."""
+        return self.keys[0].shape[2]
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """The number of positions held."""
+        """The number of positions cached."""
         return self.lengths[layer]
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Add key and value (batch, kv_heads, new, head_dim) of a layer; all that it holds then.
+        """Add key and value (batch, kv_heads, new, head_dim) of a layer; return all that are cached then.
 
         Raises:
-            InputError: there is no room, or the cache is of other rows or heads.
+            InputError: there is no room, or the cache has other rows or heads.
         """
-        held, new = tuple(self.keys[layer].shape[:2]), tuple(key.shape[:2])
-        if held != new:
-            raise InputError(f"the cache is of {held} rows and heads, expected {new}")
+        cached, new = tuple(self.keys[layer].shape[:2]), tuple(key.shape[:2])
+        if cached != new:
+            raise InputError(f"the cache has {cached} rows and heads, expected {new}")
         start = self.lengths[layer]
         end = start + key.shape[2]
         if end > self.max_length:
-            raise InputError(f"the cache holds {self.max_length} positions, {end} were asked of it")
+            raise InputError(f"the cache has room for {self.max_length} positions, {end} are needed")
         self.keys[layer][:, :, start:end] = key
         self.values[layer][:, :, start:end] = value
         self.lengths[layer] = end
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
-    @classmethod
-    def of(cls, pairs: Sequence[tuple[Tensor, Tensor]]) -> Self:
-        """The legacy form as a cache, which has no room for more."""
-        cache = cls.__new__(cls)
-        cache.keys, cache.values = ([pair[side] for pair in pairs] for side in range(2))
-        cache.max_length = pairs[0][0].shape[2]
-        cache.lengths = [cache.max_length] * len(pairs)
-        return cache
-
-    def fill(self, held: Any, length: int) -> None:
-        """Take over what another cache holds, as the last of the first `length` positions; before it is padding."""
+    def begin_with(self, cache: Any, length: int) -> None:
+        """Copy another cache to the end of the first `length` positions; zeros before it pad it on the left."""
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            nothing = key[:, :, :0]
-            old_key, old_value = held.update(nothing, nothing, layer)
-            if old_key.shape != (shape := (*key.shape[:2], held.get_seq_length(), key.shape[3])):
+            none = key[:, :, :0]  # added to any kind of cache, it returns what is cached
+            old_key, old_value = cache.update(none, none, layer)
+            if old_key.shape != (shape := (*key.shape[:2], cache.get_seq_length(), key.shape[3])):
                 raise InputError(f"past_key_values is {tuple(old_key.shape)} in layer {layer}, expected {shape}")
             start = length - old_key.shape[2]
             key[:, :, :start] = 0
@@ -84,51 +85,52 @@ class KVCache:
             self.lengths[layer] = length
 
     def reorder(self, rows: Tensor) -> None:
-        """Make row i what row `rows[i]` is now."""
+        """Replace row i by row `rows[i]`."""
         self.keys = [key.index_select(0, rows) for key in self.keys]
         self.values = [value.index_select(0, rows) for value in self.values]
 
     def rewind(self, length: int) -> None:
-        """Forget what is past the first `length` positions."""
+        """Drop all but the first `length` positions."""
         self.lengths = [length] * len(self.lengths)
 
-    def take(self, places: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        """The keys and values at some positions, in the legacy form."""
-        return tuple((k[:, :, places], v[:, :, places]) for k, v in zip(self.keys, self.values, strict=True))
+    def take(self, positions: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """The keys and values at some positions, as a tuple of pairs."""
+        return tuple((k[:, :, positions], v[:, :, positions]) for k, v in zip(self.keys, self.values, strict=True))
 
 
 class StaticCache(KVCache):
     """A cache whose every use has the same shapes, as `torch.compile` wants: attention sees all of its positions.
 
-    What of it counts is for a mask (batch, 1, seq, max_length) to say; `places` says where the next keys go.
+    A mask (batch, 1, seq, max_length) says which of them count, and `positions` where the next keys go.
     """
 
     def __init__(self, cache: KVCache) -> None:
-        self.__dict__.update(cache.__dict__)
-        self.places = torch.zeros(0, dtype=torch.long)
+        super().__init__(cache.keys, cache.values, cache.get_seq_length())
+        self.positions = torch.zeros(0, dtype=torch.long)
         for tensor in (*self.keys, *self.values):
-            tensor[:, :, self.lengths[0] :] = 0  # what is not written yet meets a weight of 0, and must not be NaN
+            tensor[:, :, self.lengths[0] :] = 0  # a weight of 0 times memory that was never written might be NaN
+            # So CUDA graphs use the memory where it is. Not public; see test_a_static_cache_is_at_a_static_address.
             torch._dynamo.mark_static_address(tensor)
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Put key and value (batch, kv_heads, new, head_dim) of a layer at `places`; all of the layer."""
-        self.keys[layer].index_copy_(2, self.places, key.to(self.keys[layer].dtype))
-        self.values[layer].index_copy_(2, self.places, value.to(self.values[layer].dtype))
+        """Write key and value (batch, kv_heads, new, head_dim) of a layer at `positions`; return all of the layer."""
+        self.keys[layer].index_copy_(2, self.positions, key.to(self.keys[layer].dtype))
+        self.values[layer].index_copy_(2, self.positions, value.to(self.values[layer].dtype))
         return self.keys[layer], self.values[layer]
 
 
 class TupleCache:
-    """The legacy form as a cache: a tuple of (key, value) pairs that grow by concatenation."""
+    """A tuple of (key, value) pairs, one a layer, as a cache; they grow by concatenation."""
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
         self.pairs = [tuple(pair) for pair in pairs]
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """The number of positions held."""
+        """The number of positions cached."""
         return self.pairs[layer][0].shape[2] if layer < len(self.pairs) else 0
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Add key and value (batch, kv_heads, new, head_dim) of a layer; all that it holds then."""
+        """Add key and value (batch, kv_heads, new, head_dim) of a layer; return all that are cached then."""
         if layer == len(self.pairs):
             self.pairs.append((key, value))
         else:
@@ -137,8 +139,8 @@ class TupleCache:
         return self.pairs[layer]
 
 
-def open_cache(past_key_values: Any, use_cache: bool, layers: int) -> Any:
-    """The cache for one call: an object as it is, a legacy tuple wrapped, a new one if wanted, or None.
+def open_cache(past_key_values: Any, layers: int, use_cache: bool) -> Any:
+    """The cache for one call: an object as it is, a tuple of pairs wrapped, a new one if wanted, or None.
 
     Raises:
         InputError: `past_key_values` is no cache, or has another number of layers.
@@ -146,16 +148,23 @@ def open_cache(past_key_values: Any, use_cache: bool, layers: int) -> Any:
     if past_key_values is None:
         return TupleCache() if use_cache else None
     if isinstance(past_key_values, (tuple, list)):
-        if len(past_key_values) != layers:
-            raise InputError(f"past_key_values has {len(past_key_values)} layers, expected {layers}")
-        return TupleCache(past_key_values)
-    if isinstance(past_key_values, KVCache) and len(past_key_values.keys) != layers:
-        raise InputError(f"past_key_values has {len(past_key_values.keys)} layers, expected {layers}")
-    if not hasattr(past_key_values, "update"):
+        found, cache = len(past_key_values), TupleCache(past_key_values)
+    elif isinstance(past_key_values, KVCache):
+        found, cache = len(past_key_values.keys), past_key_values
+    elif hasattr(past_key_values, "update"):
+        return past_key_values
+    else:
         raise InputError(f"past_key_values is a {type(past_key_values).__name__}, expected a tuple of pairs or a cache")
-    return past_key_values
+    if found != layers:
+        raise InputError(f"past_key_values has {found} layers, expected {layers}")
+    return cache
 
 
 def close_cache(cache: Any) -> Any:
-    """What a call returns for the cache it was given: the kind that went in."""
+    """The cache that a call returns: of the kind that it was given."""
     return tuple(cache.pairs) if isinstance(cache, TupleCache) else cache
+
+
+def cached_length(cache: Any) -> int:
+    """The number of positions cached; 0 for None."""
+    return 0 if cache is None else cache.get_seq_length()

@@ -13,7 +13,7 @@ from olmozoo.generation.decode import advance, guess
 from olmozoo.generation.prepare import Call, prepare, written
 from olmozoo.generation.state import State
 from olmozoo.outputs import GenerateOutput
-from olmozoo.pt.cache import KVCache, StaticCache, TupleCache, open_cache
+from olmozoo.pt.cache import KVCache, StaticCache, TupleCache, cached_length, open_cache
 from olmozoo.pt.layers import at_least_float32
 
 
@@ -55,7 +55,7 @@ class GenerationMixin:
         Raises:
             InputError: a setting is unknown, wrong or clashes with another, or shapes do not fit.
         """
-        held = open_cache(past_key_values, False, self.config.num_hidden_layers)
+        held = open_cache(past_key_values, self.config.num_hidden_layers, False)
         call = prepare(
             generation_config or self.generation_config,
             self.config,
@@ -63,7 +63,7 @@ class GenerationMixin:
             input_ids=None if input_ids is None else input_ids.cpu().numpy(),
             attention_mask=None if attention_mask is None else attention_mask.cpu().numpy(),
             inputs_embeds=inputs_embeds,
-            held=0 if held is None else held.get_seq_length(),
+            held=cached_length(held),
             tokenizer=tokenizer,
             streamer=streamer,
             compiled=compile,
@@ -86,7 +86,8 @@ class GenerationMixin:
                 *range(call.past + call.shift, call.end + state.count - 1),
             ]
             pairs = cache.take(torch.tensor(places, device=device))
-            output.past_key_values = pairs if isinstance(held, TupleCache | None) else KVCache.of(pairs)
+            kept = KVCache(*zip(*pairs, strict=True), len(places))
+            output.past_key_values = pairs if isinstance(held, TupleCache | None) else kept
         return output
 
     def prepare_inputs_for_generation(self, input_ids: Tensor | None, **arguments: Any) -> dict[str, Any]:
@@ -106,7 +107,7 @@ class GenerationMixin:
         positions = (mask.long().cumsum(-1) - 1).masked_fill(~mask, 0)
         cache = self.init_cache(len(mask), mask.shape[1])
         if held is not None:
-            cache.fill(held, call.past)
+            cache.begin_with(held, call.past)
 
         def read(ids: Tensor | None, start: int, end: int, embeds: Tensor | None = None, keep: int = 1) -> Tensor:
             """Logits (rows, keep, v) after reading the tokens at places start to end of the cache."""
@@ -181,7 +182,7 @@ class GenerationMixin:
 
         def read(ids: Tensor, start: int, end: int, embeds: Tensor | None = None, keep: int = 1) -> Tensor:
             places = torch.arange(start, end, device=mask.device)
-            cache.places = places
+            cache.positions = places
             seen = mask[:, None, None, :] & (key <= places[:, None])
             output = step(
                 ids,

@@ -6,7 +6,7 @@ d head_dim, c hidden size, f MLP width.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -59,25 +59,41 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
+def constant(values: tuple[float, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A tensor of `values` on the device of `like`, made once for each dtype and device.
+
+    It is no buffer: `model.half()` would round it, and `model.double()` could not undo that. What traces a graph, or
+    brings tensors of its own kind (fake, distributed), gets a tensor of its own.
+    """
+    if torch.compiler.is_compiling() or type(like) is not Tensor:
+        return torch.tensor(values, dtype=dtype, device=like.device)
+    return cached_constant(values, dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def cached_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """See `constant`."""
+    with torch.inference_mode(False):  # the next call may be of training
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
 def rotary(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (b, 1, s, d), for positions (b, s), in at least float32."""
+    """Cosines and sines, each (b, 1, s, d), for positions (b, s), in at least float32; see `Rope.frequencies`."""
     dtype = at_least_float32(dtype)
-    inv_freq = torch.tensor(rope.inv_freq, dtype=dtype, device=positions.device)
-    length = positions.max() + 1
+    inv_freq = constant(rope.inv_freq, dtype, positions)
     if rope.growth is not None:
-        past = (length - rope.length).clamp(min=0).to(dtype)
-        growth = torch.tensor(rope.growth, dtype=dtype, device=positions.device)
-        inv_freq = inv_freq * (1 + rope.factor * past / rope.length) ** -growth
+        past = (positions.max() + 1 - rope.length).clamp(min=0).to(dtype)
+        inv_freq = inv_freq * (1 + rope.factor * past / rope.length) ** -constant(rope.growth, dtype, positions)
     elif rope.long_inv_freq is not None:
-        long_inv_freq = torch.tensor(rope.long_inv_freq, dtype=dtype, device=positions.device)
-        inv_freq = torch.where(length > rope.length, long_inv_freq, inv_freq)
+        is_long = positions.max() + 1 > rope.length
+        inv_freq = torch.where(is_long, constant(rope.long_inv_freq, dtype, positions), inv_freq)
     angles = positions[:, None, :, None].to(dtype) * inv_freq
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos() * rope.scale, angles.sin() * rope.scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + d/2) of x (b, h, s, d) by its angle (arXiv:2104.09864, in the half-split layout)."""
+    """Rotate each pair (i, i + d/2) of x (b, h, s, d) by its angle (arXiv:2104.09864, in the half-split layout)."""
     wide = x.to(cos.dtype)
     first, second = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
@@ -88,12 +104,19 @@ def causal_mask(
 ) -> Tensor | None:
     """Which keys each query sees: bool (b or 1, 1, s, t), or None where that is plain causality.
 
-    A query sees the real keys up to its own place. One that would see none (padding on the left) sees itself, so that
-    no softmax is over nothing. An attention_mask of four dimensions is taken for the answer itself; one of floats is
-    added to the scores.
+    A query sees the real keys up to its own position. One that would see none (padding on the left) sees itself, so
+    that no softmax is over nothing.
+
+    Args:
+        attention_mask: (b, past + s), 1 for real tokens. Or (b or 1, h or 1, s, t), which is the answer itself: true
+            where a query sees a key, or floats, which `attention` adds to the scores.
+        batch: b.
+        length: s.
+        past: positions in the cache before this call.
+        device: of the result.
 
     Raises:
-        InputError: attention_mask is not (batch, past + length).
+        InputError: attention_mask has another shape.
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask if attention_mask.is_floating_point() else attention_mask.to(torch.bool)
@@ -135,7 +158,8 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of query (b, h, s, d) on key and value (b, g, t, d); key head i serves h/g query heads.
 
-    A mask of floats is added to the scores. A head_mask (h,) multiplies each head's weights.
+    A mask of floats is added to the scores. A head_mask (h,) multiplies each head's weights. Dropout of the weights
+    has the probability `dropout`.
 
     Returns:
         The heads' outputs, side by side, (b, s, h * d); and the weights (b, h, s, t) where they are wanted.

@@ -36,12 +36,12 @@ class OlmoAttention(nn.Module):
         self.layer = layer
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, turn: tuple[Tensor, Tensor], cache: Any, want_weights: bool
+        self, x: Tensor, mask: Tensor | None, cos_sin: tuple[Tensor, Tensor], cache: Any, want_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         query = split_heads(clip(self.q_proj(x), self.limit), self.head_dim)  # (b, h, s, d)
         key = split_heads(clip(self.k_proj(x), self.limit), self.head_dim)  # (b, g, s, d)
         value = split_heads(clip(self.v_proj(x), self.limit), self.head_dim)
-        query, key = rotate(query, *turn), rotate(key, *turn)
+        query, key = rotate(query, *cos_sin), rotate(key, *cos_sin)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)  # (b, g, t, d)
         dropout = self.dropout if self.training else 0.0
@@ -60,9 +60,9 @@ class OlmoBlock(nn.Module):
         self.post_attention_layernorm = LayerNorm(config.hidden_size, affine=False)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, turn: tuple[Tensor, Tensor], cache: Any, want_weights: bool
+        self, x: Tensor, mask: Tensor | None, cos_sin: tuple[Tensor, Tensor], cache: Any, want_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        out, weights = self.self_attn(self.input_layernorm(x), mask, turn, cache, want_weights)
+        out, weights = self.self_attn(self.input_layernorm(x), mask, cos_sin, cache, want_weights)
         x = x + out  # (b, s, c)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x, weights

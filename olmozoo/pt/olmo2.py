@@ -1,7 +1,7 @@
 """OLMo 2 in PyTorch (arXiv:2501.00656).
 
     x ─┬─ attention ─ norm ─ + ─┬─ MLP ─ norm ─ + ─
-       └────────────────────────┘└──────────────┘        norms are on what a sublayer puts out, not on what it takes in
+       └─────────────────────┘  └───────────────┘        norms are on the output of a sublayer, not on its input
 
 Shapes: b batch, s positions in this call, t positions with the cache, h query heads, g key/value heads, d head_dim,
 c hidden size.
@@ -37,12 +37,12 @@ class Olmo2Attention(nn.Module):
         self.layer = layer
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, turn: tuple[Tensor, Tensor], cache: Any, want_weights: bool
+        self, x: Tensor, mask: Tensor | None, cos_sin: tuple[Tensor, Tensor], cache: Any, want_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         query = split_heads(self.q_norm(self.q_proj(x)), self.head_dim)  # (b, h, s, d)
         key = split_heads(self.k_norm(self.k_proj(x)), self.head_dim)  # (b, g, s, d)
         value = split_heads(self.v_proj(x), self.head_dim)
-        query, key = rotate(query, *turn), rotate(key, *turn)
+        query, key = rotate(query, *cos_sin), rotate(key, *cos_sin)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)  # (b, g, t, d)
         dropout = self.dropout if self.training else 0.0
@@ -61,9 +61,9 @@ class Olmo2Block(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, turn: tuple[Tensor, Tensor], cache: Any, want_weights: bool
+        self, x: Tensor, mask: Tensor | None, cos_sin: tuple[Tensor, Tensor], cache: Any, want_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        out, weights = self.self_attn(x, mask, turn, cache, want_weights)
+        out, weights = self.self_attn(x, mask, cos_sin, cache, want_weights)
         x = x + self.post_attention_layernorm(out)  # (b, s, c)
         x = x + self.post_feedforward_layernorm(self.mlp(x))
         return x, weights

@@ -82,29 +82,34 @@ class OPTBlock(nn.Module):
         return x, weights
 
 
+class OPTDecoder(nn.Module):
+    """The layers of the decoder, `decoder` in a checkpoint."""
+
+    def __init__(self, config: OPTConfig) -> None:
+        super().__init__()
+        c, e = config.hidden_size, config.embedding.shape[1]
+        self.embed_tokens = nn.Embedding(config.vocab_size, e)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, c)
+        self.project_in = nn.Linear(e, c, bias=False) if config.projects else None
+        self.project_out = nn.Linear(c, e, bias=False) if config.projects else None
+        self.layers = nn.ModuleList(OPTBlock(config, layer) for layer in range(config.num_hidden_layers))
+        self.final_layer_norm = LayerNorm(c, config.layer_norm_elementwise_affine) if config.has_final_norm else None
+
+
 class OPTModel(Decoder):
     """The OPT decoder without a head."""
 
     config_class = OPTConfig
 
     def make_layers(self) -> None:
-        config = self.config
-        c, e = config.hidden_size, config.embedding.shape[1]
-        self.decoder = nn.Module()
-        self.decoder.embed_tokens = nn.Embedding(config.vocab_size, e)
-        self.decoder.embed_positions = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, c)
-        self.decoder.project_in = nn.Linear(e, c, bias=False) if config.projects else None
-        self.decoder.project_out = nn.Linear(c, e, bias=False) if config.projects else None
-        self.decoder.layers = nn.ModuleList(OPTBlock(config, layer) for layer in range(config.num_hidden_layers))
-        affine = config.layer_norm_elementwise_affine
-        self.decoder.final_layer_norm = LayerNorm(c, affine) if config.has_final_norm else None
-        self.layerdrop = config.layerdrop
+        self.decoder = OPTDecoder(self.config)
+        self.layerdrop = self.config.layerdrop
 
     @property
-    def parts(self) -> nn.Module:
+    def stack(self) -> nn.Module:
         return self.decoder
 
-    def place(
+    def embed_positions(
         self,
         hidden: Tensor,
         position_ids: Tensor | None,
@@ -115,7 +120,7 @@ class OPTModel(Decoder):
         """Add the learned positions; a head_mask (layers, heads) or (heads,) goes to the attentions."""
         length = hidden.shape[1]
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-            real = attention_mask.long()  # pads count for nothing and are at -1
+            real = attention_mask.long()  # padding has position -1
             position_ids = (real.cumsum(-1) * real - 1)[:, past:]
         elif position_ids is None:
             position_ids = torch.arange(past, past + length, device=hidden.device)[None]
@@ -128,7 +133,10 @@ class OPTModel(Decoder):
         return hidden, list(head_mask.expand(layers, -1))
 
     def prune_heads(self, heads_to_prune: dict[int, list[int]]) -> None:
-        """Take heads, {layer: [heads as first numbered]}, out of the weights; the config follows.
+        """Remove heads from the weights; the config follows.
+
+        Args:
+            heads_to_prune: heads by layer, as they were numbered before any was removed.
 
         Raises:
             ConfigError: there is no such layer or head, or a layer would have none left.
@@ -138,19 +146,17 @@ class OPTModel(Decoder):
         self.config = self.config.replace(extra={**self.config.extra, "pruned_heads": pruned})
         for layer, gone in pruned.items():
             old = [head for head in range(self.config.num_attention_heads) if head not in before.get(layer, ())]
-            kept = torch.tensor([place for place, head in enumerate(old) if head not in gone], device=self.device)
+            kept = torch.tensor([index for index, head in enumerate(old) if head not in gone], device=self.device)
             attention = self.decoder.layers[layer].self_attn
-            places = (
-                kept[:, None] * attention.head_dim + torch.arange(attention.head_dim, device=self.device)
-            ).flatten()
+            rows = (kept[:, None] * attention.head_dim + torch.arange(attention.head_dim, device=self.device)).flatten()
             for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-                linear.weight = nn.Parameter(linear.weight.detach()[places])
-                linear.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach()[places])
-                linear.out_features = len(places)
-            attention.out_proj.weight = nn.Parameter(attention.out_proj.weight.detach()[:, places])
-            attention.out_proj.in_features = len(places)
+                linear.weight = nn.Parameter(linear.weight.detach()[rows])
+                linear.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach()[rows])
+                linear.out_features = len(rows)
+            attention.out_proj.weight = nn.Parameter(attention.out_proj.weight.detach()[:, rows])
+            attention.out_proj.in_features = len(rows)
 
-    def finish(self, hidden: Tensor) -> Tensor:
+    def final_norm(self, hidden: Tensor) -> Tensor:
         if self.decoder.final_layer_norm is not None:
             hidden = self.decoder.final_layer_norm(hidden)
         return hidden if self.decoder.project_out is None else self.decoder.project_out(hidden)  # (b, s, e)

@@ -22,6 +22,7 @@ from olmozoo.tf.auto import (
     TFAutoModelForQuestionAnswering,
     TFAutoModelForSequenceClassification,
 )
+from olmozoo.tf.base import canonical_state
 from olmozoo.tf.cache import KVCache
 from olmozoo.tf.olmo import TFOlmoForCausalLM, TFOlmoForSequenceClassification, TFOlmoModel
 from olmozoo.tf.olmo2 import TFOlmo2ForCausalLM, TFOlmo2ForSequenceClassification, TFOlmo2Model
@@ -43,4 +44,5 @@ __all__ = [
     "TFOlmoForCausalLM",
     "TFOlmoForSequenceClassification",
     "TFOlmoModel",
+    "canonical_state",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,21 +18,21 @@ from olmozoo.checkpoint.matching import initial_weights, load_weights
 from olmozoo.checkpoint.reader import Checkpoint
 from olmozoo.checkpoint.tensors import aligned, check_shapes
 from olmozoo.checkpoint.writer import save_checkpoint
-from olmozoo.errors import ConfigError, InputError
+from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
-from olmozoo.families.parameter import BASE_PREFIX, Head, Parameter
+from olmozoo.families.parameter import Parameter
 from olmozoo.families.registry import register_model
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.hub import resolve
-from olmozoo.modeling import split_options
+from olmozoo.modeling import ModelMixin, resized_config, split_options
 from olmozoo.outputs import OUTPUTS, ModelOutput
 from olmozoo.tf.cache import KVCache
-from olmozoo.tf.layers import Tensor, embedding, linear, to_tensor
+from olmozoo.tf.layers import Tensor, embedding, from_numpy, linear
 
 LEAVES = {"linear": "kernel", "embedding": "embeddings", "norm": "scale", "bias": "bias"}  # what layers call them
 
 
-class PreTrainedModel(keras.Model):
+class PreTrainedModel(ModelMixin, keras.Model):
     """Base of every model here. All variables exist once a model is made.
 
     Args:
@@ -45,8 +45,6 @@ class PreTrainedModel(keras.Model):
         nested: whether this model is a part of another, which makes its variables.
     """
 
-    config_class: ClassVar[type[ModelConfig]]
-    head: ClassVar[Head | None] = None
     label_names: ClassVar[tuple[str, ...]] = ()  # the arguments of `call` that give a loss
     gradient_checkpointing = False
     quantized: tuple[Any, ...] | None = None  # mode, config and filters, where `quantize` was called
@@ -64,10 +62,7 @@ class PreTrainedModel(keras.Model):
         name: str | None = None,
         nested: bool = False,
     ) -> None:
-        if not isinstance(config, self.config_class):
-            raise ConfigError(
-                f"{type(self).__name__} takes a {self.config_class.__name__}, not {type(config).__name__}"
-            )
+        self.check_config(config)
         super().__init__(name=name, dtype=dtype, autocast=False)
         self.config = config
         self.generation_config = GenerationConfig.from_model(config)
@@ -77,8 +72,7 @@ class PreTrainedModel(keras.Model):
         if not nested:
             self.make_variables()
             if seed is not None:
-                for parameter, array in initial_weights(config, self.head, seed=seed, dtype=self.variable_dtype):
-                    self._bind(parameter, array)
+                self.bind_parameters(initial_weights(config, self.head, seed=seed, dtype=self.variable_dtype))
 
     def make_layers(self) -> None:
         """Make the layers from `self.config`."""
@@ -86,16 +80,14 @@ class PreTrainedModel(keras.Model):
 
     def make_variables(self) -> None:
         """Build each layer that has a parameter in the table: so they are all there before the first call."""
-        for parameter in self.config.parameters(self.head):
-            if parameter.tied_to is None and parameter.kind != "bias":  # a bias comes with its weight
-                layer, path = self._layer(parameter)
-                if not layer.built:
-                    with ExitStack() as scopes:
-                        for step in (self.name, *path[:-1]):
-                            scopes.enter_context(keras.name_scope(step))
-                        layer.build(
-                            (None, None) if parameter.kind == "embedding" else (None, None, parameter.shape[-1])
-                        )
+        for parameter in self._parameter_table():
+            layer = self._layer(parameter)
+            if layer.built or parameter.kind == "bias":  # a bias comes with its weight
+                continue
+            with ExitStack() as scopes:  # Keras names variables by the scopes that they are made in
+                for step in (self.name, *self._parameter_path(parameter)[:-2]):
+                    scopes.enter_context(keras.name_scope(step))
+                layer.build((None, None) if parameter.kind == "embedding" else (None, None, parameter.shape[-1]))
 
     # -- loading and saving ---------------------------------------------------------------------------------------
 
@@ -110,8 +102,9 @@ class PreTrainedModel(keras.Model):
     ) -> Self:
         """A model with the weights of a checkpoint.
 
-        On the CPU and in the checkpoint's own dtype, what is not turned for Keras (embeddings, norms and biases) is the
-        mapped file itself where it lies aligned there: it is read when it is used, and nothing ever changes the file.
+        On the CPU and in the checkpoint's own dtype, what is not transposed for Keras (embeddings, norms and biases) is
+        the mapped file itself where it lies aligned there: it is read when it is used, and nothing ever changes the
+        file.
 
         Args:
             path_or_repo: a folder, or a repository on the hub.
@@ -144,8 +137,7 @@ class PreTrainedModel(keras.Model):
             dtype=np.dtype(model.variable_dtype),
             ignore_mismatched_sizes=ignore_mismatched_sizes,
         )
-        for parameter, array in weights:
-            model._bind(parameter, array)
+        model.bind_parameters(weights)
         model.generation_config = GenerationConfig.from_folder(folder, config)
         return model
 
@@ -160,7 +152,7 @@ class PreTrainedModel(keras.Model):
             InputError: the model has other variables than its config says, such as a head that is no longer tied.
             CheckpointError: the folder could not be written and is as it was before.
         """
-        self.check()
+        self.check_parameters()
         save_checkpoint(
             folder,
             self.config,
@@ -225,7 +217,7 @@ class PreTrainedModel(keras.Model):
         archive.write_out(os.fspath(filepath), verbose=verbose is not False, **options)
 
     def quantize(self, mode: str | None = None, config: Any = None, filters: Any = None, **options: Any) -> None:
-        """Make kernels whole numbers, as `keras.Model.quantize` does; a `.keras` file of the model loads so.
+        """Make kernels integers, as `keras.Model.quantize` does; a `.keras` file of the model loads so.
 
         It does not where `filters` is a function, nor in the modes that need data.
         """
@@ -255,39 +247,55 @@ class PreTrainedModel(keras.Model):
             model.quantize(mode, keras.saving.deserialize_keras_object(how), filters=filters)
         return model
 
-    def _layer(self, parameter: Parameter) -> tuple[keras.layers.Layer, list[str]]:
-        """The layer that has a parameter's variable, and the path to it: the canonical one, walked by attribute.
+    # -- parameters -----------------------------------------------------------------------------------------------
 
-        Two names differ on the way: a Keras model's `layers` are all its layers, so the blocks are in `blocks`; and a
-        base model has no leading `model.`.
+    def bind_parameters(self, items: Iterable[tuple[Parameter, np.ndarray]]) -> None:
+        """Give parameters their values.
+
+        A variable may share the memory of its array: pass a copy of what must not change.
+
+        Args:
+            items: parameters of the table with their values, as they are in a checkpoint, in the variables' dtype.
         """
-        name = parameter.name if self.head else parameter.name.removeprefix(BASE_PREFIX)
-        path = name.split(".")[:-1]
-        layer: Any = self
-        for step in path:
-            layer = layer[int(step)] if step.isdigit() else getattr(layer, "blocks" if step == "layers" else step)
-        return layer, path
+        for parameter, array in items:
+            self._find(parameter).assign(from_numpy(aligned(array, transposed=parameter.kind == "linear")))
 
-    def _find(self, parameter: Parameter) -> keras.Variable:
-        """A parameter's variable, under the name that Keras gives the leaf."""
-        return getattr(self._layer(parameter)[0], LEAVES[parameter.kind])
+    def read_parameters(self) -> Iterator[tuple[Parameter, np.ndarray]]:
+        """The parameters of the table, without tied ones, with their values as they are in a checkpoint.
 
-    def check(self) -> None:
-        """See that the layers with variables are those of the parameter table; adapters inside one count as its own.
+        Raises:
+            InputError: the model has other variables than its config says; every problem is named.
+        """
+        self.check_parameters()
+        for parameter in self._parameter_table():
+            yield parameter, self._read(parameter)
+
+    def check_parameters(self) -> None:
+        """Check that the layers with variables are those of the parameter table; adapters inside one count as its own.
 
         Raises:
             InputError: they are not; every problem is named.
         """
-        table = [parameter for parameter in self.config.parameters(self.head) if parameter.tied_to is None]
-        known = {id(variable) for parameter in table for variable in self._layer(parameter)[0].weights}
+        table = self._parameter_table()
+        known = {id(variable) for parameter in table for variable in self._layer(parameter).weights}
         found = {variable.path: tuple(variable.shape) for variable in self.weights if id(variable) not in known}
         found |= {parameter.name: tuple(self._find(parameter).shape) for parameter in table}
         expected = {p.name: p.shape[::-1] if p.kind == "linear" else p.shape for p in table}
         check_shapes(f"variables do not fit the config of {type(self).__name__}", found, expected)
 
-    def _bind(self, parameter: Parameter, array: np.ndarray) -> None:
-        """Give a parameter its values. It may take the array's memory over: whoever needs that keeps a copy."""
-        self._find(parameter).assign(to_tensor(aligned(array, transposed=parameter.kind == "linear")))
+    def _layer(self, parameter: Parameter) -> keras.layers.Layer:
+        """The layer that has a parameter's variable.
+
+        A Keras model's `layers` are all its layers, so the blocks of a decoder are in `blocks`.
+        """
+        layer: Any = self
+        for step in self._parameter_path(parameter)[:-1]:
+            layer = layer[int(step)] if step.isdigit() else getattr(layer, "blocks" if step == "layers" else step)
+        return layer
+
+    def _find(self, parameter: Parameter) -> keras.Variable:
+        """A parameter's variable, under the name that Keras gives the leaf."""
+        return getattr(self._layer(parameter), LEAVES[parameter.kind])
 
     def _read(self, parameter: Parameter) -> np.ndarray:
         tensor = tf.convert_to_tensor(self._find(parameter))
@@ -317,8 +325,8 @@ class PreTrainedModel(keras.Model):
         return self(**{**keywords, "use_cache": False, "return_dict": True}, training=False)
 
     def __dir__(self) -> list[str]:
-        """Without the two properties that lead back to the model: Keras saves all it finds here, and all in that."""
-        return [name for name in super().__dir__() if name not in ("base_model", "parts")]
+        """Without two properties that lead back into the model: Keras would save its variables under their names."""
+        return [name for name in super().__dir__() if name not in ("base_model", "stack")]
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -327,12 +335,7 @@ class PreTrainedModel(keras.Model):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` positions; dtype by default the model's."""
-        return KVCache.empty(self.config, batch_size, max_length, self.compute_dtype if dtype is None else dtype)
-
-    def setting(self, name: str, value: bool | None, default: bool) -> bool:
-        """A call's choice, else the config's, else the default."""
-        value = getattr(self.config, name, None) if value is None else value
-        return default if value is None else value
+        return KVCache.create(self.config, batch_size, max_length, self.compute_dtype if dtype is None else dtype)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """The number of values in variables; tied ones count once."""
@@ -342,11 +345,11 @@ class PreTrainedModel(keras.Model):
 
     def get_input_embeddings(self) -> keras.layers.Embedding:
         """The token embedding."""
-        return self.base_model.parts.embed_tokens
+        return self.base_model.stack.embed_tokens
 
     def set_input_embeddings(self, layer: keras.layers.Embedding) -> None:
         """Replace the token embedding (and with it a tied head). Its variables are new ones: compile the model anew."""
-        replace_layer(self.base_model.parts, "embed_tokens", layer)
+        replace_layer(self.base_model.stack, "embed_tokens", layer)
 
     def get_output_embeddings(self) -> keras.layers.Layer | None:
         """The language-model head, if there is one: a `Dense`, or the token embedding where it is tied."""
@@ -372,28 +375,33 @@ class PreTrainedModel(keras.Model):
             new_num_tokens: rows; default as many as there are.
             pad_to_multiple_of: round that up to a multiple.
         """
-        rows = self.config.vocab_size if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of:
-            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
-        config = self.config.replace(vocab_size=rows)
+        config = resized_config(self.config, new_num_tokens, pad_to_multiple_of)
+        rows = config.vocab_size
         resized = [p for p in config.parameters(self.head) if "vocab" in p.axes and p.tied_to is None]
-        values = {}
+        values, trainable = {}, {}
         for parameter in resized:
             kept = self._read(parameter)[:rows]
-            array = np.concatenate([kept, parameter.initial(0, kept.dtype)[len(kept) :]])
-            values[parameter] = array, self._layer(parameter)[0].trainable
+            values[parameter] = np.concatenate([kept, parameter.initial(0, kept.dtype)[len(kept) :]])
+            trainable[parameter] = self._layer(parameter).trainable
         self.config = self.base_model.config = config
         with global_policy(self.dtype_policy):
-            replace_layer(
-                self.base_model.parts, "embed_tokens", embedding(*config.embedding.shape, name="embed_tokens")
-            )
+            self.set_input_embeddings(embedding(*config.embedding.shape, name="embed_tokens"))
             if getattr(self, "lm_head", None) is not None:
                 replace_layer(self, "lm_head", linear(rows, False, name="lm_head"))
         self.make_variables()
-        for parameter, (array, trainable) in values.items():
-            self._bind(parameter, array)
-            self._layer(parameter)[0].trainable = trainable
+        self.bind_parameters(values.items())
+        for parameter, flag in trainable.items():
+            self._layer(parameter).trainable = flag
         return self.get_input_embeddings()
+
+
+def canonical_state(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """The values of a model by canonical name, as they are in a checkpoint; tied heads are left out.
+
+    Raises:
+        InputError: the model has other variables than its config says; every problem is named.
+    """
+    return {parameter.name: array for parameter, array in model.read_parameters()}
 
 
 @contextmanager
@@ -408,8 +416,8 @@ def global_policy(policy: keras.DTypePolicy) -> Iterator[None]:
 
 
 def replace_layer(parent: keras.Layer, name: str, layer: keras.Layer) -> None:
-    """Put `layer` in the place of an attribute of `parent`; Keras alone would go on counting the old one in."""
-    parent._tracker.untrack(getattr(parent, name))
+    """Replace a layer of `parent`. Keras alone would go on counting the variables of the old one."""
+    parent._tracker.untrack(getattr(parent, name))  # no public way; see test_resize_token_embeddings
     setattr(parent, name, layer)
 
 

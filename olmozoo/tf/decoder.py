@@ -1,4 +1,4 @@
-"""What every decoder does around its blocks, and the heads on top. Families fill in the blocks (see `olmo2.py`)."""
+"""The base model of every family: embeddings, blocks, final norm. Families fill in the blocks (see `olmo2.py`)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import tensorflow as tf
 from keras import ops
 
 from olmozoo.errors import InputError
+from olmozoo.modeling import check_inputs
 from olmozoo.outputs import BaseModelOutput
 from olmozoo.tf.base import PreTrainedModel
-from olmozoo.tf.cache import cache_lengths, close_cache, open_cache
-from olmozoo.tf.layers import Stack, Tensor, causal_mask, rotary, split_seed
+from olmozoo.tf.cache import close_cache, open_cache
+from olmozoo.tf.layers import Tensor, TrackedBlocks, causal_mask, rotary, split_seed
 
 
-class Decoder(Stack, PreTrainedModel):
-    """A base model: embeddings, blocks, final norm. Subclasses set `embed_tokens`, `blocks` and `norm`."""
+class Decoder(TrackedBlocks, PreTrainedModel):
+    """A base model. Subclasses make `embed_tokens`, `blocks` (`layers` is Keras's own word), `norm` and `rope`."""
 
     layerdrop = 0.0
 
@@ -25,8 +26,8 @@ class Decoder(Stack, PreTrainedModel):
         self.seeds = keras.random.SeedGenerator()  # of dropout; see `keras.utils.set_random_seed`
 
     @property
-    def parts(self) -> keras.Layer:
-        """The layer that holds `embed_tokens` and `blocks`."""
+    def stack(self) -> keras.Layer:
+        """The layer with `embed_tokens` and `blocks`."""
         return self
 
     def call(
@@ -48,19 +49,20 @@ class Decoder(Stack, PreTrainedModel):
 
         Args:
             input_ids: (batch, seq) token ids; this or `inputs_embeds`.
-            attention_mask: (batch, past + seq), 1 for real tokens and 0 for padding; default all real. With a
-                `KVCache` it may be (batch, max_length) too.
+            attention_mask: (batch, past + seq), 1 for real tokens and 0 for padding; default all real. Or (batch, 1 or
+                heads, seq, past + seq): true where a query sees a key, or floats that are added to the scores. With a
+                `KVCache` its `max_length` may be there instead of past + seq.
             position_ids: (batch or 1, seq); default past, past + 1, ...
             past_key_values: a `KVCache`, or a tuple of (key, value) pairs, each (batch, kv_heads, past, head_dim).
-            inputs_embeds: (batch, seq, hidden) embeddings in place of `input_ids`.
-            use_cache: whether to return a cache where none went in; default `config.use_cache`, and False in training
+            inputs_embeds: (batch, seq, hidden) embeddings instead of `input_ids`.
+            use_cache: whether to return a cache where none is given; default `config.use_cache`, and False in training
                 with gradient checkpointing.
             output_attentions: whether to return attention weights; default False.
             output_hidden_states: whether to return hidden states; default False.
             return_dict: False returns a plain tuple; default True.
-            cache_position: (seq,) places in the sequence; they are `position_ids` where those are not given.
+            cache_position: (seq,) positions, for rows that all have the same; `position_ids` go before them.
             training: whether dropout is on.
-            **family_inputs: what the family's `place` takes besides (OPT: `head_mask`).
+            **family_inputs: further arguments of the family's `embed_positions` (OPT: `head_mask`).
 
         Returns:
             `BaseModelOutput`.
@@ -68,66 +70,62 @@ class Decoder(Stack, PreTrainedModel):
         Raises:
             InputError: arguments do not fit together.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise InputError("expected exactly one of input_ids and inputs_embeds")
+        input_ids, inputs_embeds = (None if x is None else ops.convert_to_tensor(x) for x in (input_ids, inputs_embeds))
+        check_inputs(input_ids, inputs_embeds)
         output_attentions = self.setting("output_attentions", output_attentions, False)
         output_hidden_states = self.setting("output_hidden_states", output_hidden_states, False)
         recompute = self.gradient_checkpointing and training and past_key_values is None and not output_attentions
         use_cache = self.setting("use_cache", use_cache, True) and not recompute
-        blocks = self.parts.blocks
+        blocks = self.stack.blocks
 
-        hidden = self.parts.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = ops.cast(hidden, self.compute_dtype)  # (b, s, c)
-        if hidden.shape.rank not in (3, None):
-            given = tf.convert_to_tensor(input_ids if inputs_embeds is None else inputs_embeds)
-            raise InputError(f"the input has shape {tuple(given.shape)}, expected (batch, seq) or (batch, seq, hidden)")
         batch, length, _ = ops.shape(hidden)
-        pasts = open_cache(past_key_values, len(blocks), length)
-        past, keys = cache_lengths(past_key_values, length)
+        pasts, past, keys = open_cache(past_key_values, len(blocks), length)
         mask = causal_mask(attention_mask, batch, length, past, keys)
         if position_ids is None and cache_position is not None:
             position_ids = cache_position[None]
-        hidden, extras = self.place(hidden, position_ids, attention_mask, past, **family_inputs)
+        hidden, layer_inputs = self.embed_positions(hidden, position_ids, attention_mask, past, **family_inputs)
         seeds = split_seed(self.seeds.next() if training else None, 2 * len(blocks))
 
         states, presents, attentions = [hidden], [], []
-        for block, extra, held in zip(blocks, extras, pasts, strict=True):
+        for block, layer_input, layer_past in zip(blocks, layer_inputs, pasts, strict=True):
             before, seed, drop_seed = hidden, seeds.pop(), seeds.pop()
             with keras.name_scope("layers"):
                 if recompute:
-                    hidden = recomputed(block, mask, extra, seed)(hidden)
+                    hidden = recomputed(block, mask, layer_input, seed)(hidden)
                 else:
-                    hidden, present, weights = block(hidden, mask, extra, held, seed)
+                    hidden, present, weights = block(hidden, mask, layer_input, layer_past, seed)
                     presents.append(present)
                     attentions.append(weights)
             if training and self.layerdrop:
                 hidden = ops.where(tf.random.stateless_uniform((), drop_seed) < self.layerdrop, before, hidden)
             states.append(hidden)
-        states[-1] = hidden = self.finish(hidden)
+        states[-1] = hidden = self.final_norm(hidden)
         output = BaseModelOutput(
             last_hidden_state=hidden,
-            past_key_values=close_cache(past_key_values, presents, use_cache, length),
+            past_key_values=close_cache(past_key_values, presents, length, use_cache),
             hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
         return output if self.setting("return_dict", return_dict, True) else output.to_tuple()
 
-    def place(
+    def embed_positions(
         self, hidden: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, past: Any
     ) -> tuple[Tensor, list[Any]]:
-        """Bring positions in: the embeddings, changed or not, and what each block needs (here cosines and sines)."""
+        """Add positions; return the hidden states and one input per layer, here cosines and sines."""
         if position_ids is None:
             position_ids = past + ops.arange(ops.shape(hidden)[1])[None]
         position_ids = ops.convert_to_tensor(position_ids)
         if position_ids.shape.rank not in (2, None):
             raise InputError(f"position_ids has shape {tuple(position_ids.shape)}, expected (batch or 1, seq)")
-        return hidden, [rotary(self.rope, position_ids, hidden.dtype)] * len(self.parts.blocks)
+        return hidden, [rotary(self.rope, position_ids, hidden.dtype)] * len(self.stack.blocks)
 
-    def finish(self, hidden: Tensor) -> Tensor:
-        """What comes after the last block."""
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The hidden states after the last block, normed."""
         return self.norm(hidden)
 
 
-def recomputed(block: keras.Layer, mask: Tensor, extra: Any, seed: Tensor | None) -> Any:
+def recomputed(block: keras.Layer, mask: Tensor, layer_input: Any, seed: Tensor | None) -> Any:
     """A function from the hidden states before a block to those after it that keeps nothing for the backward pass."""
-    return keras.remat(lambda hidden: block(hidden, mask, extra, None, seed)[0])
+    return keras.remat(lambda hidden: block(hidden, mask, layer_input, None, seed)[0])

@@ -15,7 +15,7 @@ from olmozoo.generation.decode import advance, guess
 from olmozoo.generation.prepare import prepare, written
 from olmozoo.generation.state import Rules, State
 from olmozoo.outputs import GenerateOutput
-from olmozoo.tf.cache import KVCache, cache_lengths
+from olmozoo.tf.cache import KVCache, cached_length, padded_left
 from olmozoo.tf.layers import Tensor, at_least_float32
 
 
@@ -61,7 +61,7 @@ class GenerationMixin:
         Raises:
             InputError: a setting is unknown, wrong or clashes with another, or shapes do not fit.
         """
-        held = int(cache_lengths(past_key_values, 0)[0])
+        held = int(cached_length(past_key_values))
         call = prepare(
             generation_config or self.generation_config,
             self.config,
@@ -82,7 +82,9 @@ class GenerationMixin:
         else:
             inputs = {"input_ids": to_tensor(call.ids, wide)}
         mask = tf.constant(call.mask)
-        pasts = () if past_key_values is None else self._padded_left(past_key_values, held, call.past, len(call.mask))
+        pasts = ()
+        if past_key_values is not None:
+            pasts = padded_left(past_key_values, call.past, len(call.mask), self.compute_dtype)
         read_prompt, read_answer = self._compiled_decoding(rules)
         if streamer is not None:
             streamer.put(call.state.tokens[:, rules.text - call.prompt : rules.text])
@@ -116,16 +118,6 @@ class GenerationMixin:
             kept = KVCache(keys, values, tf.constant(len(places)))
             output.past_key_values = kept if isinstance(past_key_values, KVCache) else kept.to_tuple(len(state.done))
         return output
-
-    def _padded_left(
-        self, past_key_values: Any, held: int, length: int, batch: int
-    ) -> tuple[tuple[Tensor, Tensor], ...]:
-        """The pairs of a cache that holds `held` positions, with zeros before them up to `length`."""
-        pairs = past_key_values
-        if isinstance(pairs, KVCache):
-            pairs = pairs.to_tuple(batch)
-        pad = ((0, 0), (0, 0), (length - held, 0), (0, 0))
-        return tuple(tuple(tf.pad(tf.cast(x, self.compute_dtype)[:, :, :held], pad) for x in pair) for pair in pairs)
 
     def _compiled_decoding(self, rules: Rules) -> tuple[Any, Any]:
         """`_prompt` and `_answer`, compiled for some rules.

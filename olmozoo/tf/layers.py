@@ -53,21 +53,21 @@ ACTIVATIONS = {
 
 
 def static(value: Any) -> int | None:
-    """The whole number that a scalar is, where it is known before a graph runs."""
+    """The value of an integer scalar where it is known before a graph runs, else None."""
     known = tf.get_static_value(value)
     return None if known is None else int(known)
 
 
-def to_tensor(array: np.ndarray) -> Tensor:
+def from_numpy(array: np.ndarray) -> Tensor:
     """The array as a tensor, sharing its memory."""
     if array.dtype.name == "bfloat16":  # DLPack takes NumPy's own dtypes only
-        return tf.bitcast(to_tensor(array.view(np.uint16)), tf.bfloat16)
+        return tf.bitcast(from_numpy(array.view(np.uint16)), tf.bfloat16)
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
 def unset(shape: tuple[int, ...], dtype: Any = None) -> Tensor:
     """An initializer that sets nothing: values come from the parameter table or from a checkpoint, for every model."""
-    return to_tensor(aligned_empty(tuple(shape), dtype_of(keras.backend.standardize_dtype(dtype))))
+    return from_numpy(aligned_empty(tuple(shape), dtype_of(keras.backend.standardize_dtype(dtype))))
 
 
 def linear(size: int, bias: bool, name: str) -> keras.layers.Dense:
@@ -113,11 +113,11 @@ class Layer(keras.layers.Layer):
         self.built = True
 
 
-class Stack:
-    """What a layer or model with a list of `blocks` adds: TensorFlow alone does not see into a list of Keras's."""
+class TrackedBlocks:
+    """A layer or model with a list of `blocks`, which `tf.train.Checkpoint` alone would not see into."""
 
     def _trackable_children(self, save_type: str = "checkpoint", **options: Any) -> dict[str, Any]:
-        """What `tf.train.Checkpoint` saves and restores."""
+        """What TensorFlow saves. Not public; see test_a_checkpoint_of_tensorflow_holds_every_variable."""
         blocks = enumerate(getattr(self, "blocks", ()) if save_type == "checkpoint" else ())
         return {**super()._trackable_children(save_type, **options), **{f"block_{i}": block for i, block in blocks}}
 
@@ -161,22 +161,22 @@ class LayerNorm(keras.layers.Layer):
 
 
 def rotary(rope: Rope, positions: Tensor, dtype: Any) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (b, 1, s, d), for positions (b, s), in at least float32."""
+    """Cosines and sines, each (b, 1, s, d), for positions (b, s), in at least float32; see `Rope.frequencies`."""
     dtype = at_least_float32(dtype)
     inv_freq = tf.constant(rope.inv_freq, dtype)
-    length = ops.max(positions) + 1
     if rope.growth is not None:
-        past = ops.cast(ops.maximum(length - rope.length, 0), dtype)
+        past = ops.cast(ops.maximum(ops.max(positions) + 1 - rope.length, 0), dtype)
         inv_freq = inv_freq * (1 + rope.factor * past / rope.length) ** -tf.constant(rope.growth, dtype)
     elif rope.long_inv_freq is not None:
-        inv_freq = ops.where(length > rope.length, tf.constant(rope.long_inv_freq, dtype), inv_freq)
+        is_long = ops.max(positions) + 1 > rope.length
+        inv_freq = ops.where(is_long, tf.constant(rope.long_inv_freq, dtype), inv_freq)
     angles = ops.cast(positions, dtype)[:, None, :, None] * inv_freq
     angles = ops.concatenate([angles, angles], -1)
     return ops.cos(angles) * rope.scale, ops.sin(angles) * rope.scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + d/2) of x (b, h, s, d) by its angle (arXiv:2104.09864, in the half-split layout)."""
+    """Rotate each pair (i, i + d/2) of x (b, h, s, d) by its angle (arXiv:2104.09864, in the half-split layout)."""
     wide = ops.cast(x, cos.dtype)
     first, second = ops.split(wide, 2, -1)
     return ops.cast(wide * cos + ops.concatenate([-second, first], -1) * sin, x.dtype)
@@ -185,19 +185,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def causal_mask(attention_mask: Tensor | None, batch: Any, length: Any, past: Any, keys: Any) -> Tensor:
     """Which keys each query sees: bool (b or 1, 1, s, t).
 
-    A query sees the real keys up to its own place. One that would see none (padding on the left) sees itself, so that
-    no softmax is over nothing. Places of a `KVCache` not written yet are past every query's own, so nothing sees them.
+    A query sees the real keys up to its own position. One that would see none (padding on the left) sees itself, so
+    that no softmax is over nothing. Positions of a `KVCache` that are not written yet come after every query's own, so
+    none sees them.
 
     Args:
-        attention_mask: (b, past + s); or (b, t), of which what is past each query's place does not matter.
+        attention_mask: (b, past + s), 1 for real tokens; it may be as wide as (b, t). Or (b or 1, h or 1, s, past + s
+            or t), which is the answer itself: true where a query sees a key, or floats, which `attention` adds to the
+            scores.
         batch: b.
         length: s.
         past: positions in the cache before this call.
-        keys: t; past + s, but for a `KVCache`, where it is all the places there are.
+        keys: t; past + s, but for a `KVCache` its `max_length`.
 
     Raises:
         InputError: attention_mask has another shape.
     """
+    if attention_mask is not None and len(attention_mask.shape) == 4:
+        return whole_mask(attention_mask, length, past, keys)
     query = past + ops.arange(length)[:, None]
     key = ops.arange(keys)[None, :]
     causal = (key <= query)[None, None]
@@ -205,12 +210,12 @@ def causal_mask(attention_mask: Tensor | None, batch: Any, length: Any, past: An
         return causal
     real = ops.cast(attention_mask, "bool")
     rows, width = (*real.shape, None)[:2]
-    held = static(past + length)
+    written = static(past + length)
     wrong_rows = None not in (rows, static(batch)) and rows != static(batch)
-    wrong_width = None not in (width, held) and width not in (held, static(keys))
+    wrong_width = None not in (width, written) and width not in (written, static(keys))
     if len(real.shape) != 2 or wrong_rows or wrong_width:
         raise InputError(
-            f"attention_mask has shape {tuple(real.shape)}, expected {(static(batch), held)}: "
+            f"attention_mask has shape {tuple(real.shape)}, expected {(static(batch), written)}: "
             f"{static(past)} cached and {static(length)} new positions"
         )
     unwritten = keys - ops.shape(real)[1]
@@ -218,6 +223,20 @@ def causal_mask(attention_mask: Tensor | None, batch: Any, length: Any, past: An
         real = tf.pad(real, [[0, 0], [0, unwritten]])
     seen = causal & real[:, None, None, :]
     return seen | (~ops.any(seen, -1, keepdims=True) & (key == query))
+
+
+def whole_mask(mask: Tensor, length: Any, past: Any, keys: Any) -> Tensor:
+    """An attention_mask of four dimensions, as wide as the keys: bool, or floats to add to the scores."""
+    mask = ops.convert_to_tensor(mask)
+    floating = mask.dtype.is_floating
+    rows, width, written = *mask.shape[2:], static(past + length)
+    wrong_rows = None not in (rows, static(length)) and rows != static(length)
+    if wrong_rows or (None not in (width, written) and width not in (written, static(keys))):
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)}, expected (batch, 1 or heads, {static(length)}, {written})"
+        )
+    pad = [[0, 0], [0, 0], [0, 0], [0, keys - ops.shape(mask)[3]]]
+    return tf.pad(mask if floating else ops.cast(mask, "bool"), pad, constant_values=-math.inf if floating else False)
 
 
 def clip(x: Tensor, limit: float | None) -> Tensor:
@@ -253,7 +272,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of query (b, h, s, d) on key and value (b, g, t, d); key head i serves h/g query heads.
 
-    A head_mask (h,) multiplies each head's weights.
+    A mask of floats is added to the scores. A head_mask (h,) multiplies each head's weights. Dropout of the weights
+    is drawn from `seed`; none without.
 
     Returns:
         The heads' outputs, side by side, (b, s, h * d); and the weights (b, h, s, t).
@@ -265,7 +285,11 @@ def attention(
     query = ops.cast(ops.reshape(query, (b * g, h // g * s, d)), wide)
     key, value = ops.reshape(key, (b * g, t, d)), ops.reshape(value, (b * g, t, d))
     scores = tf.matmul(query, ops.cast(key, wide), transpose_b=True) * scale
-    scores = ops.where(mask, ops.reshape(scores, (b, h, s, t)), scores.dtype.min)
+    scores = ops.reshape(scores, (b, h, s, t))
+    if mask.dtype.is_floating:
+        scores += ops.maximum(ops.cast(mask, wide), value.dtype.min)  # no row of infinities alone
+    else:
+        scores = ops.where(mask, scores, scores.dtype.min)
     weights = dropout(ops.cast(tf.nn.softmax(scores), value.dtype), rate, seed)
     if head_mask is not None:
         weights = weights * ops.cast(head_mask, weights.dtype)[:, None, None]

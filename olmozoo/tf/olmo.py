@@ -15,7 +15,7 @@ import keras
 import tensorflow as tf
 
 from olmozoo.families.olmo import OlmoConfig
-from olmozoo.tf.cache import extend
+from olmozoo.tf.cache import update
 from olmozoo.tf.decoder import Decoder
 from olmozoo.tf.heads import CausalLM, SequenceClassifier
 from olmozoo.tf.layers import GatedMLP, Layer, LayerNorm, attention, clip, embedding, linear, rotate, split_heads
@@ -39,13 +39,13 @@ class OlmoAttention(Layer):
         self.limit = config.clip_qkv
 
     def call(
-        self, x: Tensor, mask: Tensor, turn: tuple[Tensor, Tensor], past: Any, seed: Tensor | None
+        self, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         query = split_heads(clip(self.q_proj(x), self.limit), self.head_dim)  # (b, h, s, d)
         key = split_heads(clip(self.k_proj(x), self.limit), self.head_dim)  # (b, g, s, d)
         value = split_heads(clip(self.v_proj(x), self.limit), self.head_dim)
-        query, key = rotate(query, *turn), rotate(key, *turn)
-        key, value = extend(past, key, value)  # (b, g, t, d)
+        query, key = rotate(query, *cos_sin), rotate(key, *cos_sin)
+        key, value = update(past, key, value)  # (b, g, t, d)
         out, weights = attention(query, key, value, mask, self.head_dim**-0.5, self.dropout, seed)
         return self.o_proj(out), (key, value), weights
 
@@ -61,9 +61,9 @@ class OlmoBlock(Layer):
         self.post_attention_layernorm = LayerNorm(False, name="post_attention_layernorm")
 
     def call(
-        self, x: Tensor, mask: Tensor, turn: tuple[Tensor, Tensor], past: Any, seed: Tensor | None
+        self, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        out, present, weights = self.self_attn(self.input_layernorm(x), mask, turn, past, seed)
+        out, present, weights = self.self_attn(self.input_layernorm(x), mask, cos_sin, past, seed)
         x = x + out  # (b, s, c)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x, present, weights

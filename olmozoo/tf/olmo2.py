@@ -1,7 +1,7 @@
 """OLMo 2 in Keras (arXiv:2501.00656).
 
     x ─┬─ attention ─ norm ─ + ─┬─ MLP ─ norm ─ + ─
-       └────────────────────────┘└──────────────┘        norms are on what a sublayer puts out, not on what it takes in
+       └─────────────────────┘  └───────────────┘        norms are on the output of a sublayer, not on its input
 
 Shapes: b batch, s positions in this call, t positions with the cache, h query heads, g key/value heads, d head_dim,
 c hidden size.
@@ -15,7 +15,7 @@ import keras
 import tensorflow as tf
 
 from olmozoo.families.olmo2 import Olmo2Config
-from olmozoo.tf.cache import extend
+from olmozoo.tf.cache import update
 from olmozoo.tf.decoder import Decoder
 from olmozoo.tf.heads import CausalLM, SequenceClassifier
 from olmozoo.tf.layers import GatedMLP, Layer, RMSNorm, attention, embedding, linear, rotate, split_heads
@@ -40,13 +40,13 @@ class Olmo2Attention(Layer):
         self.dropout = config.attention_dropout
 
     def call(
-        self, x: Tensor, mask: Tensor, turn: tuple[Tensor, Tensor], past: Any, seed: Tensor | None
+        self, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         query = split_heads(self.q_norm(self.q_proj(x)), self.head_dim)  # (b, h, s, d)
         key = split_heads(self.k_norm(self.k_proj(x)), self.head_dim)  # (b, g, s, d)
         value = split_heads(self.v_proj(x), self.head_dim)
-        query, key = rotate(query, *turn), rotate(key, *turn)
-        key, value = extend(past, key, value)  # (b, g, t, d)
+        query, key = rotate(query, *cos_sin), rotate(key, *cos_sin)
+        key, value = update(past, key, value)  # (b, g, t, d)
         out, weights = attention(query, key, value, mask, self.head_dim**-0.5, self.dropout, seed)
         return self.o_proj(out), (key, value), weights
 
@@ -62,9 +62,9 @@ class Olmo2Block(Layer):
         self.post_feedforward_layernorm = RMSNorm(config.rms_norm_eps, name="post_feedforward_layernorm")
 
     def call(
-        self, x: Tensor, mask: Tensor, turn: tuple[Tensor, Tensor], past: Any, seed: Tensor | None
+        self, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        out, present, weights = self.self_attn(x, mask, turn, past, seed)
+        out, present, weights = self.self_attn(x, mask, cos_sin, past, seed)
         x = x + self.post_attention_layernorm(out)  # (b, s, c)
         x = x + self.post_feedforward_layernorm(self.mlp(x))
         return x, present, weights

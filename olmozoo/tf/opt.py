@@ -18,14 +18,14 @@ import tensorflow as tf
 from keras import ops
 
 from olmozoo.families.opt import POSITION_OFFSET, OPTConfig
-from olmozoo.tf.cache import extend
+from olmozoo.tf.cache import update
 from olmozoo.tf.decoder import Decoder
 from olmozoo.tf.heads import CausalLM, QuestionAnswerer, SequenceClassifier
 from olmozoo.tf.layers import (
     ACTIVATIONS,
     Layer,
     LayerNorm,
-    Stack,
+    TrackedBlocks,
     attention,
     dropout,
     embedding,
@@ -57,7 +57,7 @@ class OPTAttention(Layer):
         query = split_heads(self.q_proj(x) * self.head_dim**-0.5, self.head_dim)  # (b, h, s, d)
         key = split_heads(self.k_proj(x), self.head_dim)
         value = split_heads(self.v_proj(x), self.head_dim)
-        key, value = extend(past, key, value)  # (b, h, t, d)
+        key, value = update(past, key, value)  # (b, h, t, d)
         out, weights = attention(query, key, value, mask, 1.0, self.dropout, seed, head_mask)
         return self.out_proj(out), (key, value), weights
 
@@ -94,8 +94,8 @@ class OPTBlock(Layer):
         return x, present, weights
 
 
-class OPTParts(Stack, Layer):
-    """What a checkpoint keeps under `decoder`."""
+class OPTDecoder(TrackedBlocks, Layer):
+    """The layers of the decoder, `decoder` in a checkpoint."""
 
     def __init__(self, config: OPTConfig, name: str) -> None:
         super().__init__(name)
@@ -117,14 +117,14 @@ class TFOPTModel(Decoder):
     config_class = OPTConfig
 
     def make_layers(self) -> None:
-        self.decoder = OPTParts(self.config, name="decoder")
+        self.decoder = OPTDecoder(self.config, name="decoder")
         self.layerdrop = self.config.layerdrop
 
     @property
-    def parts(self) -> keras.Layer:
+    def stack(self) -> keras.Layer:
         return self.decoder
 
-    def place(
+    def embed_positions(
         self,
         hidden: Tensor,
         position_ids: Tensor | None,
@@ -134,8 +134,8 @@ class TFOPTModel(Decoder):
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Add the learned positions; a head_mask (layers, heads) or (heads,) goes to the attentions."""
         length, layers = ops.shape(hidden)[1], self.config.num_hidden_layers
-        if position_ids is None and attention_mask is not None:  # pads count for nothing and are at -1
-            real = ops.cast(attention_mask, "int32")
+        if position_ids is None and attention_mask is not None and len(attention_mask.shape) == 2:
+            real = ops.cast(attention_mask, "int32")  # padding has position -1
             position_ids = (ops.cumsum(real, -1) * real - 1)[:, past : past + length]
         elif position_ids is None:
             position_ids = past + ops.arange(length)[None]
@@ -147,7 +147,7 @@ class TFOPTModel(Decoder):
             return hidden, [None] * layers
         return hidden, ops.unstack(ops.broadcast_to(head_mask, (layers, self.config.num_attention_heads)))
 
-    def finish(self, hidden: Tensor) -> Tensor:
+    def final_norm(self, hidden: Tensor) -> Tensor:
         if self.decoder.final_layer_norm is not None:
             hidden = self.decoder.final_layer_norm(hidden)
         return hidden if self.decoder.project_out is None else self.decoder.project_out(hidden)  # (b, s, e)

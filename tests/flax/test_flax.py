@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from olmozoo import flax
-from olmozoo.flax.base import to_leaf
+from olmozoo.flax.base import from_numpy
 from olmozoo.flax.layers import attention, causal_mask
 from olmozoo.generation.prepare import BUCKET
 
@@ -339,7 +339,7 @@ def test_the_cache_that_goes_in_comes_out_and_answers_alike(model, batch, cache,
         assert past.max_length == 14
         assert past.get_seq_length() == 11
         assert not past.keys[1][:, :, 11:].any()
-        with pytest.raises(InputError, match="holds 14 positions, 15"):
+        with pytest.raises(InputError, match="room for 14 positions, 15"):
             model(ids[:, :4], past_key_values=past)
     assert model(ids, use_cache=False).past_key_values is None
 
@@ -416,7 +416,7 @@ def test_arguments_that_do_not_fit_are_named(model, arguments, named):
 
 
 def test_a_cache_of_other_rows_is_refused(model):
-    with pytest.raises(InputError, match=r"the cache is of \(3, \d+\) rows and heads, expected \(2, "):
+    with pytest.raises(InputError, match=r"the cache has \(3, \d+\) rows and heads, expected \(2, "):
         model(np.ones((2, 3), int), past_key_values=model.init_cache(3, 8))
 
 
@@ -527,6 +527,6 @@ def test_loaded_weights_do_not_hang_on_the_file(kind):
     start = -memory.ctypes.data % 64 // 4  # where JAX would share the memory, if it were let
     values = memory[start : start + 32 * 32].reshape(32, 32)
     values[:] = np.arange(32)
-    leaf = to_leaf(Parameter("x", (32, 32), ("embed", "embed"), kind), values)
+    leaf = from_numpy(Parameter("x", (32, 32), ("embed", "embed"), kind), values)
     values[:] = 0
     assert np.array_equal(leaf[1] if kind != "linear" else leaf[:, 1], np.arange(32))

@@ -22,7 +22,6 @@ from jax import export
 
 from olmozoo import flax
 from olmozoo.families.parameter import Parameter
-from olmozoo.flax.base import oriented
 
 CAUSAL = {
     flax.FlaxOlmo2ForCausalLM: CONFIG.replace(num_hidden_layers=1),
@@ -49,9 +48,10 @@ each = pytest.mark.parametrize("cls", ALL, **by_name)
 def make(cls, config=None, **options):
     """A model with random weights in which every mistake shows."""
     model = cls(config or ALL[cls], _do_init=False, **options)
-    model.params = model._bind(
-        (parameter, jnp.asarray(oriented(parameter, random_values(parameter)), jnp.float32))
-        for parameter in model._table()
+    model.bind_parameters(
+        (parameter, random_values(parameter).astype("float32"))
+        for parameter in model.config.parameters(model.head)
+        if parameter.tied_to is None
     )
     return model
 
@@ -488,7 +488,7 @@ def test_resizing_changes_config_parameters_head_and_tie(cls, tied):
 
 def old_rows(model, params):
     """The token embedding in a tree of parameters of another size."""
-    return flatten_dict(params)[model._path(model.config.embedding)]
+    return next(leaf for path, leaf in flatten_dict(params).items() if path[-2:] == ("embed_tokens", "embedding"))
 
 
 @each

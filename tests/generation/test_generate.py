@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 import itertools
 import pickle
 import warnings
@@ -356,11 +357,7 @@ def test_a_given_cache_is_gone_on_from(folder, name, wing):
 def test_prompts_of_embeddings_and_of_nothing(folder, name, wing):
     model = load(folder, wing).model
     ids, mask = prompts(config_of(name))
-    table = np.asarray(model._read(next(model.config.backbone()))) if wing == "tf" else None
-    if wing == "pt":
-        table = model.get_input_embeddings().weight.detach().numpy()
-    if wing == "flax":
-        table = np.asarray(model.get_input_embeddings())
+    table = importlib.import_module(f"olmozoo.{wing}").canonical_state(model)[model.config.embedding.name]
     for settings in share([{}, {"num_beams": 2}, {"prefill_chunk_size": 4}], name, wing, step=3):
         plain = np.asarray(generate(wing, model, ids, mask, **settings).sequences)[:, LENGTH:]
         found = generate(wing, model, None, mask, inputs_embeds=table[ids], **settings).sequences

@@ -1,4 +1,4 @@
-"""What the parity suite asks of a wing beyond `olmozoo.backend`: gradients and cached decoding, in NumPy."""
+"""What the parity suite asks of a wing beyond `olmozoo.backends`: gradients and cached decoding, in NumPy."""
 
 import contextlib
 import gc
@@ -54,34 +54,34 @@ def scope(wing: str):
 
 def gradients(wing: str, model, ids, mask, **labels) -> tuple[float, dict[str, np.ndarray]]:
     """The loss and its gradient by canonical name, each in the shape of the parameter table."""
-    table = [p for p in model.config.parameters(model.head) if p.tied_to is None]
     if wing == "pt":
         import torch
 
         labels = {name: torch.from_numpy(value) for name, value in labels.items()}
         loss = model(torch.from_numpy(ids), torch.from_numpy(mask), **labels).loss
         loss.backward()
-        return loss.item(), {p.name: model._find(p).grad.numpy() for p in table}
+        return loss.item(), {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
     if wing == "tf":
         import tensorflow as tf
 
+        from olmozoo.tf import canonical_state
+
         with tf.GradientTape() as tape:
             loss = model(input_ids=ids, attention_mask=mask, **labels).loss
-        found = tape.gradient(loss, [model._find(p).value for p in table])
-        dense = [tf.convert_to_tensor(gradient).numpy() for gradient in found]
-    else:
-        import jax
+        found = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
+        values = model.get_weights()
+        for variable, gradient in zip(model.trainable_variables, found, strict=True):
+            variable.assign(tf.convert_to_tensor(gradient))
+        named = canonical_state(model)  # of a model whose values are its gradients
+        model.set_weights(values)
+        return float(loss), named
+    import jax
 
-        with jax.enable_x64(True):
-            loss, tree = jax.value_and_grad(lambda params: model(ids, mask, params=params, **labels).loss)(model.params)
-            dense = []
-            for parameter in table:
-                leaf = tree
-                for part in model._path(parameter):
-                    leaf = leaf[part]
-                dense.append(np.asarray(leaf))
-    turned = {p.name: g.T if p.kind == "linear" else g for p, g in zip(table, dense, strict=True)}
-    return float(loss), turned
+    from olmozoo.flax import canonical_state
+
+    with jax.enable_x64(True):
+        loss, tree = jax.value_and_grad(lambda params: model(ids, mask, params=params, **labels).loss)(model.params)
+        return float(loss), canonical_state(model, tree)
 
 
 def step_by_step(wing: str, folder, ids, mask, cache: str) -> np.ndarray:

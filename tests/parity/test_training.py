@@ -29,6 +29,8 @@ def batches(config):
 def train_pt(config):
     import torch
 
+    from olmozoo.pt import canonical_state
+
     model = model_class("pt", config.name, "ForCausalLM")(config, seed=3, dtype=torch.float64).train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -44,8 +46,7 @@ def train_pt(config):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    table = [p for p in config.parameters("causal_lm") if p.tied_to is None]
-    return losses, {p.name: model._find(p).detach().numpy() for p in table}
+    return losses, canonical_state(model)
 
 
 def train_tf(config):
@@ -63,6 +64,8 @@ def train_keras(model, config):
     import keras
     import tensorflow as tf
 
+    from olmozoo.tf import canonical_state
+
     optimizer = keras.optimizers.AdamW(**EXACT)
     losses = []
     for ids, mask, labels in batches(config):  # `fit` does the same, but reports a running mean in float32
@@ -71,13 +74,14 @@ def train_keras(model, config):
         gradients = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
         optimizer.apply(gradients, model.trainable_variables)
         losses.append(float(loss))
-    table = [p for p in config.parameters("causal_lm") if p.tied_to is None]
-    return losses, {p.name: model._read(p) for p in table}
+    return losses, canonical_state(model)
 
 
 def train_flax(config):
     import jax
     import optax
+
+    from olmozoo.flax import canonical_state
 
     with jax.enable_x64(True):
         model = model_class("flax", config.name, "ForCausalLM")(config, seed=3, dtype="float64")
@@ -103,14 +107,7 @@ def train_flax(config):
         for ids, mask, labels in batches(config):
             params, state, loss = step(params, state, ids, mask, labels)
             losses.append(float(loss))
-        weights = {}
-        for parameter in config.parameters("causal_lm"):
-            if parameter.tied_to is None:
-                leaf = params
-                for part in model._path(parameter):
-                    leaf = leaf[part]
-                weights[parameter.name] = np.asarray(leaf).T if parameter.kind == "linear" else np.asarray(leaf)
-        return losses, weights
+        return losses, canonical_state(model, params)
 
 
 TRAIN = {"pt": train_pt, "tf": train_tf, "flax": train_flax}

@@ -18,6 +18,7 @@ from tests.helpers.wings import refusal
 torch = pytest.importorskip("torch")
 
 from olmozoo import pt
+from olmozoo.pt.cache import StaticCache
 
 CONFIG = Olmo2Config(
     vocab_size=61,
@@ -132,8 +133,8 @@ def test_a_narrower_cache_serves_and_one_of_another_shape_is_named(config, batch
     expected = model(ids, mask).logits[:, 5:]
     assert 0 < (logits - expected).abs().max() < 0.02 * expected.abs().max()
     small = pt.AutoModelForCausalLM.from_config(config.replace(num_hidden_layers=1))
-    held = rf"of \(2, {cache.keys[0].shape[1]}\) rows and heads, expected \(3, "
-    for other, named in ((model.init_cache(2, 11), held), (small.init_cache(3, 11), "has 1 layers, expected 2")):
+    rows = rf"has \(2, {cache.keys[0].shape[1]}\) rows and heads, expected \(3, "
+    for other, named in ((model.init_cache(2, 11), rows), (small.init_cache(3, 11), "has 1 layers, expected 2")):
         with pytest.raises(InputError, match=named):
             model(ids, mask, past_key_values=other)
 
@@ -156,6 +157,30 @@ def test_a_mask_of_four_dimensions_may_be_added(config, batch):
     torch.testing.assert_close(model(ids, added).logits, expected)
     added[:, :, 2] = -torch.inf  # a query that sees nothing
     assert model.half()(ids, added).logits.isfinite().all()
+
+
+def test_rotary_frequencies_are_made_once_and_stay_exact(batch, monkeypatch):
+    model, ids = pt.Olmo2ForCausalLM(CONFIG, seed=1), batch[0]
+    with torch.inference_mode():
+        first = model(ids).logits
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("frequencies were made again"))
+        assert torch.equal(model(ids).logits, first)
+    model(ids, labels=ids).loss.backward()  # with frequencies that were made in inference mode
+    state = model.double().state_dict()
+    exact = pt.Olmo2ForCausalLM(CONFIG, dtype="float64")
+    exact.load_state_dict(state)
+    rounded = pt.Olmo2ForCausalLM(CONFIG, seed=1).half().double()
+    rounded.load_state_dict(state)
+    assert torch.equal(rounded(ids).logits, exact(ids).logits)
+    with torch.device("meta"):
+        assert pt.Olmo2ForCausalLM(CONFIG)(ids.to("meta")).logits.shape == (3, 11, 61)
+    assert torch.equal(rounded(ids).logits, exact(ids).logits)
+
+
+def test_a_static_cache_is_at_a_static_address():
+    cache = StaticCache(pt.Olmo2ForCausalLM(CONFIG).init_cache(2, 8))
+    assert all(hasattr(tensor, "_dynamo_static_input_type") for tensor in (*cache.keys, *cache.values))
 
 
 def test_a_config_that_asks_for_tuples_changes_no_generation(batch):

@@ -54,9 +54,11 @@ def make(family, head="ForCausalLM", config=None, **options):
     """A model whose every parameter matters: norms away from 1, biases away from 0."""
     config = config or CONFIGS[family]
     model = getattr(zoo, f"TF{family}{head}")(config, seed=None, **options)
-    for parameter in config.parameters(HEADS[head]):
-        if parameter.tied_to is None:
-            model._bind(parameter, random_values(parameter).astype(model.variable_dtype))
+    model.bind_parameters(
+        (parameter, random_values(parameter).astype(model.variable_dtype))
+        for parameter in config.parameters(HEADS[head])
+        if parameter.tied_to is None
+    )
     return model
 
 
@@ -215,6 +217,19 @@ def test_a_keras_file_is_the_model(family, head, tmp_path):
     assert f"{model.num_parameters():,}" in "\n".join(lines)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_weights_file_names_each_variable_once_and_after_its_layer(family, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    model = make(family)
+    model.save_weights(tmp_path / "m.weights.h5")
+    names = []
+    with h5py.File(tmp_path / "m.weights.h5") as file:
+        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    names = [name for name in names if not name.startswith("model/seeds/")]
+    assert len(names) == len(model.weights)
+    assert {name.split("/")[0] for name in names} <= {"model", "lm_head"}
+
+
 SERVE = """
 import json, sys
 sys.modules["olmozoo"] = None
@@ -311,7 +326,7 @@ def test_lora_learns_and_is_merged_when_saved(family, tmp_path):
         if not list(layer._flatten_layers(include_self=False)):
             layer.trainable = False
     adapters = []
-    for block in model.base_model.parts.blocks:
+    for block in model.base_model.stack.blocks:
         for layer in (block.self_attn.q_proj, block.self_attn.v_proj):
             layer.trainable = True
             layer.enable_lora(2)
@@ -514,10 +529,10 @@ def test_resized_embeddings_are_those_of_pytorch(family, tied, rows, tmp_path):
     assert model.config.vocab_size == rows
     table = [p for p in model.config.parameters("causal_lm") if p.tied_to is None]
     assert len(model.weights) == len(table)
-    for parameter in table:
-        found = model._read(parameter)
-        assert found.shape == parameter.shape
-        np.testing.assert_array_equal(found, other._find(parameter).detach().numpy())
+    found, expected = zoo.canonical_state(model), pt.canonical_state(other)
+    assert {name: array.shape for name, array in found.items()} == {p.name: p.shape for p in table}
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, expected[name])
     after = model(np.minimum(IDS, 39), MASK).logits.numpy()
     assert after.shape == (*IDS.shape, rows)
     kept = min(rows, 53)

@@ -40,9 +40,11 @@ REAL = MASK.astype(bool)
 def make(dtype="float32", config=CONFIG, **options):
     """A model whose every parameter matters: norms away from 1, biases away from 0."""
     model = zoo.TFOlmo2ForCausalLM(config, seed=None, dtype=dtype, **options)
-    for parameter in config.parameters("causal_lm"):
-        if parameter.tied_to is None:
-            model._bind(parameter, random_values(parameter).astype(model.variable_dtype))
+    model.bind_parameters(
+        (parameter, random_values(parameter).astype(model.variable_dtype))
+        for parameter in config.parameters("causal_lm")
+        if parameter.tied_to is None
+    )
     return model
 
 
@@ -72,22 +74,22 @@ def test_variables_and_table_are_in_bijection(tied, head):
     cls = zoo.TFOlmo2ForCausalLM if head else zoo.TFOlmo2Model
     model = cls(config, name="zoo")
     table = [parameter for parameter in config.parameters(head) if parameter.tied_to is None]
-    found = {id(model._find(parameter)): parameter for parameter in table}
-    assert set(found) == {id(variable) for variable in model.weights}
-    assert len(model.weights) == len(table)
-    for variable in model.weights:
-        parameter = found[id(variable)]
-        turned = parameter.shape[::-1] if parameter.kind == "linear" else parameter.shape
-        assert tuple(variable.shape) == turned
+    leaves = {"linear": "kernel", "embedding": "embeddings", "norm": "scale", "bias": "bias"}
+    expected = {}
+    for parameter in table:
         modules = parameter.name.removeprefix("" if head else "model.").split(".")[:-1]
-        assert variable.path.split("/")[:-1] == ["zoo", *modules]
+        shape = parameter.shape[::-1] if parameter.kind == "linear" else parameter.shape
+        expected["/".join(["zoo", *modules, leaves[parameter.kind]])] = shape
+    assert {variable.path: tuple(variable.shape) for variable in model.weights} == expected
+    assert len(model.weights) == len(table)
     assert model.num_parameters() == sum(parameter.size for parameter in table)
 
 
 def test_initial_values_are_those_of_the_table():
     model = zoo.TFOlmo2ForCausalLM(CONFIG, seed=3, dtype="bfloat16")
+    state = zoo.canonical_state(model)
     for parameter in CONFIG.parameters("causal_lm"):
-        np.testing.assert_array_equal(model._read(parameter), parameter.initial(3, "bfloat16"))
+        np.testing.assert_array_equal(state[parameter.name], parameter.initial(3, "bfloat16"))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
@@ -121,12 +123,11 @@ def test_what_lies_aligned_is_the_mapped_file_and_never_changes_it(tmp_path):
     folder = write_checkpoint(tmp_path / "a", config, dtype="float32")
     before = (folder / SAFETENSORS).read_bytes()
     model = zoo.TFOlmo2ForCausalLM.from_pretrained(folder)
-    turned = {id(model._find(p)) for p in config.parameters("causal_lm") if p.kind == "linear"}
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
     bounds = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
     for variable in model.weights:
         address = np.frombuffer(variable.value.read_value(), np.float32).ctypes.data  # of the memory itself
-        assert any(low <= address < high for low, high in bounds) == (id(variable) not in turned)
+        assert any(low <= address < high for low, high in bounds) == (not variable.path.endswith("/kernel"))
         variable.value.assign_add(variable.value)
     assert (folder / SAFETENSORS).read_bytes() == before
     model.save_pretrained(folder)
@@ -328,9 +329,9 @@ def test_arguments_that_do_not_fit_are_named(model):
         model(IDS, position_ids=np.arange(9))
     with pytest.raises(InputError, match=r"attention_mask has shape \(3, 9\)"):
         model(IDS, MASK[1:])
-    with pytest.raises(InputError, match="the cache holds 8 positions, 9 were asked of it"):
+    with pytest.raises(InputError, match="the cache has room for 8 positions, 9 are needed"):
         model(IDS, past_key_values=model.init_cache(4, 8))
-    with pytest.raises(InputError, match="the cache is of 6 rows times heads, expected 4 times 2"):
+    with pytest.raises(InputError, match="the cache has 6 rows times heads, expected 4 times 2"):
         model(IDS, past_key_values=model.init_cache(3, 12))
     with pytest.raises(InputError, match="past_key_values has 1 layers, expected 2"):
         model(IDS, past_key_values=model(IDS).past_key_values[:1])

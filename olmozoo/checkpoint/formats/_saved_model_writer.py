@@ -69,12 +69,12 @@ def export(staging: str, class_name: str, dtype: str) -> None:
     import tensorflow
 
     wing = importlib.import_module("olmozoo.tf")
-    from olmozoo.tf.layers import to_tensor
+    from olmozoo.tf.layers import from_numpy
 
     folder = Path(staging)
     model = getattr(wing, class_name)(ModelConfig.from_folder(folder), seed=None, dtype=dtype)
     for variable in model.weights:
-        value = to_tensor(np.zeros(1, dtype_of(dtype)))
+        value = from_numpy(np.zeros(1, dtype_of(dtype)))
         tensorflow.raw_ops.AssignVariableOp(resource=variable.value.handle, value=value)
     made = folder / SAVED_MODEL
     model.export(made, verbose=False)
