@@ -20,12 +20,12 @@ def cross_entropy(logits: Array, labels: Array, ignored: int) -> Array:
 
 
 def next_token_loss(logits: Array, labels: Array) -> Array:
-    """Cross-entropy of logits (b, s, v) against the labels (b, s) one place on, -100 ignored."""
+    """Cross-entropy of logits (b, s, v) against labels (b, s), each with the label after it; -100 is ignored."""
     return cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), -100)
 
 
 def classification_loss(logits: Array, labels: Array, problem_type: str | None) -> Array:
-    """The loss of logits (b, n) by `problem_type`, see `SequenceClassifier.__call__`."""
+    """The loss of logits (b, n) that `problem_type` names, or by default `infer_problem_type`."""
     wide = logits.astype(at_least_float32(logits.dtype))
     integers = not jnp.issubdtype(labels.dtype, jnp.floating)
     kind = problem_type or infer_problem_type(logits.shape[1], integers)
@@ -36,7 +36,7 @@ def classification_loss(logits: Array, labels: Array, problem_type: str | None) 
     return -(labels * jax.nn.log_sigmoid(wide) + (1 - labels) * jax.nn.log_sigmoid(-wide)).mean()
 
 
-def place_loss(logits: Array, places: Array) -> Array:
-    """Cross-entropy of logits (b, s) against places (b,), clamped to 0 .. s, where s is ignored."""
+def answer_position_loss(logits: Array, positions: Array) -> Array:
+    """Cross-entropy of logits (b, s) against positions (b,), clamped to 0 .. s, where s is ignored."""
     length = logits.shape[1]
-    return cross_entropy(logits, places.reshape(-1).clip(0, length), length)
+    return cross_entropy(logits, positions.reshape(-1).clip(0, length), length)

@@ -17,12 +17,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits (b, s, v) against the labels (b, s) one place on, -100 ignored."""
+    """Cross-entropy of logits (b, s, v) against labels (b, s), each with the label after it; -100 is ignored."""
     return cross_entropy(logits.flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=-100).flatten(), -100)
 
 
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    """The loss of logits (b, n) by `problem_type`, see `SequenceClassifier.forward`."""
+    """The loss of logits (b, n) that `problem_type` names, or by default `infer_problem_type`."""
     wide = logits.to(at_least_float32(logits.dtype))
     kind = problem_type or infer_problem_type(logits.shape[1], integers=not labels.is_floating_point())
     if kind == "regression":
@@ -32,7 +32,7 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
     return F.binary_cross_entropy_with_logits(wide, labels.to(wide))
 
 
-def place_loss(logits: Tensor, places: Tensor) -> Tensor:
-    """Cross-entropy of logits (b, s) against places (b,), clamped to 0 .. s, where s is ignored."""
+def answer_position_loss(logits: Tensor, positions: Tensor) -> Tensor:
+    """Cross-entropy of logits (b, s) against positions (b,), clamped to 0 .. s, where s is ignored."""
     length = logits.shape[1]
-    return cross_entropy(logits, places.flatten().clamp(0, length), length)
+    return cross_entropy(logits, positions.flatten().clamp(0, length), length)

@@ -21,13 +21,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignored: Any) -> Tensor:
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits (b, s, v) against the labels (b, s) one place on, -100 ignored."""
+    """Cross-entropy of logits (b, s, v) against labels (b, s), each with the label after it; -100 is ignored."""
     labels = tf.pad(labels[:, 1:], [[0, 0], [0, 1]], constant_values=-100)
     return cross_entropy(ops.reshape(logits, (-1, logits.shape[-1])), ops.reshape(labels, (-1,)), -100)
 
 
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    """The loss of logits (b, n) by `problem_type`, see `SequenceClassifier.call`."""
+    """The loss of logits (b, n) that `problem_type` names, or by default `infer_problem_type`."""
     wide = ops.cast(logits, at_least_float32(logits.dtype))
     labels = ops.convert_to_tensor(labels)
     kind = problem_type or infer_problem_type(logits.shape[1], integers=labels.dtype.is_integer)
@@ -39,7 +39,7 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
     return ops.mean(tf.nn.sigmoid_cross_entropy_with_logits(labels, wide))
 
 
-def place_loss(logits: Tensor, places: Tensor) -> Tensor:
-    """Cross-entropy of logits (b, s) against places (b,), clamped to 0 .. s, where s is ignored."""
+def answer_position_loss(logits: Tensor, positions: Tensor) -> Tensor:
+    """Cross-entropy of logits (b, s) against positions (b,), clamped to 0 .. s, where s is ignored."""
     length = ops.shape(logits)[1]
-    return cross_entropy(logits, ops.clip(ops.reshape(places, (-1,)), 0, length), length)
+    return cross_entropy(logits, ops.clip(ops.reshape(positions, (-1,)), 0, length), length)

@@ -8,7 +8,7 @@ import pytest
 from olmozoo import InputError
 from olmozoo.backends import load
 from olmozoo.families.parameter import ARCHITECTURES
-from tests.helpers.checkpoints import left_padded, write_checkpoint
+from tests.helpers.checkpoints import left_padded, random_values, write_checkpoint
 from tests.helpers.configs import CONFIGS, GRADIENT_BOUND, OTHERS, REFERENCE
 from tests.helpers.wings import WINGS, call, gradients, scope
 
@@ -143,6 +143,23 @@ def test_several_rows_without_a_pad_token_are_refused(tmp_path, wing):
 
 
 @pytest.mark.parametrize("wing", WINGS)
+def test_arguments_of_another_head_are_named(tmp_path, wing):
+    config = CONFIGS["opt"]
+    ids, mask = left_padded(config)
+    row = ids[:, 0]
+    for head, wrong, named in (
+        ("causal_lm", {"labels": ids, "start_positions": row}, "this head takes labels, not start_positions"),
+        ("causal_lm", {"labels": ids, "logits_to_keep": 2}, "leave out logits_to_keep"),
+        ("sequence_classification", {"end_positions": row}, "this head takes labels, not end_positions"),
+        ("sequence_classification", {"logits_to_keep": 2}, "logits_to_keep is an argument of causal language models"),
+        ("question_answering", {"labels": ids}, "this head takes start_positions and end_positions, not labels"),
+    ):
+        folder = write_checkpoint(tmp_path / head, config, head)
+        with pytest.raises(InputError, match=named):
+            call(wing, model_class(wing, "OPT", ARCHITECTURES[head]), folder, ids, mask, **wrong)
+
+
+@pytest.mark.parametrize("wing", WINGS)
 @pytest.mark.parametrize("name", ["opt", "opt-projected-post-norm"])
 def test_question_answering_is_that_of_transformers(tmp_path, name, wing):
     config = CONFIGS[name]
@@ -194,6 +211,28 @@ def test_base_models_load_and_answer(tmp_path, wing):
         saved = write_checkpoint(tmp_path / f"{name}-base", config, None)
         again = call(wing, model_class(wing, config.name, "Model"), saved, ids, mask)
         assert np.abs(again["last_hidden_state"] - base["last_hidden_state"])[real].max() <= BOUND
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_the_canonical_state_is_the_checkpoint_and_binds_again(tmp_path, wing):
+    canonical_state = import_module(f"olmozoo.{wing}").canonical_state
+    for name, head in (
+        ("olmo-clip-tied", "causal_lm"),
+        ("opt-projected-post-norm", None),
+        ("opt", "question_answering"),
+    ):
+        config = CONFIGS[name]
+        cls = model_class(wing, config.name, ARCHITECTURES[head])
+        table = [parameter for parameter in config.parameters(head) if parameter.tied_to is None]
+        with scope(wing):
+            model = cls.from_pretrained(write_checkpoint(tmp_path / name, config, head))
+            other = cls(config, seed=7, dtype="float64")
+            other.bind_parameters((parameter, random_values(parameter)) for parameter in table)
+        for state in (canonical_state(model), canonical_state(other)):
+            assert list(state) == [parameter.name for parameter in table]
+            for parameter in table:
+                assert state[parameter.name].dtype == np.float64
+                assert np.array_equal(state[parameter.name], random_values(parameter)), parameter.name
 
 
 @pytest.mark.parametrize("wing", WINGS)
