@@ -99,6 +99,17 @@ class Backend(ABC):
         cls.module()
         return model_class(cls.wing, config, head)
 
+    @classmethod
+    def empty_model(cls, config: ModelConfig, head: Head | None, dtype: np.dtype[Any]) -> Any:
+        """A model whose parameters have no values yet; `bind_parameters` sets them.
+
+        Args:
+            config: its config.
+            head: None for the decoder alone.
+            dtype: of the parameters, where the wing does not take that from their values.
+        """
+        return cls.model_class(config, head)(config, seed=None, dtype=dtype.name)
+
     @abstractmethod
     def choose_device(self, folder: Path, dtype: str | None, device: str | None) -> Any:
         """The device for a checkpoint, in the framework's own form."""
@@ -219,6 +230,11 @@ class Flax(Backend):
         import olmozoo.flax
 
         return olmozoo.flax
+
+    @classmethod
+    def empty_model(cls, config: ModelConfig, head: Head | None, dtype: np.dtype[Any]) -> Any:
+        """See `Backend.empty_model`."""
+        return cls.model_class(config, head)(config, dtype=dtype, param_dtype=dtype, _do_init=False)
 
     def choose_device(self, folder: Path, dtype: str | None, device: str | None) -> Any:
         """The one asked for; by default JAX takes an accelerator by itself."""
