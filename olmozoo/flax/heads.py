@@ -22,7 +22,7 @@ from olmozoo.flax.generation import GenerationMixin
 from olmozoo.flax.layers import tied_head
 from olmozoo.flax.losses import answer_position_loss, classification_loss, next_token_loss
 from olmozoo.modeling import check_kept_logits, head_labels
-from olmozoo.outputs import CausalLMOutput, ModelOutput, QuestionAnsweringOutput, SequenceClassifierOutput
+from olmozoo.outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 
 
 class HeadedModule(nn.Module):
@@ -35,7 +35,7 @@ class HeadedModule(nn.Module):
     gradient_checkpointing: bool = False
 
     head: ClassVar[Head]
-    output_class: ClassVar[type[ModelOutput]]
+    output_class: ClassVar[type[Any]]
     label_names: ClassVar[tuple[str, ...]] = ("labels",)  # the arguments of a call that give a loss
 
     def setup(self) -> None:

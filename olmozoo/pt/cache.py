@@ -147,6 +147,7 @@ def open_cache(past_key_values: Any, layers: int, use_cache: bool) -> Any:
     """
     if past_key_values is None:
         return TupleCache() if use_cache else None
+    cache: TupleCache | KVCache
     if isinstance(past_key_values, (tuple, list)):
         found, cache = len(past_key_values), TupleCache(past_key_values)
     elif isinstance(past_key_values, KVCache):

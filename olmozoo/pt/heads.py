@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from olmozoo.errors import InputError
 from olmozoo.modeling import check_kept_logits, head_labels
-from olmozoo.outputs import CausalLMOutput, ModelOutput, QuestionAnsweringOutput, SequenceClassifierOutput
+from olmozoo.outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 from olmozoo.pt.base import PreTrainedModel
 from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.generation import GenerationMixin
@@ -20,7 +20,7 @@ class HeadedModel(PreTrainedModel):
     """A decoder with a head on top; subclasses say which."""
 
     base_class: ClassVar[type[Decoder]]
-    output_class: ClassVar[type[ModelOutput]]
+    output_class: ClassVar[type[Any]]
     label_names: ClassVar[tuple[str, ...]] = ("labels",)  # the arguments of `forward` that give a loss
 
     def make_layers(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import tensorflow as tf
 from keras import ops
@@ -12,7 +12,7 @@ from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.tf.layers import static
 
-Tensor = tf.Tensor
+Tensor: TypeAlias = tf.Tensor
 
 
 class KVCache(NamedTuple):

@@ -10,7 +10,7 @@ from keras import ops
 
 from olmozoo.errors import InputError
 from olmozoo.modeling import check_kept_logits, head_labels
-from olmozoo.outputs import CausalLMOutput, ModelOutput, QuestionAnsweringOutput, SequenceClassifierOutput
+from olmozoo.outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 from olmozoo.tf.base import PreTrainedModel
 from olmozoo.tf.decoder import Decoder
 from olmozoo.tf.generation import GenerationMixin
@@ -22,8 +22,8 @@ class HeadedModel(PreTrainedModel):
     """A decoder with a head on top; subclasses say which."""
 
     base_class: ClassVar[type[Decoder]]
-    output_class: ClassVar[type[ModelOutput]]
-    label_names = ("labels",)
+    output_class: ClassVar[type[Any]]
+    label_names: ClassVar[tuple[str, ...]] = ("labels",)
 
     def make_layers(self) -> None:
         self.model = self.base_class(self.config, name="model", nested=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -19,7 +19,7 @@ from olmozoo.checkpoint.tensors import aligned_empty, dtype_of
 from olmozoo.errors import InputError
 from olmozoo.families.rope import Rope
 
-Tensor = tf.Tensor
+Tensor: TypeAlias = tf.Tensor
 
 
 def at_least_float32(dtype: Any) -> str:
@@ -229,7 +229,8 @@ def whole_mask(mask: Tensor, length: Any, past: Any, keys: Any) -> Tensor:
     """An attention_mask of four dimensions, as wide as the keys: bool, or floats to add to the scores."""
     mask = ops.convert_to_tensor(mask)
     floating = mask.dtype.is_floating
-    rows, width, written = *mask.shape[2:], static(past + length)
+    rows, width = mask.shape[2:]
+    written = static(past + length)
     wrong_rows = None not in (rows, static(length)) and rows != static(length)
     if wrong_rows or (None not in (width, written) and width not in (written, static(keys))):
         raise InputError(

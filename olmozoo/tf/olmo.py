@@ -9,7 +9,7 @@ c hidden size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -20,7 +20,7 @@ from olmozoo.tf.decoder import Decoder
 from olmozoo.tf.heads import CausalLM, SequenceClassifier
 from olmozoo.tf.layers import GatedMLP, Layer, LayerNorm, attention, clip, embedding, linear, rotate, split_heads
 
-Tensor = tf.Tensor
+Tensor: TypeAlias = tf.Tensor
 
 
 class OlmoAttention(Layer):

@@ -11,7 +11,7 @@ the token embedding.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -34,7 +34,7 @@ from olmozoo.tf.layers import (
     split_seed,
 )
 
-Tensor = tf.Tensor
+Tensor: TypeAlias = tf.Tensor
 
 
 class OPTAttention(Layer):
