@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import BASE_PREFIX, Head, Parameter
+from olmozoo.families.registry import register_model
 from olmozoo.hub import HUB_ARGUMENTS
 from olmozoo.typing import HubOptions
 
@@ -20,14 +21,21 @@ class ModelMixin:
     """Base of `PreTrainedModel` in each wing.
 
     Attributes:
+        wing: the name of the wing.
         config_class: the config of the family.
         head: the head on top of the decoder; None for a base model.
         config: the config of this model.
     """
 
+    wing: ClassVar[str]
     config_class: ClassVar[type[ModelConfig]]
     head: ClassVar[Head | None] = None
     config: ModelConfig
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if hasattr(cls, "wing"):
+            register_model(cls.wing, cls)
 
     @classmethod
     def check_config(cls, config: Any) -> None:

@@ -21,7 +21,6 @@ from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Kind, Parameter
-from olmozoo.families.registry import register_model
 from olmozoo.flax.cache import KVCache
 from olmozoo.flax.layers import at_least_float32
 from olmozoo.generation.config import GenerationConfig
@@ -41,7 +40,7 @@ class PreTrainedModel(ModelMixin):
 
     Args:
         config: the model's config.
-        input_shape: taken for the sake of older code; no parameter's shape depends on it.
+        input_shape: ignored; it is an argument of Transformers' Flax classes.
         seed: initial weights are drawn from it, bit for bit the same as in the other frameworks.
         dtype: what is computed in.
         _do_init: False makes no parameters: pass `params` to each call, as `init_weights` or a checkpoint gives them.
@@ -56,9 +55,7 @@ class PreTrainedModel(ModelMixin):
         ConfigError: the config is of another family, or float64 is asked for and JAX has it switched off.
     """
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        register_model("flax", cls)
+    wing = "flax"
 
     def __init__(
         self,

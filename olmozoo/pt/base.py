@@ -18,7 +18,6 @@ from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import InputError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
-from olmozoo.families.registry import register_model
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.hub import resolve
 from olmozoo.modeling import ModelMixin, resized_config, split_options
@@ -39,11 +38,8 @@ class PreTrainedModel(ModelMixin, nn.Module):
         dtype: of the parameters; default torch's default dtype.
     """
 
+    wing = "pt"
     gradient_checkpointing = False
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        register_model("pt", cls)
 
     def __init__(self, config: ModelConfig, *, seed: int | None = 0, dtype: torch.dtype | str | None = None) -> None:
         super().__init__()

@@ -133,10 +133,7 @@ class OPTModel(Decoder):
         return hidden, list(head_mask.expand(layers, -1))
 
     def prune_heads(self, heads_to_prune: dict[int, list[int]]) -> None:
-        """Remove heads from the weights; the config follows.
-
-        Args:
-            heads_to_prune: heads by layer, as they were numbered before any was removed.
+        """Remove heads by layer, numbered as before any was removed, from the weights; the config follows.
 
         Raises:
             ConfigError: there is no such layer or head, or a layer would have none left.

@@ -21,7 +21,6 @@ from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
-from olmozoo.families.registry import register_model
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.hub import resolve
 from olmozoo.modeling import ModelMixin, resized_config, split_options
@@ -38,20 +37,17 @@ class PreTrainedModel(ModelMixin, keras.Model):
     Args:
         config: the model's config.
         seed: initial weights are drawn from it, bit for bit the same as in the other frameworks; None leaves them
-            unset, for whoever sets them next.
+            uninitialized, for a caller that binds them next.
         dtype: a Keras dtype policy or its name, such as "bfloat16" or "mixed_bfloat16", or a dtype; default Keras's
             global policy.
         name: of the model, in the paths of its variables.
         nested: whether this model is a part of another, which makes its variables.
     """
 
+    wing = "tf"
     label_names: ClassVar[tuple[str, ...]] = ()  # the arguments of `call` that give a loss
     gradient_checkpointing = False
     quantized: tuple[Any, ...] | None = None  # mode, config and filters, where `quantize` was called
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        register_model("tf", cls)
 
     def __init__(
         self,

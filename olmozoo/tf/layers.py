@@ -65,14 +65,14 @@ def from_numpy(array: np.ndarray) -> Tensor:
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
-def unset(shape: tuple[int, ...], dtype: Any = None) -> Tensor:
-    """An initializer that sets nothing: values come from the parameter table or from a checkpoint, for every model."""
+def no_values(shape: tuple[int, ...], dtype: Any = None) -> Tensor:
+    """An initializer that leaves memory as it is: values come from the parameter table or from a checkpoint."""
     return from_numpy(aligned_empty(tuple(shape), dtype_of(keras.backend.standardize_dtype(dtype))))
 
 
 def linear(size: int, bias: bool, name: str) -> keras.layers.Dense:
     """Keras's own `Dense`, from whatever comes in to `size`."""
-    return keras.layers.Dense(size, use_bias=bias, kernel_initializer=unset, bias_initializer=unset, name=name)
+    return keras.layers.Dense(size, use_bias=bias, kernel_initializer=no_values, bias_initializer=no_values, name=name)
 
 
 class Embedding(keras.layers.Embedding):
@@ -98,7 +98,7 @@ def gather(table: Tensor, ids: Tensor) -> tuple[Tensor, Any]:
 
 def embedding(rows: int, size: int, name: str) -> Embedding:
     """An `Embedding`."""
-    return Embedding(rows, size, embeddings_initializer=unset, name=name)
+    return Embedding(rows, size, embeddings_initializer=no_values, name=name)
 
 
 class Layer(keras.layers.Layer):
@@ -130,7 +130,7 @@ class RMSNorm(keras.layers.Layer):
         self.eps = eps
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        self.scale = self.add_weight(name="scale", shape=input_shape[-1:], initializer=unset, autocast=False)
+        self.scale = self.add_weight(name="scale", shape=input_shape[-1:], initializer=no_values, autocast=False)
 
     def call(self, x: Tensor) -> Tensor:
         wide = ops.cast(x, at_least_float32(x.dtype))
@@ -148,8 +148,8 @@ class LayerNorm(keras.layers.Layer):
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         if self.affine:
-            self.scale = self.add_weight(name="scale", shape=input_shape[-1:], initializer=unset, autocast=False)
-            self.bias = self.add_weight(name="bias", shape=input_shape[-1:], initializer=unset, autocast=False)
+            self.scale = self.add_weight(name="scale", shape=input_shape[-1:], initializer=no_values, autocast=False)
+            self.bias = self.add_weight(name="bias", shape=input_shape[-1:], initializer=no_values, autocast=False)
 
     def call(self, x: Tensor) -> Tensor:
         wide = ops.cast(x, at_least_float32(x.dtype))

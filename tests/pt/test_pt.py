@@ -486,10 +486,10 @@ def test_parameters_that_the_config_does_not_know_are_named_and_not_lost(keep, t
     tied.lm_head = torch.nn.Linear(tied.config.hidden_size, tied.config.vocab_size, bias=False)
     assert f"unexpected: lm_head.weight {tuple(tied.lm_head.weight.shape)}" in refusal(tied, keep, tmp_path)
 
-    turned = pt.Olmo2ForCausalLM(CONFIG)
-    shape = tuple(turned.lm_head.weight.shape)
-    turned.lm_head = torch.nn.Linear(*shape, bias=False)
-    assert f"wrong shape: lm_head.weight is {shape[::-1]}, expected {shape}" in refusal(turned, keep, tmp_path)
+    transposed = pt.Olmo2ForCausalLM(CONFIG)
+    shape = tuple(transposed.lm_head.weight.shape)
+    transposed.lm_head = torch.nn.Linear(*shape, bias=False)
+    assert f"wrong shape: lm_head.weight is {shape[::-1]}, expected {shape}" in refusal(transposed, keep, tmp_path)
 
     empty = refusal(pt.Olmo2Model(CONFIG, seed=None), keep, tmp_path)
     assert "without values, on the meta device: norm.weight" in empty
