@@ -153,6 +153,7 @@ def test_control_c_stops_the_answer_and_control_d_leaves(folder, terminal, wing)
     assert chat.program.wait(WAIT) == 0
 
 
+@pytest.mark.pt
 def test_an_error_in_an_answer_leaves_the_chat_as_it_was(folder, tmp_path, terminal):
     pytest.importorskip("torch")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -168,6 +169,7 @@ def test_an_error_in_an_answer_leaves_the_chat_as_it_was(folder, tmp_path, termi
     assert chat.program.wait(WAIT) == 0
 
 
+@pytest.mark.pt
 def test_a_model_without_a_chat_template_is_refused(folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):

@@ -111,6 +111,7 @@ def test_diff_counts_nan_where_there_is_one(command, folder, tmp_path):
 # -- evaluate ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pt
 def test_evaluate_reads_standard_input(command, folder, tmp_path, monkeypatch):
     pytest.importorskip("torch")
     options = ("--backend", "pt", "--device", "cpu", "--json")
@@ -125,6 +126,7 @@ def test_evaluate_reads_standard_input(command, folder, tmp_path, monkeypatch):
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pt
 def test_errors_are_in_the_words_of_the_command_line(command, folder):
     pytest.importorskip("torch")
     words = ("generate", folder, "x", "--backend", "pt")
@@ -138,6 +140,7 @@ def test_errors_are_in_the_words_of_the_command_line(command, folder):
     assert in_options("top_p is 2 with do_sample=False") == "--top-p is 2 with --no-sample"
 
 
+@pytest.mark.pt
 def test_a_folder_that_is_not_there_is_said_first(command, monkeypatch, tmp_path):
     pytest.importorskip("torch")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

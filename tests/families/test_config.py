@@ -187,6 +187,7 @@ def test_configs_are_read_from_and_written_to_folders(tmp_path):
         Olmo2Config.from_pretrained(tmp_path / "new")
 
 
+@pytest.mark.pt
 @pytest.mark.parametrize("family", MODEL_TYPES.values(), ids=lambda family: family.name)
 def test_the_table_is_that_of_transformers(family):
     transformers = pytest.importorskip("transformers")

@@ -115,6 +115,7 @@ def test_gradients_of_heads_agree_between_the_wings(tmp_path, name, problem, win
         assert np.abs(found[key] - expected[key]).max() <= GRADIENT_BOUND, key
 
 
+@pytest.mark.pt
 @pytest.mark.parametrize("wing", OTHERS)
 def test_pruned_heads_load_in_the_other_wings(tmp_path, wing):
     pytest.importorskip("torch")
@@ -176,6 +177,7 @@ def test_question_answering_is_that_of_transformers(tmp_path, name, wing):
         np.testing.assert_allclose(found[key], expected[key], rtol=1e-9, atol=BOUND)
 
 
+@pytest.mark.pt
 @pytest.mark.parametrize("wing", WINGS)
 def test_a_head_mask_takes_heads_away(tmp_path, wing):
     torch = pytest.importorskip("torch")

@@ -69,6 +69,7 @@ def native_tensor(state, config, name):
     return rows["qkv".index(module.removeprefix("self_attn.")[0])]
 
 
+@pytest.mark.pt
 @pytest.mark.parametrize("wing", WINGS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_native_checkpoints_give_the_native_trainers_logits(tmp_path, name, wing):
@@ -88,6 +89,7 @@ def test_native_checkpoints_give_the_native_trainers_logits(tmp_path, name, wing
     assert np.abs(found - expected["logits"]).max() < 1e-5
 
 
+@pytest.mark.pt
 @pytest.mark.parametrize("wing", WINGS)
 def test_an_old_opt_bin_file_gives_its_logits(wing):
     pytest.importorskip("torch")  # reads the file
