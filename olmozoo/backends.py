@@ -78,8 +78,8 @@ class Backend(ABC):
     def generate(self, input_ids: Array, attention_mask: Array, **settings: Any) -> Array:
         """Prompt and answer, (batch, seq + new)."""
         with self.scope():
-            found = self.model.generate(self.to_framework(input_ids), self.to_framework(attention_mask), **settings)
-            return self.to_numpy(getattr(found, "sequences", found))
+            sequences: Array = self.model._generate(input_ids, attention_mask, **settings).sequences
+            return sequences
 
     # -- what a wing defines --------------------------------------------------------------------------------------
 

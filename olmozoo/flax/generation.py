@@ -1,4 +1,4 @@
-"""Decoding: the prompt first, then a token at a time over a cache set aside once, in two compiled functions."""
+"""Decoding: the prompt first, then a token at a time over a preallocated cache, in two compiled functions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from olmozoo.errors import InputError
 from olmozoo.flax.cache import KVCache, cached_length, padded_left
 from olmozoo.flax.layers import at_least_float32
 from olmozoo.generation.config import GenerationConfig
-from olmozoo.generation.decode import advance, guess
-from olmozoo.generation.prepare import prepare, written
-from olmozoo.generation.state import Rules, State
+from olmozoo.generation.decode import decode_step, propose_draft
+from olmozoo.generation.prepare import finalize, prepare, run
+from olmozoo.generation.state import DecodeOptions, State
 from olmozoo.outputs import GenerateOutput
 
 
@@ -48,15 +48,15 @@ class GenerationMixin:
         """Continue each row of a batch: greedily, by sampling or by beam search.
 
         Args:
-            input_ids: (batch, seq) prompts, padded on the left; default the bos token.
+            input_ids: (batch, seq) prompts, padded on the left, as an array or lists; default the bos token.
             attention_mask: (batch, seq), 0 at padding; default all but pad tokens, unless a pad token also ends rows.
             generation_config: default the model's own.
             params: default the model's own.
             inputs_embeds: (batch, seq, hidden) prompts as embeddings, in place of `input_ids`.
             past_key_values: a cache of the first positions of `input_ids`, in either form.
             tokenizer: an `olmozoo.Tokenizer`, which `stop_strings` need.
-            streamer: shown the prompt and then each step's tokens (rows,) by `put`, and told of the end by `end`.
-            **settings: single settings of `GenerationConfig`, such as `max_new_tokens`.
+            streamer: gets the prompt and then each step's tokens (rows,) by `put`, then a call of `end`.
+            **settings: single settings of `GenerationConfig`, such as `max_new_tokens`; None switches a setting off.
 
         Returns:
             `GenerateOutput`, whose `sequences` are (rows, seq + new) ids of prompt and answer; of the answer alone for
@@ -64,11 +64,39 @@ class GenerationMixin:
             `return_dict_in_generate` its other fields are set too.
 
         Raises:
-            InputError: a setting is unknown, wrong or clashes with another, or shapes do not fit.
+            InputError: a setting is unknown, wrong or conflicts with another; ids or shapes do not fit; the call needs
+                more memory than there is; or logits are not finite.
         """
+        output = self._generate(
+            input_ids,
+            attention_mask,
+            generation_config,
+            params,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            tokenizer=tokenizer,
+            streamer=streamer,
+            **settings,
+        )
+        return jax.device_put(output)
+
+    def _generate(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        generation_config: GenerationConfig | None = None,
+        params: Any = None,
+        *,
+        inputs_embeds: Any = None,
+        past_key_values: Any = None,
+        tokenizer: Any = None,
+        streamer: Any = None,
+        **settings: Any,
+    ) -> GenerateOutput:
+        """`generate` with NumPy arrays, in and out."""
         if any(isinstance(x, jax.core.Tracer) for x in (input_ids, inputs_embeds)):
-            raise InputError("generate is compiled itself and gives as many tokens as it takes: call it outside of jit")
-        held = int(cached_length(past_key_values))
+            raise InputError("generate is compiled itself and its length depends on the tokens: call it outside of jit")
+        cached = int(cached_length(past_key_values))
         call = prepare(
             generation_config or self.generation_config,
             self.config,
@@ -76,70 +104,55 @@ class GenerationMixin:
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=None if inputs_embeds is None else np.asarray(inputs_embeds),
-            held=held,
+            cached=cached,
             tokenizer=tokenizer,
             streamer=streamer,
             compiled=True,
         )
-        rules, wide = call.rules, at_least_float32(self.dtype)
-        knobs, state = jax.tree.map(lambda x: narrowed(x, wide), (call.knobs, call.state))
+        layout, wide, params = call.layout, at_least_float32(self.dtype), self.tree(params)
+        values, start = jax.tree.map(lambda x: narrowed(x, wide), (call.values, call.state))
+        ids = None if call.ids is None else narrowed(call.ids, wide)
         embeds = None
         if inputs_embeds is not None:
-            embeds = np.pad(np.asarray(inputs_embeds).astype(self.dtype), ((0, 0), (call.shift, 0), (0, 0)))
-        params = self.tree(params)
-        ids = None if call.ids is None else narrowed(call.ids, wide)
-        pasts = None if past_key_values is None else padded_left(past_key_values, call.past)
-        if streamer is not None:
-            streamer.put(call.state.tokens[:, rules.text - call.prompt : rules.text])
-        state, cache = self._read_prompt(params, ids, embeds, call.mask, pasts, state, knobs, rules=rules)
-        max_new, shown = int(call.knobs["max_new"]), 0
-        while streamer is not None and shown < max_new:
-            if shown == int(state.count):
-                if np.asarray(state.done).all():
-                    break
-                state, cache = self._read_answer(
-                    params, call.mask, state, cache, knobs, np.int32(shown + 1), rules=rules
-                )
-            streamer.put(np.asarray(state.tokens)[:, rules.text + shown])
-            shown += 1
-        if streamer is not None:
-            streamer.end()
-        else:
-            state, cache = self._read_answer(params, call.mask, state, cache, knobs, np.int32(max_new), rules=rules)
-        fields = written(call, jax.tree.map(np.asarray, state))  # in NumPy: JAX would compile for each new length
-        if not call.settings.return_dict_in_generate:
-            fields = {name: fields[name] for name in ("sequences", "scores") if name in fields}
-        elif rules.beams == 1:  # without the places that only round the prompt up
-            places = [
-                *range(call.past - held, call.past),
-                *range(call.past + call.shift, call.end + int(state.count) - 1),
-            ]
-            pairs = [
-                tuple(np.asarray(x)[:, :, places] for x in pair) for pair in zip(cache.keys, cache.values, strict=True)
-            ]
+            embeds = np.pad(np.asarray(inputs_embeds).astype(self.dtype), ((0, 0), (layout.left_pad, 0), (0, 0)))
+        pasts = None if past_key_values is None else padded_left(past_key_values, layout.past_slots)
+        options = call.options
+        state, cache = run(
+            call,
+            streamer,
+            lambda: self._read_prompt(params, ids, embeds, call.mask, pasts, start, values, options=options),
+            lambda state, cache, until: self._read_answer(
+                params, call.mask, state, cache, values, np.int32(until), options=options
+            ),
+        )
+        output = finalize(call, jax.tree.map(np.asarray, state))  # in NumPy: JAX would compile for each new length
+        if output.logprobs is not None and options.beams == 1:
+            slots = layout.used_slots(int(state.count))
+            keys, values = (tuple(np.asarray(x)[:, :, slots] for x in side) for side in (cache.keys, cache.values))
             is_object = isinstance(past_key_values, KVCache)
-            length = np.int32(len(places))
-            fields["past_key_values"] = KVCache(*zip(*pairs, strict=True), length) if is_object else tuple(pairs)
-        return jax.device_put(GenerateOutput(**fields))
+            kept = KVCache(keys, values, np.int32(len(slots))) if is_object else tuple(zip(keys, values, strict=True))
+            output.past_key_values = kept
+        return output
 
     @cached_property
     def _read_prompt(self) -> Any:
-        return jax.jit(self._prompt, static_argnames="rules")
+        return jax.jit(self._prompt, static_argnames="options")
 
     @cached_property
     def _read_answer(self) -> Any:
-        return jax.jit(self._answer, static_argnames="rules", donate_argnums=(2, 3))
+        return jax.jit(self._answer, static_argnames="options", donate_argnums=(2, 3))
 
     def _reader(self, params: Any, mask: Array) -> Callable[..., tuple[Array, KVCache]]:
         """A function that reads tokens into a cache and gives logits (rows, keep, v) after the last of them."""
-        positions = jnp.where(mask, jnp.cumsum(mask, axis=-1) - 1, 0)
+        last = (self.config.position_limit or mask.shape[1]) - 1  # a draft may go past it
+        positions = jnp.clip(jnp.cumsum(mask, axis=-1) - 1, 0, last)
 
         def read(
             ids: Array | None, cache: KVCache, embeds: Array | None = None, keep: int = 1
         ) -> tuple[Array, KVCache]:
             length = (embeds if ids is None else ids).shape[1]
-            place = lax.dynamic_slice_in_dim(positions, cache.length, length, axis=1)
-            output = self(ids, mask, place, params, cache, embeds, logits_to_keep=keep, return_dict=True)
+            position_ids = lax.dynamic_slice_in_dim(positions, cache.length, length, axis=1)
+            output = self(ids, mask, position_ids, params, cache, embeds, logits_to_keep=keep, return_dict=True)
             return output.logits.astype(at_least_float32(self.dtype)), output.past_key_values
 
         return read
@@ -152,17 +165,17 @@ class GenerationMixin:
         mask: Array,
         pasts: Any,
         state: State,
-        knobs: dict[str, Array],
-        rules: Rules,
+        values: dict[str, Array],
+        options: DecodeOptions,
     ) -> tuple[State, KVCache]:
-        """Read the prompt after `pasts`, over a cache of `mask.shape[1]` places, and write the first token."""
+        """Read the prompt after `pasts`, over a cache of `mask.shape[1]` slots, and append the first token."""
         self.trace_count += 1
         read = self._reader(params, mask)
         cache = self.init_cache(*mask.shape)
         if pasts is not None:
             cache = cache.begin_with(pasts)
-        room = (embeds if ids is None else ids).shape[1]
-        chunk = rules.chunk or room
+        slots = (embeds if ids is None else ids).shape[1]
+        chunk = options.prefill_chunk or slots
 
         def read_chunk(i: int, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
             piece = [
@@ -171,14 +184,14 @@ class GenerationMixin:
             return read(piece[0], carry[1], piece[1])
 
         start = jnp.zeros((mask.shape[0], 1, self.config.vocab_size), at_least_float32(self.dtype))
-        several = chunk < room
+        several = chunk < slots
         logits, cache = (
-            lax.fori_loop(0, room // chunk, read_chunk, (start, cache)) if several else read(ids, cache, embeds)
+            lax.fori_loop(0, slots // chunk, read_chunk, (start, cache)) if several else read(ids, cache, embeds)
         )
-        if rules.copies > 1:
-            rows = jnp.repeat(jnp.arange(mask.shape[0]), rules.copies)
+        if options.rows_per_prompt > 1:
+            rows = jnp.repeat(jnp.arange(mask.shape[0]), options.rows_per_prompt)
             logits, cache = logits[rows], cache.reorder(rows)
-        state, order = advance(XP, rules, knobs, state, logits[:, -1])
+        state, order = decode_step(XP, options, values, state, logits[:, -1])
         return state, cache if order is None else cache.reorder(order)
 
     def _answer(
@@ -187,43 +200,49 @@ class GenerationMixin:
         mask: Array,
         state: State,
         cache: KVCache,
-        knobs: dict[str, Array],
+        values: dict[str, Array],
         until: Array,
-        rules: Rules,
+        options: DecodeOptions,
     ) -> tuple[State, KVCache]:
-        """Write tokens until there are `until` of them or every row has ended."""
+        """Append tokens until there are `until` of them or every row has ended."""
         self.trace_count += 1
-        read = self._reader(params, jnp.repeat(mask, rules.copies, axis=0))
-        end = mask.shape[1] - (state.tokens.shape[1] - rules.text) - rules.lookup  # the answer's first place
+        read = self._reader(params, jnp.repeat(mask, options.rows_per_prompt, axis=0))
+        end = (
+            mask.shape[1] - (state.tokens.shape[1] - options.answer_start) - options.draft_tokens
+        )  # the answer's first slot
 
         def unfinished(state: State) -> Array:
             return (state.count < until) & ~state.done.all()
 
         def last(state: State) -> Array:
-            return lax.dynamic_slice_in_dim(state.tokens, rules.text + state.count - 1, 1, axis=1)
+            return lax.dynamic_slice_in_dim(state.tokens, options.answer_start + state.count - 1, 1, axis=1)
 
         def step(carry: tuple[State, KVCache]) -> tuple[State, KVCache]:
             state, cache = carry
             logits, cache = read(last(state), cache)
-            state, order = advance(XP, rules, knobs, state, logits[:, -1])
+            state, order = decode_step(XP, options, values, state, logits[:, -1])
             return state, cache if order is None else cache.reorder(order)
 
-        def leap(carry: tuple[State, KVCache]) -> tuple[State, KVCache]:
+        def speculative_step(carry: tuple[State, KVCache]) -> tuple[State, KVCache]:
             state, cache = carry
-            guessed = guess(XP, rules, knobs, state)  # (r, lookup)
-            logits, cache = read(jnp.concatenate([last(state), guessed], 1), cache, keep=0)
+            draft = propose_draft(XP, options, values, state)  # (r, draft_tokens)
+            logits, cache = read(jnp.concatenate([last(state), draft], 1), cache, keep=0)
 
             def accept(carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
                 state, i, _ = carry
-                state, _ = advance(XP, rules, knobs, state, lax.dynamic_index_in_dim(logits, i, 1, keepdims=False))
-                expected = lax.dynamic_slice_in_dim(guessed, jnp.minimum(i, rules.lookup - 1), 1, axis=1)
+                state, _ = decode_step(
+                    XP, options, values, state, lax.dynamic_index_in_dim(logits, i, 1, keepdims=False)
+                )
+                expected = lax.dynamic_slice_in_dim(draft, jnp.minimum(i, options.draft_tokens - 1), 1, axis=1)
                 right = ((last(state) == expected)[:, 0] | state.done).all()
-                return state, i + 1, right & (i < rules.lookup) & unfinished(state)
+                return state, i + 1, right & (i < options.draft_tokens) & unfinished(state)
 
             state, _, _ = lax.while_loop(lambda carry: carry[2], accept, (state, jnp.int32(0), jnp.bool_(True)))
             return state, cache.replace(length=end + state.count - 1)
 
-        return lax.while_loop(lambda carry: unfinished(carry[0]), leap if rules.lookup else step, (state, cache))
+        return lax.while_loop(
+            lambda carry: unfinished(carry[0]), speculative_step if options.draft_tokens else step, (state, cache)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the compiled functions and their count, which belong to this object and process."""
@@ -232,7 +251,7 @@ class GenerationMixin:
 
 
 class Namespace:
-    """JAX's functions as `olmozoo.decoding.Namespace` names them."""
+    """JAX's functions as `olmozoo.generation.state.Namespace` names them."""
 
     arange, where, exp, log = (
         staticmethod(jnp.arange),
@@ -258,11 +277,11 @@ class Namespace:
     def argmax(self, x: Array) -> Array:
         return x.argmax(-1).astype(jnp.int32)
 
-    def take_along(self, x: Array, places: Array) -> Array:
-        return jnp.take_along_axis(x, places, 1)
+    def take_along(self, x: Array, indices: Array) -> Array:
+        return jnp.take_along_axis(x, indices, 1)
 
-    def put(self, x: Array, place: Array, value: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(x, value[:, None].astype(x.dtype), place, axis=1)
+    def put(self, x: Array, index: Array, value: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(x, value[:, None].astype(x.dtype), index, axis=1)
 
     def mark(self, tokens: Array, flags: Array, size: int) -> Array:
         marks = jnp.zeros((len(tokens), size + 1), bool)
@@ -282,7 +301,7 @@ XP = Namespace()
 
 
 def narrowed(array: np.ndarray, wide: Any) -> np.ndarray:
-    """The array with floating-point numbers in `wide` and large whole numbers in int32, as JAX's own are."""
+    """The array with floating-point numbers in `wide` and int64 in int32, as JAX's own are."""
     if array.dtype.kind == "f":
         return array.astype(wide)
     return array.astype(np.int32) if array.dtype == np.int64 else array

@@ -1,4 +1,4 @@
-"""Decoding: the prompt first, then a token at a time over a cache set aside once."""
+"""Decoding: the prompt first, then a token at a time over a preallocated cache."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from olmozoo.generation.config import GenerationConfig
-from olmozoo.generation.decode import advance, guess
-from olmozoo.generation.prepare import Call, prepare, written
+from olmozoo.generation.decode import decode_step, propose_draft
+from olmozoo.generation.prepare import Call, finalize, prepare
 from olmozoo.generation.state import State
 from olmozoo.outputs import GenerateOutput
 from olmozoo.pt.cache import KVCache, StaticCache, TupleCache, cached_length, open_cache
@@ -20,14 +20,13 @@ from olmozoo.pt.layers import at_least_float32
 class GenerationMixin:
     """Adds `generate` to a model with a language-model head."""
 
-    @torch.inference_mode()
     def generate(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        input_ids: Any = None,
+        attention_mask: Any = None,
         generation_config: GenerationConfig | None = None,
         *,
-        inputs_embeds: Tensor | None = None,
+        inputs_embeds: Any = None,
         past_key_values: Any = None,
         tokenizer: Any = None,
         streamer: Any = None,
@@ -37,33 +36,67 @@ class GenerationMixin:
         """Continue each row of a batch: greedily, by sampling or by beam search.
 
         Args:
-            input_ids: (batch, seq) prompts, padded on the left; default the bos token.
+            input_ids: (batch, seq) prompts, padded on the left, as a tensor, an array or lists; default the bos token.
             attention_mask: (batch, seq), 0 at padding; default all but pad tokens, unless a pad token also ends rows.
             generation_config: default the model's own.
             inputs_embeds: (batch, seq, hidden) prompts as embeddings, in place of `input_ids`.
             past_key_values: a cache of the first positions of `input_ids`, in either form; it is not changed.
             tokenizer: an `olmozoo.Tokenizer`, which `stop_strings` need.
-            streamer: shown the prompt and then each step's tokens (rows,) by `put`, and told of the end by `end`.
+            streamer: gets the prompt and then each step's tokens (rows,) by `put`, then a call of `end`.
             compile: run steps after the prompt through `torch.compile`, with CUDA graphs on a GPU. The first call for a
                 batch size and a length (rounded up to `olmozoo.generation.BUCKET`) compiles.
-            **settings: single settings of `GenerationConfig`, such as `max_new_tokens`.
+            **settings: single settings of `GenerationConfig`, such as `max_new_tokens`; None switches a setting off.
 
         Returns:
             (rows, seq + new) ids of prompt and answer; of the answer alone for `inputs_embeds`. A row that has ended
             holds pad tokens; the call ends with its longest row. A `GenerateOutput` for `return_dict_in_generate`.
 
         Raises:
-            InputError: a setting is unknown, wrong or clashes with another, or shapes do not fit.
+            InputError: a setting is unknown, wrong or conflicts with another; ids or shapes do not fit; the call needs
+                more memory than there is; or logits are not finite.
         """
-        held = open_cache(past_key_values, self.config.num_hidden_layers, False)
+        output = self._generate(
+            input_ids,
+            attention_mask,
+            generation_config,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            tokenizer=tokenizer,
+            streamer=streamer,
+            compile=compile,
+            **settings,
+        )
+        past = output.past_key_values
+        output = map_arrays(lambda x: torch.from_numpy(x).to(self.device), {**output, "past_key_values": None})
+        output = GenerateOutput(**output | {"past_key_values": past})
+        return output.sequences if output.logprobs is None else output
+
+    @torch.inference_mode()
+    def _generate(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        inputs_embeds: Any = None,
+        past_key_values: Any = None,
+        tokenizer: Any = None,
+        streamer: Any = None,
+        compile: bool = False,
+        **settings: Any,
+    ) -> GenerateOutput:
+        """`generate` with ids as NumPy arrays, in and out; the cache of the output is of tensors."""
+        past = open_cache(past_key_values, self.config.num_hidden_layers, False)
+        if inputs_embeds is not None:
+            inputs_embeds = torch.as_tensor(inputs_embeds, device=self.device)
         call = prepare(
             generation_config or self.generation_config,
             self.config,
             settings,
-            input_ids=None if input_ids is None else input_ids.cpu().numpy(),
-            attention_mask=None if attention_mask is None else attention_mask.cpu().numpy(),
+            input_ids=to_numpy(input_ids),
+            attention_mask=to_numpy(attention_mask),
             inputs_embeds=inputs_embeds,
-            held=cached_length(held),
+            cached=cached_length(past),
             tokenizer=tokenizer,
             streamer=streamer,
             compiled=compile,
@@ -71,46 +104,37 @@ class GenerationMixin:
         training = self.training
         self.eval()
         try:
-            state, cache = self._decode(call, inputs_embeds, held, streamer, compile)
+            state, cache = self._decode(call, inputs_embeds, past, streamer, compile)
         finally:
             self.train(training)
-        device = self.device
-        fields = written(call, map_arrays(lambda x: x.cpu().numpy() if isinstance(x, Tensor) else x, state))
-        sequences = torch.from_numpy(fields.pop("sequences")).to(device)
-        if not call.settings.return_dict_in_generate:
-            return sequences
-        output = GenerateOutput(sequences=sequences, **map_arrays(lambda x: torch.from_numpy(x).to(device), fields))
-        if call.rules.beams == 1:  # without the places that only round the prompt up
-            places = [
-                *range(call.past - call.held, call.past),
-                *range(call.past + call.shift, call.end + state.count - 1),
-            ]
-            pairs = cache.take(torch.tensor(places, device=device))
-            kept = KVCache(*zip(*pairs, strict=True), len(places))
-            output.past_key_values = pairs if isinstance(held, TupleCache | None) else kept
+        output = finalize(call, map_arrays(to_numpy, state))
+        if output.logprobs is not None and call.options.beams == 1:
+            slots = call.layout.used_slots(int(state.count))
+            pairs = cache.take(torch.tensor(slots, device=self.device))
+            kept = KVCache(*zip(*pairs, strict=True), len(slots))
+            output.past_key_values = pairs if isinstance(past, TupleCache | None) else kept
         return output
 
     def prepare_inputs_for_generation(self, input_ids: Tensor | None, **arguments: Any) -> dict[str, Any]:
-        """The arguments of the next forward call. Libraries such as PEFT put their own in its place."""
+        """The arguments of the next forward call. Libraries such as PEFT override it."""
         return {"input_ids": input_ids, **arguments}
 
     def _decode(
-        self, call: Call, inputs_embeds: Tensor | None, held: Any, streamer: Any, compile: bool
+        self, call: Call, inputs_embeds: Tensor | None, past: Any, streamer: Any, compile: bool
     ) -> tuple[State, KVCache]:
-        rules, device, wide = call.rules, self.device, at_least_float32(self.dtype)
-        xp = Namespace(device)
-        knobs = {name: to_tensor(knob, wide, device) for name, knob in call.knobs.items()}
-        state = map_arrays(lambda x: to_tensor(x, wide, device), call.state)._replace(count=0)
-        max_new = int(call.knobs["max_new"])
+        options, layout, device, wide = call.options, call.layout, self.device, at_least_float32(self.dtype)
+        xp, start = Namespace(device), options.answer_start
+        values = {name: from_numpy(value, wide, device) for name, value in call.values.items()}
+        state = map_arrays(lambda x: from_numpy(x, wide, device), call.state)._replace(count=0)
         mask = torch.from_numpy(call.mask).to(device)
-        padded = compile or not bool(mask.all())
-        positions = (mask.long().cumsum(-1) - 1).masked_fill(~mask, 0)
+        padded = compile or not call.mask.all()
+        positions = (mask.long().cumsum(-1) - 1).clamp(0, (self.config.position_limit or len(mask[0])) - 1)
         cache = self.init_cache(len(mask), mask.shape[1])
-        if held is not None:
-            cache.begin_with(held, call.past)
+        if past is not None:
+            cache.begin_with(past, layout.past_slots)
 
         def read(ids: Tensor | None, start: int, end: int, embeds: Tensor | None = None, keep: int = 1) -> Tensor:
-            """Logits (rows, keep, v) after reading the tokens at places start to end of the cache."""
+            """Logits (rows, keep, v) after reading the tokens at slots start to end of the cache."""
             inputs = self.prepare_inputs_for_generation(
                 ids,
                 inputs_embeds=embeds,
@@ -121,48 +145,55 @@ class GenerationMixin:
             )
             return self(**inputs, return_dict=True).logits.to(wide)
 
-        if streamer is not None:
-            streamer.put(state.tokens[:, rules.text - call.prompt : rules.text].cpu())
-        begin, end = call.past, call.end
-        ids = None if call.ids is None else to_tensor(call.ids, wide, device)
-        embeds = None if inputs_embeds is None else torch.nn.functional.pad(inputs_embeds, (0, 0, call.shift, 0))
-        chunk = rules.chunk or call.room
-        for start in range(begin, end, chunk):
-            part = slice(start - begin, min(start + chunk, end) - begin)
-            piece = None if ids is None else ids[:, part]
-            logits = read(piece, start, begin + part.stop, None if embeds is None else embeds[:, part])
-        logits = logits[:, -1].repeat_interleave(rules.copies, dim=0)
-        if rules.copies > 1:
-            cache.reorder(torch.arange(len(mask), device=device).repeat_interleave(rules.copies))
-            mask, positions = (x.repeat_interleave(rules.copies, dim=0) for x in (mask, positions))
-        state, order = advance(xp, rules, knobs, state, logits)
+        def show(tokens: Tensor) -> None:
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+
+        def finished() -> bool:
+            return state.count >= layout.max_new or bool(state.done.all())
+
+        show(state.tokens[:, start - call.prompt_tokens.shape[1] : start])
+        ids, embeds = None, inputs_embeds
+        if embeds is None:  # of the one copy of the ids on the device
+            ids = state.tokens[:: options.rows_per_prompt, start - layout.prompt + layout.cached : start]
+            ids = torch.nn.functional.pad(ids, (layout.left_pad, 0))
+        else:
+            embeds = torch.nn.functional.pad(embeds, (0, 0, layout.left_pad, 0))
+        chunk = options.prefill_chunk or layout.prompt_slots
+        for begin in range(0, layout.prompt_slots, chunk):
+            end = min(begin + chunk, layout.prompt_slots)
+            piece = [None if x is None else x[:, begin:end] for x in (ids, embeds)]
+            logits = read(piece[0], layout.past_slots + begin, layout.past_slots + end, piece[1])
+        logits = logits[:, -1].repeat_interleave(options.rows_per_prompt, dim=0)
+        if options.rows_per_prompt > 1:
+            cache.reorder(torch.arange(len(mask), device=device).repeat_interleave(options.rows_per_prompt))
+            mask, positions = (x.repeat_interleave(options.rows_per_prompt, dim=0) for x in (mask, positions))
+        state, order = decode_step(xp, options, values, state, logits)
         if compile:
             read, cache = self._compiled_read(cache, mask, positions)
 
         while True:
-            if streamer is not None:
-                streamer.put(state.tokens[:, rules.text + state.count - 1].cpu())
-            if state.count >= max_new or state.done.all():
+            last = state.tokens[:, start + state.count - 1, None]
+            show(last[:, 0])
+            if finished():
                 break
             if order is not None:
                 cache.reorder(order)
-            place = end + state.count - 1  # of the token written last, which is read now
-            last = state.tokens[:, rules.text + state.count - 1, None]
-            if not rules.lookup:
-                state, order = advance(xp, rules, knobs, state, read(last, place, place + 1)[:, -1])
+            slot = layout.answer_start + state.count - 1  # of the last token, which is read now
+            if not options.draft_tokens:
+                state, order = decode_step(xp, options, values, state, read(last, slot, slot + 1)[:, -1])
                 continue
-            guessed = guess(xp, rules, knobs, state)  # (r, lookup)
-            logits = read(torch.cat([last, guessed], 1), place, place + 1 + rules.lookup, keep=0)
-            for step in range(rules.lookup + 1):
-                state, order = advance(xp, rules, knobs, state, logits[:, step])
-                if state.count >= max_new or state.done.all() or step == rules.lookup:
+            draft = propose_draft(xp, options, values, state)  # (r, draft_tokens)
+            logits = read(torch.cat([last, draft], 1), slot, slot + 1 + options.draft_tokens, keep=0)
+            for step in range(options.draft_tokens + 1):
+                state, order = decode_step(xp, options, values, state, logits[:, step])
+                if step == options.draft_tokens or finished():
                     break
-                chosen = state.tokens[:, rules.text + state.count - 1]
-                if not ((chosen == guessed[:, step]) | state.done).all():
+                chosen = state.tokens[:, start + state.count - 1]
+                if not ((chosen == draft[:, step]) | state.done).all():
                     break
-                if streamer is not None:
-                    streamer.put(chosen.cpu())
-            cache.rewind(end + state.count - 1)
+                show(chosen)
+            cache.rewind(layout.answer_start + state.count - 1)
         if streamer is not None:
             streamer.end()
         return state, cache
@@ -181,9 +212,8 @@ class GenerationMixin:
             step = self.__dict__["_step"] = torch.compile(self.forward, fullgraph=True, mode=mode)
 
         def read(ids: Tensor, start: int, end: int, embeds: Tensor | None = None, keep: int = 1) -> Tensor:
-            places = torch.arange(start, end, device=mask.device)
-            cache.positions = places
-            seen = mask[:, None, None, :] & (key <= places[:, None])
+            cache.positions = torch.arange(start, end, device=mask.device)
+            seen = mask[:, None, None, :] & (key <= cache.positions[:, None])
             output = step(
                 ids,
                 attention_mask=seen,
@@ -197,7 +227,7 @@ class GenerationMixin:
 
 
 class Namespace:
-    """PyTorch's functions as `olmozoo.decoding.Namespace` names them."""
+    """PyTorch's functions as `olmozoo.generation.state.Namespace` names them."""
 
     where, exp, log = staticmethod(torch.where), staticmethod(torch.exp), staticmethod(torch.log)
     concat, reshape = staticmethod(torch.cat), staticmethod(torch.reshape)
@@ -232,14 +262,14 @@ class Namespace:
     def top_k(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return tuple(x.topk(k))
 
-    def take(self, x: Tensor, places: Tensor, axis: int) -> Tensor:
-        return x.index_select(axis, places)
+    def take(self, x: Tensor, indices: Tensor, axis: int) -> Tensor:
+        return x.index_select(axis, indices)
 
-    def take_along(self, x: Tensor, places: Tensor) -> Tensor:
-        return x.gather(1, places)
+    def take_along(self, x: Tensor, indices: Tensor) -> Tensor:
+        return x.gather(1, indices)
 
-    def put(self, x: Tensor, place: int, value: Tensor) -> Tensor:
-        x[:, place] = value
+    def put(self, x: Tensor, index: int, value: Tensor) -> Tensor:
+        x[:, index] = value
         return x
 
     def mark(self, tokens: Tensor, flags: Tensor, size: int) -> Tensor:
@@ -258,14 +288,19 @@ class Namespace:
         return state
 
 
-def to_tensor(array: Any, wide: torch.dtype, device: torch.device) -> Tensor:
-    """An array as a tensor, floating-point numbers in `wide`."""
+def from_numpy(array: Any, wide: torch.dtype, device: torch.device) -> Tensor:
+    """An array as a tensor of its own, floating-point numbers in `wide`."""
     tensor = torch.tensor(array, device=device)
     return tensor.to(wide) if tensor.is_floating_point() else tensor
 
 
+def to_numpy(value: Any) -> Any:
+    """A tensor as an array; anything else as it is."""
+    return value.cpu().numpy() if isinstance(value, Tensor) else value
+
+
 def map_arrays(function: Callable[[Any], Any], value: Any) -> Any:
-    """`function` of each array in tuples and dicts; of what is not there nothing."""
+    """`function` of each array in tuples and dicts; None stays None."""
     if isinstance(value, dict):
         return {name: map_arrays(function, part) for name, part in value.items()}
     if isinstance(value, tuple):

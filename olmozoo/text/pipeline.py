@@ -202,7 +202,8 @@ class TextGenerationPipeline:
             raise InputError(f"batch_size is {batch_size}, expected at least 1")
         samples = self._setting("do_sample", settings)
         eos = self._setting("eos_token_id", settings)
-        eos = self.backend.config.eos_token_id if eos is None else eos
+        if eos is None and "eos_token_id" not in settings:  # an explicit None switches the ends off
+            eos = self.backend.config.eos_token_id
         ends = set() if eos is None else set(np.atleast_1d(eos).tolist())
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         written: dict[int, list[list[int]]] = {}
@@ -220,7 +221,7 @@ class TextGenerationPipeline:
     def _setting(self, name: str, settings: Mapping[str, Any]) -> Any:
         """A setting of this call, or else the model's own."""
         defaults = settings.get("generation_config") or self.backend.generation_config
-        return getattr(defaults, name) if settings.get(name) is None else settings[name]
+        return settings[name] if name in settings else getattr(defaults, name)
 
     def _lazily(
         self, prompts: Iterator[Prompt], give: Callable[[list[Answer]], Any], progress: bool, **options: Any

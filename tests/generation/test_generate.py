@@ -5,15 +5,16 @@ import copy
 import importlib
 import itertools
 import pickle
-import warnings
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from olmozoo import InputError
 from olmozoo.backends import load
-from olmozoo.generation.config import GenerationConfig
-from olmozoo.generation.prepare import prepare, uniforms
+from olmozoo.generation.processors import is_bad
 from tests.helpers.checkpoints import left_padded, write_checkpoint
 from tests.helpers.configs import CONFIGS
 from tests.helpers.wings import WINGS, let_programs_go, scope
@@ -234,16 +235,6 @@ def test_a_seed_and_a_stream_give_a_row_whatever_the_batch_and_the_framework(fol
     assert not np.array_equal(drawn[0][0][:3], drawn[0][1][:3])
 
 
-def test_uniform_numbers_belong_to_a_seed_and_a_stream():
-    draws = uniforms(5, [0, 3], 100)
-    assert draws.dtype == np.float32
-    assert ((draws >= 0) & (draws < 1)).all()
-    assert np.array_equal(uniforms(5, [3], 7), draws[1:, :7])
-    assert np.array_equal(draws[0], np.random.Generator(np.random.Philox(key=[5, 0])).random(100, np.float32))
-    assert not np.array_equal(uniforms(6, [0], 100), draws[:1])
-    assert uniforms((1 << 64) - 1, [(1 << 64) - 1], 2).shape == (1, 2)
-
-
 @pytest.mark.parametrize("wing", WINGS)
 def test_samples_have_the_frequencies_of_their_distribution(tmp_path, wing):
     config = config_of("olmo2")
@@ -426,47 +417,165 @@ def test_programs_are_compiled_once_a_bucket_and_set_of_rules(tmp_path, wing):
         assert model.trace_count == (2 if count < 3 else 4)
 
 
+# -- short and strange prompts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_rules_look_back_further_than_the_text_is_long(small, wing):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(small, dtype=torch.float64)
+    model, ids = load(small, wing).model, np.array([[25]])
+    cases = [
+        {"no_repeat_ngram_size": 3},
+        {"no_repeat_ngram_size": 3, "num_beams": 2},
+        {"no_repeat_ngram_size": 2, "bad_words_ids": [[25, 25, 50], [25, 25, 29], [25, 25, 25]]},
+        {"no_repeat_ngram_size": 100},
+    ]
+    for settings in cases if wing == "pt" else cases[:1]:
+        options = {"max_new_tokens": 6, "eos_token_id": 3, **settings}
+        expected = theirs.generate(torch.from_numpy(ids), do_sample=False, pad_token_id=1, **options)
+        assert np.array_equal(generate(wing, model, ids, **options).sequences, expected)
+        if "num_beams" not in settings:
+            drafted = generate(wing, model, ids, prompt_lookup_num_tokens=10**6, **options).sequences
+            assert np.array_equal(drafted, expected)
+    embeds = theirs.get_input_embeddings()(torch.from_numpy(ids)).detach()
+    expected = theirs.generate(inputs_embeds=embeds, do_sample=False, pad_token_id=1, **options)
+    assert np.array_equal(generate(wing, model, None, inputs_embeds=embeds.numpy(), **options).sequences, expected)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_none_switches_the_ends_off_as_in_transformers(small, wing):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(small, dtype=torch.float64)
+    model, ids = load(small, wing).model, np.array([[5, 6], [7, 30]])
+    free = np.asarray(generate(wing, model, ids, eos_token_id=[], max_new_tokens=6).sequences)
+    end = int(free[0, 4])
+    model.generation_config = model.generation_config.replace(eos_token_id=[end, int(free[1, 4])])
+    theirs.generation_config.eos_token_id = [end, int(free[1, 4])]
+    assert generate(wing, model, ids, max_new_tokens=6).sequences.shape[1] < 8
+    options = {"eos_token_id": None, "max_new_tokens": 6}
+    expected = theirs.generate(torch.from_numpy(ids), do_sample=False, pad_token_id=1, **options)
+    found = generate(wing, model, ids, **options).sequences
+    assert np.array_equal(found, expected)
+    assert np.array_equal(found, free)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+@pytest.mark.filterwarnings("ignore:.*no effect without do_sample")
+def test_temperatures_near_zero_take_the_likeliest(small, wing):
+    model, ids = load(small, wing, "float32").model, np.array([[5, 6], [7, 30]])
+    greedy = np.asarray(generate(wing, model, ids, temperature=0.0, do_sample=False).sequences)
+    for temperature in (1e-20, 1e-39, 1e-300):
+        found = generate(wing, model, ids, do_sample=True, temperature=temperature, seed=1)
+        assert np.array_equal(found.sequences, greedy)
+        assert (np.asarray(found.logprobs) == 0).all()
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_logits_that_are_not_finite_are_an_error(tmp_path, wing):
+    folder = write_checkpoint(tmp_path, config_of("olmo2"))
+    ids = np.array([[7, 30], [5, 6]])
+    answer = np.asarray(generate(wing, load(folder, wing).model, ids, eos_token_id=[]).sequences)[:, 2:]
+    token = next(int(t) for t in answer[1, :-1] if t not in answer[0] and t not in ids)
+    weights = load_file(folder / "model.safetensors")
+    for value, step in ((np.nan, int(np.argmax(answer[1] == token)) + 1), (np.inf, 0)):
+        name = "model.embed_tokens.weight" if step else "model.norm.weight"
+        changed = {key: array.copy() for key, array in weights.items()}
+        changed[name][token if step else 0] = value
+        save_file(changed, folder / "model.safetensors")
+        model = load(folder, wing).model
+        row = 1 if step else 0
+        with pytest.raises(InputError, match=f"logits are not finite: NaN or infinity in row {row} at step {step};"):
+            generate(wing, model, ids, eos_token_id=[])
+    if wing == "pt":
+        for settings in ({"num_beams": 2}, {"do_sample": True}, {"prompt_lookup_num_tokens": 2}):
+            with pytest.raises(InputError, match="in row 0 at step 0"):
+                generate(wing, model, ids, **settings)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_single_tokens_may_be_impossible(wing):
+    if wing == "pt":
+        import torch
+
+        from olmozoo.pt.generation import Namespace
+
+        xp, convert = Namespace(torch.device("cpu")), torch.from_numpy
+    elif wing == "tf":
+        import tensorflow as tf
+
+        from olmozoo.tf.generation import XP as xp
+
+        convert = tf.constant
+    else:
+        import jax.numpy as jnp
+
+        from olmozoo.flax.generation import XP as xp
+
+        convert = jnp.asarray
+    inf = np.inf
+    logits = np.array([[1, 2, 3], [1, -inf, 3], [-inf] * 3, [1, inf, 3], [1, np.nan, 3], [np.nan] * 3], np.float32)
+    assert np.asarray(is_bad(xp, convert(logits))).tolist() == [False, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_ids_and_lengths_that_cannot_be_are_named(small, wing):
+    model = load(small, wing).model
+    for ids in ([[5, 61]], [[5, -1]], [[5, 2**40]]):
+        with (
+            scope(wing),
+            pytest.raises(InputError, match=f"input_ids has {ids[0][1]} in row 0, column 1: expected ids"),
+        ):
+            model.generate(ids)
+    with scope(wing), pytest.raises(InputError, match="GiB"):
+        model.generate([[5]], max_new_tokens=2**31 - 1)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_ids_go_to_the_device_once_and_come_back_once(small, wing, monkeypatch):
+    backend = load(small, wing)
+    ids = np.array([[5, 6], [7, 30]])
+    expected = np.asarray(generate(wing, backend.model, ids).sequences)
+    monkeypatch.setattr(type(backend.model), "generate", None)  # the wrapper that makes tensors of them
+    moved, returned = [], []
+    if wing == "pt":
+        import torch
+
+        def counted(function, log):
+            return lambda *args, **kwargs: log.append(np.shape(args[0])) or function(*args, **kwargs)
+
+        for name in ("tensor", "from_numpy", "as_tensor"):
+            monkeypatch.setattr(torch, name, counted(getattr(torch, name), moved))
+        monkeypatch.setattr(torch.Tensor, "numpy", counted(torch.Tensor.numpy, returned))
+    found = backend.generate(ids, np.ones_like(ids), max_new_tokens=NEW)
+    assert isinstance(found, np.ndarray)
+    assert np.array_equal(found, expected)
+    if wing == "pt":
+        assert moved.count((2, 2)) == 0
+        assert moved.count((2, 2 + NEW)) == 3  # the ids with room for the answer, and two masks
+        assert returned.count((2, 2 + NEW)) == 1
+
+
+def test_keras_generates_where_floatx_is_float64(small):
+    pytest.importorskip("tensorflow")
+    program = f"""
+import keras
+keras.config.set_floatx("float64")
+from olmozoo.tf import TFOlmo2ForCausalLM
+model = TFOlmo2ForCausalLM.from_pretrained({str(small)!r})
+rules = dict(repetition_penalty=1.3, no_repeat_ngram_size=2, bad_words_ids=[[5, 6]], min_new_tokens=3)
+sampling = dict(do_sample=True, seed=1, temperature=1.5, top_k=0, top_p=0.8, min_p=0.01)
+for settings in (dict(rules, **sampling), dict(prompt_lookup_num_tokens=3, prefill_chunk_size=16), dict(num_beams=2)):
+    print(model.generate([[5, 6, 7]], max_new_tokens=5, return_dict_in_generate=True, **settings).sequences.numpy())
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("[[ 5  6  7") == 3
+
+
 # -- what cannot be ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"temperature": 0.0, "do_sample": True}, "temperature is 0.0"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"top_p": 0}, "top_p is 0"),
-        ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"min_p": 2}, "min_p is 2"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
-        ({"no_repeat_ngram_size": 1.5}, "no_repeat_ngram_size is 1.5"),
-        ({"bad_words_ids": [[]]}, "bad_words_ids is"),
-        ({"bad_words_ids": [[900]]}, "900"),
-        ({"num_beams": 0}, "num_beams is 0"),
-        ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping is 'soon'"),
-        ({"num_beams": 2, "do_sample": True}, "draws nothing"),
-        ({"num_beams": 2, "num_return_sequences": 3}, "larger than num_beams"),
-        ({"num_return_sequences": 3}, "greedy decoding, which has one answer"),
-        ({"prompt_lookup_num_tokens": 3, "do_sample": True}, "for greedy decoding"),
-        ({"num_beams": 2, "streamer": Recorder()}, "a streamer cannot show beam search"),
-        ({"max_new_tokens": True}, "max_new_tokens is True"),
-        ({"min_length": -1}, "min_length is -1"),
-        ({"max_new_tokens": 5, "min_new_tokens": 6}, "more than the 5 tokens"),
-        ({"max_length": 9, "max_new_tokens": None}, "no room"),
-        ({"seed": -1}, "seed is -1"),
-        ({"do_sample": True, "stream_index": [1, 2]}, "stream_index has 2 numbers"),
-        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
-        ({"stop_strings": [""]}, "stop_strings is"),
-        ({"prefill_chunk_size": 0}, "prefill_chunk_size is 0"),
-        ({"temprature": 1.0}, "temprature"),
-    ],
-)
-def test_settings_that_cannot_be_are_errors_that_say_why(settings, named):
-    config = config_of("olmo2")
-    ids, mask = prompts(config)
-    streamer = settings.get("streamer")
-    changes = {"max_new_tokens": NEW, **{key: value for key, value in settings.items() if key != "streamer"}}
-    with pytest.raises(InputError, match=named):
-        prepare(GenerationConfig(), config, changes, input_ids=ids, attention_mask=mask, streamer=streamer)
 
 
 @pytest.mark.parametrize("wing", WINGS)
@@ -476,39 +585,6 @@ def test_every_wing_refuses_them(small, wing):
         generate(wing, model, np.array([[5, 6]]), do_sample=True, temperature=0.0)
     with pytest.raises(InputError, match="a streamer cannot show beam search"):
         generate(wing, model, np.array([[5, 6]]), num_beams=2, streamer=Recorder())
-
-
-def test_shapes_that_cannot_be_are_named():
-    config = config_of("opt")
-
-    def call(ids, mask=None, **settings):
-        return prepare(GenerationConfig(), config, settings, input_ids=ids, attention_mask=mask)
-
-    for ids, named in (
-        (np.zeros((0, 3), int), "shape"),
-        (np.zeros(3, int), "shape"),
-        (np.zeros((1, 2)), "dtype float64"),
-    ):
-        with pytest.raises(InputError, match=named):
-            call(ids)
-    with pytest.raises(InputError, match="attention_mask has shape"):
-        call(np.ones((1, 3), int), np.ones((1, 2)))
-    with pytest.raises(InputError, match="90 tokens and 7 new ones are 97, and the model has 96 positions"):
-        call(np.ones((1, 90), int), np.ones((1, 90)), max_new_tokens=7)
-    assert call(np.full((1, 90), 5), max_new_tokens=6).prompt == 90
-    with pytest.raises(InputError, match="or a bos_token_id"):
-        call(None)
-    with pytest.warns(UserWarning, match="temperature, seed has no effect"):
-        call(np.full((1, 3), 5), temperature=2.0, seed=1)
-
-
-def test_settings_come_in_any_form():
-    config = config_of("olmo2")
-    ids = np.full((1, 3), 5)
-    given = {"num_beams": 3, "max_new_tokens": 7}
-    for form in (GenerationConfig(**given), given, type("Config", (), {"to_dict": lambda self: given})()):
-        call = prepare(form, config, {"num_beams": 2}, input_ids=ids, attention_mask=None)
-        assert (call.rules.beams, int(call.knobs["max_new"])) == (2, 7)
 
 
 def test_copies_of_a_compiled_model_are_their_own(tmp_path):
@@ -521,21 +597,3 @@ def test_copies_of_a_compiled_model_are_their_own(tmp_path):
         other.lm_head.weight.neg_()
     assert not np.array_equal(generate("pt", other, ids, compile=True).sequences, before)
     assert np.array_equal(generate("pt", pickle.loads(pickle.dumps(model)), ids).sequences, before)
-
-
-def test_generation_settings_survive_a_file():
-    data = {"temperature": 0.7, "top_k": None, "do_sample": True, "typical_p": 0.3, "transformers_version": "4.57.6"}
-    settings = GenerationConfig.from_dict(data)
-    assert settings.top_k == 50
-    assert settings.to_dict() == {key: value for key, value in data.items() if value is not None}
-
-
-def test_settings_of_a_file_that_generate_does_not_have_are_told():
-    ids = np.full((1, 3), 5)
-    idle = {"guidance_scale": 1.0, "typical_p": 1.0, "suppress_tokens": None, "num_beam_groups": 1, "sequence_bias": {}}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        prepare(idle | {"cache_implementation": None}, config_of("olmo2"), {}, input_ids=ids, attention_mask=None)
-    defaults = idle | {"guidance_scale": 1.5, "suppress_tokens": [4]}
-    with pytest.warns(UserWarning, match="generate goes without suppress_tokens, guidance_scale, which the generation"):
-        prepare(defaults, config_of("olmo2"), {}, input_ids=ids, attention_mask=None)

@@ -18,7 +18,7 @@ keras = pytest.importorskip("keras", reason="olmozoo[tf] is not installed")
 tf = pytest.importorskip("tensorflow", reason="olmozoo[tf] is not installed")
 zoo = pytest.importorskip("olmozoo.tf", reason="olmozoo[tf] is not installed")
 
-from olmozoo.tf.generation import to_tensor
+from olmozoo.tf.generation import from_numpy
 
 CONFIG = Olmo2Config(
     vocab_size=101,
@@ -491,9 +491,9 @@ def test_generate_left_padded_and_ending(model):
 
 def test_generate_writes_the_cache_in_place(model):
     call = prepare(model.generation_config, CONFIG, {}, input_ids=IDS[:1], attention_mask=MASK[:1], compiled=True)
-    knobs, state = tf.nest.map_structure(lambda x: to_tensor(x, "float64"), (call.knobs, call.state))
-    arguments = (tf.constant(call.mask), state, model.init_cache(*call.mask.shape), knobs, tf.constant(20))
-    answer = model._compiled_decoding(call.rules)[1]
+    values, state = tf.nest.map_structure(lambda x: from_numpy(x, "float64"), (call.values, call.state))
+    arguments = (tf.constant(call.mask), state, model.init_cache(*call.mask.shape), values, tf.constant(20))
+    answer = model._compiled_decoding(call.options)[1]
     program = answer.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
     loops = [part for part in program.split("\n\n") if "while_body" in part.split("\n")[0] and " dot(" in part]
     assert len(loops) == 1
