@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ def is_number(value: Any) -> bool:
     """Whether this is a finite real number, other than True and False."""
     if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool):
         return False
-    return abs(value) <= np.finfo(np.float64).max  # an int may be larger than any float
+    return bool(abs(value) <= sys.float_info.max)  # an int may be larger than any float
 
 
 def is_flag(value: Any) -> bool:
@@ -211,7 +212,7 @@ class GenerationConfig:
         Raises:
             InputError: there is no such setting.
         """
-        off = {f.name: f.default if f.metadata["off"] is None else f.metadata["off"] for f in _fields()}
+        off: dict[str, Any] = {f.name: f.default if f.metadata["off"] is None else f.metadata["off"] for f in _fields()}
         if unknown := sorted(set(changes) - set(off)):
             raise InputError(f"generate has no setting {', '.join(unknown)}; it has {', '.join(sorted(off))}")
         return dataclasses.replace(self, **{k: off[k] if v is None else v for k, v in changes.items()})

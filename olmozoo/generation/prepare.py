@@ -91,7 +91,8 @@ class Call:
     def prompt_tokens(self) -> Array:
         """(rows, prompt) the tokens of the prompt; (rows, 0) where it is embeddings."""
         start = self.options.answer_start
-        return self.state.tokens[:, start - (0 if self.ids is None else self.layout.prompt) : start]
+        tokens: Array = self.state.tokens
+        return tokens[:, start - (0 if self.ids is None else self.layout.prompt) : start]
 
 
 def bucket(length: int) -> int:
@@ -189,7 +190,7 @@ def _resolve_settings(
         defaults = GenerationConfig.from_dict(defaults if isinstance(defaults, Mapping) else defaults.to_dict())
     own = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
     own = {name: token for name, token in own.items() if getattr(defaults, name) is None and token is not None}
-    settings = defaults.replace(**own | dict(changes))
+    settings: GenerationConfig = defaults.replace(**own | dict(changes))
     settings.check()
     if settings.num_beams > 1 and streamer is not None:
         raise InputError("a streamer cannot show beam search, which chooses its tokens only at the end")
