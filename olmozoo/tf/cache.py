@@ -68,7 +68,7 @@ class KVCache(NamedTuple):
 
         def chosen(memory: Tensor) -> Tensor:
             heads = memory.shape[0] // batch
-            indices = ops.reshape(rows[:, None] * heads + ops.arange(heads), (-1,))
+            indices = ops.reshape(rows[:, None] * heads + ops.arange(heads, dtype="int32"), (-1,))
             return tf.gather(memory, indices)
 
         return self._replace(keys=tuple(map(chosen, self.keys)), values=tuple(map(chosen, self.values)))

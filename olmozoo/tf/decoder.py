@@ -115,7 +115,7 @@ class Decoder(TrackedBlocks, PreTrainedModel):
     ) -> tuple[Tensor, list[Any]]:
         """Add positions; return the hidden states and one input per layer, here cosines and sines."""
         if position_ids is None:
-            position_ids = past + ops.arange(ops.shape(hidden)[1])[None]
+            position_ids = past + ops.arange(ops.shape(hidden)[1], dtype="int32")[None]
         position_ids = ops.convert_to_tensor(position_ids)
         if position_ids.shape.rank not in (2, None):
             raise InputError(f"position_ids has shape {tuple(position_ids.shape)}, expected (batch or 1, seq)")

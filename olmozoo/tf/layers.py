@@ -203,8 +203,8 @@ def causal_mask(attention_mask: Tensor | None, batch: Any, length: Any, past: An
     """
     if attention_mask is not None and len(attention_mask.shape) == 4:
         return whole_mask(attention_mask, length, past, keys)
-    query = past + ops.arange(length)[:, None]
-    key = ops.arange(keys)[None, :]
+    query = past + ops.arange(length, dtype="int32")[:, None]  # whatever floatx is
+    key = ops.arange(keys, dtype="int32")[None, :]
     causal = (key <= query)[None, None]
     if attention_mask is None:
         return causal

@@ -138,7 +138,7 @@ class TFOPTModel(Decoder):
             real = ops.cast(attention_mask, "int32")  # padding has position -1
             position_ids = (ops.cumsum(real, -1) * real - 1)[:, past : past + length]
         elif position_ids is None:
-            position_ids = past + ops.arange(length)[None]
+            position_ids = past + ops.arange(length, dtype="int32")[None]
         if self.decoder.project_in is not None:
             hidden = self.decoder.project_in(hidden)  # (b, s, c)
         positions = self.decoder.embed_positions(ops.cast(position_ids, "int32") + POSITION_OFFSET)
