@@ -111,7 +111,8 @@ class GenerationMixin:
         if output.logprobs is not None and call.options.beams == 1:
             slots = call.layout.used_slots(int(state.count))
             pairs = cache.take(torch.tensor(slots, device=self.device))
-            kept = KVCache(*zip(*pairs, strict=True), len(slots))
+            keys, values = zip(*pairs, strict=True)
+            kept = KVCache(keys, values, len(slots))
             output.past_key_values = pairs if isinstance(past, TupleCache | None) else kept
         return output
 
