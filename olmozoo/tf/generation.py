@@ -110,7 +110,8 @@ class GenerationMixin:
             inputs = {"inputs_embeds": tf.pad(tf.cast(inputs_embeds, self.compute_dtype), left)}
         else:
             inputs = {"input_ids": from_numpy(call.ids, wide)}
-        mask, pasts = tf.constant(call.mask), ()
+        mask = tf.constant(call.mask)
+        pasts: tuple[Any, ...] = ()
         if past_key_values is not None:
             pasts = padded_left(past_key_values, layout.past_slots, len(call.mask), self.compute_dtype)
         read_prompt, read_answer = self._compiled_decoding(call.options)
