@@ -36,7 +36,8 @@ def is_number(value: Any) -> bool:
     """Whether this is a finite real number, other than True and False."""
     if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool):
         return False
-    return bool(abs(value) <= sys.float_info.max)  # an int may be larger than any float
+    magnitude: Any = abs(value)
+    return bool(magnitude <= sys.float_info.max)  # an int may be larger than any float
 
 
 def is_flag(value: Any) -> bool:
