@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from conversion.pickles import Record, unpickle
-from conversion.tensors import Source, mapped, whole_numbers
-from olmozoo.checkpoint.formats.keras import Window
-from olmozoo.checkpoint.formats.pytorch import STORAGES as STORAGE_NAMES
-from olmozoo.checkpoint.tensors import dtype_of
+from conversion.tensors import integers, mapped
+from olmozoo.checkpoint.files import FileSlice
+from olmozoo.checkpoint.tensors import LazyTensor, dtype_of
 from olmozoo.errors import CheckpointError
 
-STORAGES = {kind: dtype_of(name) for name, kind in STORAGE_NAMES.items()}
+STORAGES = {  # what PyTorch calls the values of a dtype
+    "DoubleStorage": dtype_of("float64"),
+    "FloatStorage": dtype_of("float32"),
+    "HalfStorage": dtype_of("float16"),
+    "BFloat16Storage": dtype_of("bfloat16"),
+}
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip record: signature, ..., lengths of the name and of extra fields
 UTF8 = 0x800  # the flag of a record whose name is in UTF-8
 
@@ -37,7 +41,7 @@ class Storage:
 
 
 def read_archive(file: Path, begin: int = 0, length: int | None = None) -> Any:
-    """The object in an archive, with `Record`s for tensors; see `as_source`. No tensor is read.
+    """The object in an archive, with `Record`s for tensors; see `as_tensor`. No tensor is read.
 
     Args:
         file: the file that holds it.
@@ -48,8 +52,7 @@ def read_archive(file: Path, begin: int = 0, length: int | None = None) -> Any:
         CheckpointError: it is broken, compressed, or not plain data and tensors.
     """
     where = str(file) if length is None else f"{file}, bytes {begin} to {begin + length}"
-    with file.open("rb") as stream:
-        window = Window(stream, begin, file.stat().st_size - begin if length is None else length)
+    with FileSlice(file, begin, length) as window:
         try:
             records = zipfile.ZipFile(window)
         except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError, EOFError) as error:
@@ -106,7 +109,7 @@ def read_archive(file: Path, begin: int = 0, length: int | None = None) -> Any:
         return unpickle(content("data.pkl"), f"{where}: data.pkl", storage)
 
 
-def as_source(value: Any, name: str) -> Source:
+def as_tensor(value: Any, name: str) -> LazyTensor:
     """The tensor that a `Record` of an archive stands for.
 
     Raises:
@@ -114,15 +117,15 @@ def as_source(value: Any, name: str) -> Source:
     """
     kind = value.kind if isinstance(value, Record) else type(value).__name__
     if kind in ("_rebuild_parameter", "_rebuild_parameter_with_state") and value.args:
-        return as_source(value.args[0], name)
+        return as_tensor(value.args[0], name)
     if kind == "_rebuild_from_type_v2" and len(value.args) == 4 and isinstance(value.args[2], tuple):
         make, _, args, _ = value.args
-        return as_source(make(*args) if isinstance(make, type) and issubclass(make, Record) else make, name)
+        return as_tensor(make(*args) if isinstance(make, type) and issubclass(make, Record) else make, name)
     if kind != "_rebuild_tensor_v2" or len(value.args) < 4 or not isinstance(value.args[0], Storage):
         raise CheckpointError(f"{name} is a {kind}, expected a dense tensor")
     storage, offset = value.args[:2]
-    shape, strides = whole_numbers(_plain(value.args[2])), whole_numbers(_plain(value.args[3]))
-    start = whole_numbers([offset])
+    shape, strides = integers(_plain(value.args[2])), integers(_plain(value.args[3]))
+    start = integers([offset])
     if shape is None or strides is None or start is None or len(shape) != len(strides):
         raise CheckpointError(f"{storage.where}: {name} has a shape, strides or an offset that cannot be")
     if storage.kind not in STORAGES:
@@ -136,7 +139,7 @@ def as_source(value: Any, name: str) -> Source:
         for i, (size, stride) in enumerate(zip(shape, strides, strict=True))
     )
     begin = storage.begin + offset * dtype.itemsize
-    return mapped(storage.file, storage.where, dtype, begin, shape, None if contiguous else strides)
+    return mapped(storage.file, name, dtype, begin, shape, None if contiguous else strides)
 
 
 def _plain(value: Any) -> Any:

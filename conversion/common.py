@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from rich.table import Table
 
-from conversion.tensors import Source, from_info, stacked
-from olmozoo.checkpoint.atomic import replacing_folder
-from olmozoo.checkpoint.convert import put_settings, settings_files
+from conversion.tensors import stacked
+from olmozoo.checkpoint.atomic import atomic_folder
+from olmozoo.checkpoint.convert import settings_files, write_settings
 from olmozoo.checkpoint.files import GENERATION_CONFIG, write_json
+from olmozoo.checkpoint.formats import SHARDED_WEIGHTS
 from olmozoo.checkpoint.reader import Checkpoint
-from olmozoo.checkpoint.tensors import Output, same_bits
+from olmozoo.checkpoint.tensors import LazyTensor, same_bits
 from olmozoo.checkpoint.writer import write_config, write_weights
-from olmozoo.errors import CheckpointError, ConfigError, InputError, OlmozooError, raise_problems
+from olmozoo.errors import CheckpointError, InputError, OlmozooError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.typing import Array
@@ -94,7 +95,7 @@ def foreign_shape(parameters: Sequence[Parameter]) -> tuple[int, ...]:
     return (sum(parameter.shape[0] for parameter in parameters), *parameters[0].shape[1:])
 
 
-def check_sources(sources: dict[str, Source], held: dict[str, list[Parameter]], where: Path) -> None:
+def check_sources(sources: dict[str, LazyTensor], held: dict[str, list[Parameter]], where: Path) -> None:
     """Raise one error that lists every missing, unexpected and misshapen tensor, if there is any."""
     problems = [f"missing: {name} {list(foreign_shape(held[name]))}" for name in held if name not in sources]
     problems += [f"unexpected: {name} {list(sources[name].shape)}" for name in sources if name not in held]
@@ -105,14 +106,14 @@ def check_sources(sources: dict[str, Source], held: dict[str, list[Parameter]], 
     raise_problems(f"{where} does not fit its config", problems)
 
 
-def canonical_sources(src: Path, config: ModelConfig) -> dict[str, Source]:
+def canonical_sources(src: Path, config: ModelConfig) -> dict[str, LazyTensor]:
     """The tensors of a canonical folder, checked against its config.
 
     Raises:
         CheckpointError: one error that lists every missing, unexpected and misshapen tensor.
     """
     checkpoint = Checkpoint(src)
-    sources = {name: from_info(info) for name, info in checkpoint.tensors.items()}
+    sources = dict(checkpoint.tensors)
     table = {parameter.name: [parameter] for parameter in config.parameters("causal_lm") if parameter.tied_to is None}
     for parameter in config.parameters("causal_lm"):
         if parameter.tied_to is not None and parameter.name in sources:
@@ -121,17 +122,17 @@ def canonical_sources(src: Path, config: ModelConfig) -> dict[str, Source]:
     return sources
 
 
-def check_tied(head: Source, embedding: Source | None, name: str) -> None:
+def check_tied(head: LazyTensor, embedding: LazyTensor | None, name: str) -> None:
     """Raise a CheckpointError unless a tied head that is there all the same is the embedding."""
     if embedding is not None and not same_bits(head.read(), embedding.read()):
-        raise CheckpointError(f"{head.where}: {name} differs from the embedding, to which the config ties it")
+        raise CheckpointError(f"{head.file}: {name} differs from the embedding, to which the config ties it")
 
 
 # -- from and to the canonical folder ---------------------------------------------------------------------------------
 
 
 def to_canonical(
-    sources: dict[str, Source],
+    sources: dict[str, LazyTensor],
     rules: Iterable[Rule],
     config: ModelConfig,
     src: Path,
@@ -163,7 +164,7 @@ def to_canonical(
     def dtype(parameter: Parameter) -> np.dtype[Any]:
         return sources[found[parameter.name].foreign].dtype
 
-    total = sum(size(sources[name]) for name in held)
+    total = sum(sources[name].nbytes for name in held)
     write_canonical(dst, config, rows, dtype, total, files=files, max_shard_size=max_shard_size, verify=verify)
 
 
@@ -186,7 +187,7 @@ def write_canonical(
         read: gives a parameter's values; called again for the comparison.
         dtype: gives their dtype.
         total: bytes to write, for the bar.
-        files: name -> content of settings and a tokenizer; see `put_settings`.
+        files: name -> content of settings and a tokenizer; see `write_settings`.
         max_shard_size: as for `write_weights`.
         verify: whether to compare.
 
@@ -194,18 +195,18 @@ def write_canonical(
         CheckpointError: the folder cannot be written, or what was written differs.
     """
 
-    def counted(parameter: Parameter) -> Output:
-        return Output(parameter.name, dtype(parameter), parameter.shape, lambda: advance(read(parameter)))
+    def counted(parameter: Parameter) -> LazyTensor:
+        return LazyTensor(parameter.name, dtype(parameter), parameter.shape, lambda: advance(read(parameter)))
 
     tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     table = {p.name: p for p in config.parameters("causal_lm") if p.tied_to is None}
-    with replacing_folder(dst) as staging:
+    with atomic_folder(dst, SHARDED_WEIGHTS) as staging:
         with progress("writing", total) as advance:
-            outputs = [counted(parameter) for parameter in table.values()]
-            write_config(staging, config, "causal_lm", outputs)
-            write_weights(staging, outputs, max_shard_size)
+            tensors = [counted(parameter) for parameter in table.values()]
+            write_config(staging, config, "causal_lm", tensors)
+            write_weights(staging, tensors, max_shard_size)
         write_json(staging / GENERATION_CONFIG, {name: value for name, value in tokens.items() if value is not None})
-        put_settings(files, staging)
+        write_settings(files, staging)
         if verify:
             written = canonical_sources(staging, type(config).from_folder(staging))
             compare((name, functools.partial(read, table[name]), source) for name, source in written.items())
@@ -216,8 +217,8 @@ def from_canonical(
     dst: Path,
     rules: Iterable[Rule],
     config: ModelConfig,
-    write: Callable[[Path, list[Output]], None],
-    read: Callable[[Path], dict[str, Source]],
+    write: Callable[[Path, list[LazyTensor]], None],
+    read: Callable[[Path], dict[str, LazyTensor]],
     *,
     dry_run: bool,
     verify: bool,
@@ -247,20 +248,22 @@ def from_canonical(
     def joined(parameters: list[Parameter]) -> Array:
         return stacked([sources[parameter.name] for parameter in parameters])
 
-    with replacing_folder(dst) as staging:
-        with progress("writing", sum(map(size, sources.values()))) as advance:
-            outputs = [
-                Output(name, dtype_of(name, parts, sources), foreign_shape(parts), lambda p=parts: advance(joined(p)))  # type: ignore[misc]
+    with atomic_folder(dst, SHARDED_WEIGHTS) as staging:
+        with progress("writing", sum(tensor.nbytes for tensor in sources.values())) as advance:
+            tensors = [
+                LazyTensor(
+                    name, dtype_of(name, parts, sources), foreign_shape(parts), lambda p=parts: advance(joined(p))
+                )  # type: ignore[misc]
                 for name, parts in held.items()
             ]
-            write(staging, outputs)
+            write(staging, tensors)
         if verify:
             written = read(staging)
             check_sources(written, held, staging)
             compare((name, functools.partial(joined, parts), written[name]) for name, parts in held.items())
 
 
-def dtype_of(name: str, parts: list[Parameter], sources: dict[str, Source]) -> np.dtype[Any]:
+def dtype_of(name: str, parts: list[Parameter], sources: dict[str, LazyTensor]) -> np.dtype[Any]:
     """The dtype that the parts of a foreign tensor share."""
     found = {sources[part.name].dtype for part in parts}
     if len(found) > 1:
@@ -275,45 +278,34 @@ def check_places(src: Path, dst: Path) -> None:
         raise InputError(f"DST is {dst}, which holds SRC {src}: expected another folder")
 
 
-def compare(pairs: Iterable[tuple[str, Callable[[], Array], Source]]) -> None:
+def compare(pairs: Iterable[tuple[str, Callable[[], Array], LazyTensor]]) -> None:
     """Compare what was written with what it was made of, bit by bit, one tensor at a time.
 
     Raises:
         CheckpointError: one error that lists every tensor that differs.
     """
     pairs = list(pairs)
-    with progress("verifying", sum(size(source) for _, _, source in pairs)) as advance:
+    with progress("verifying", sum(tensor.nbytes for _, _, tensor in pairs)) as advance:
         differing = [f"{name} differs" for name, read, found in pairs if not same_bits(read(), advance(found.read()))]
     raise_problems("what was written is not what was read", differing)
     err.print(f"verified: {len(pairs)} tensors are the same, bit by bit")
 
 
-def size(source: Source) -> int:
-    """Bytes of a tensor."""
-    return int(np.prod(source.shape, dtype=np.int64)) * source.dtype.itemsize
+@contextlib.contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[Array], Array]]:
+    """A progress bar over bytes; yields a function that counts an array and returns it."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task(what, total=total)
+
+        def advance(array: Array) -> Array:
+            bar.advance(task, array.nbytes)
+            return array
+
+        yield advance
 
 
-class progress:
-    """A progress bar over bytes; gives a function that counts an array and passes it on."""
-
-    def __init__(self, what: str, total: int) -> None:
-        columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
-        self.bar = Progress(*columns, console=err)
-        self.task = self.bar.add_task(what, total=total)
-
-    def __enter__(self) -> Callable[[Array], Array]:
-        self.bar.start()
-        return self._advance
-
-    def _advance(self, array: Array) -> Array:
-        self.bar.advance(self.task, array.nbytes)
-        return array
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-
-def show(rows: Iterable[tuple[str, Source, Link]]) -> None:
+def show(rows: Iterable[tuple[str, LazyTensor, Link]]) -> None:
     """List what would be mapped to what."""
     table = Table("foreign tensor", "rows", "canonical parameter", "shape", "dtype")
     for foreign, source, link in rows:
@@ -324,13 +316,6 @@ def show(rows: Iterable[tuple[str, Source, Link]]) -> None:
 
 
 # -- configs and tokenizers -------------------------------------------------------------------------------------------
-
-
-def fail_config(headline: str, problems: Iterable[str]) -> None:
-    """Raise one ConfigError that lists every problem, if there is any."""
-    problems = list(problems)
-    if problems:
-        raise ConfigError(f"{headline}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 def tokenizer_files(path: Path, config: ModelConfig) -> dict[str, bytes]:
@@ -363,12 +348,3 @@ def tokenizer_files(path: Path, config: ModelConfig) -> dict[str, bytes]:
     files = settings_files(path) if path.is_dir() else {}
     files.pop(GENERATION_CONFIG, None)
     return {**files, "tokenizer.json": file.read_bytes()}
-
-
-def fresh(folder: Path, *names: str) -> None:
-    """Remove files and folders that a folder may have from an earlier run."""
-    for name in names:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)

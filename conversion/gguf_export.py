@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import gguf
 import ml_dtypes
@@ -26,16 +26,13 @@ from conversion.common import (
     canonical_sources,
     compare,
     err,
-    fail_config,
     out,
     progress,
     run,
     tokenizer_files,
 )
-from conversion.tensors import Source, mapped
-from olmozoo.checkpoint.files import new_file
-from olmozoo.checkpoint.tensors import Output
-from olmozoo.errors import CheckpointError, ConfigError, InputError
+from olmozoo.checkpoint.tensors import LazyTensor, MappedFile
+from olmozoo.errors import CheckpointError, ConfigError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig, read_json
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config
@@ -69,13 +66,14 @@ def check_config(config: ModelConfig, where: Path) -> OlmoConfig | Olmo2Config:
         "rope_scaling": (None,),
         "head_dim": (config.hidden_size // config.num_attention_heads,),
     }
-    fail_config(
+    raise_problems(
         f"{where}: llama.cpp has no such model",
         (
             f"{name} is {getattr(config, name)!r}, expected {' or '.join(map(repr, values))}"
             for name, values in expected.items()
             if getattr(config, name) not in values
         ),
+        ConfigError,
     )
     return config
 
@@ -85,57 +83,37 @@ def arch_of(config: OlmoConfig | Olmo2Config) -> gguf.MODEL_ARCH:
     return gguf.MODEL_ARCH.OLMO if isinstance(config, OlmoConfig) else gguf.MODEL_ARCH.OLMO2
 
 
-class Tensor:
-    """A tensor as it goes into the file.
+def exported(name: str, parameter: Parameter, source: LazyTensor, config: ModelConfig) -> LazyTensor:
+    """A tensor as it goes into the file: its name, row order and dtype there."""
+    is_wide = source.dtype == np.float64 or parameter.kind == "norm"
+    dtype = np.dtype(np.float32) if is_wide else source.dtype
+    # llama.cpp rotates neighbouring pairs in OLMo's heads, and halves in OLMo 2's: only the first needs its rows moved.
+    heads = 0
+    if isinstance(config, OlmoConfig) and parameter.name.endswith((".q_proj.weight", ".k_proj.weight")):
+        heads = config.kv_heads if ".k_proj." in parameter.name else config.num_attention_heads
 
-    Attributes:
-        name: its name there.
-        parameter: what it is.
-        dtype: its dtype there.
-        read: gives its values.
-    """
-
-    def __init__(self, name: str, parameter: Parameter, source: Source, config: ModelConfig) -> None:
-        self.name, self.parameter = name, parameter
-        wide = source.dtype == np.float64 or parameter.kind == "norm"
-        self.dtype = np.dtype(np.float32) if wide else source.dtype
-        self._source, self._heads = source, 0
-        # llama.cpp turns neighbouring pairs in OLMo's heads, and halves in OLMo 2's: only the first needs new rows.
-        if isinstance(config, OlmoConfig) and parameter.name.endswith((".q_proj.weight", ".k_proj.weight")):
-            self._heads = config.kv_heads if ".k_proj." in parameter.name else config.num_attention_heads
-
-    def read(self) -> Array:
-        """The values, in the file's row order and dtype."""
-        array = self._source.read().astype(self.dtype, copy=False)
-        if self._heads:
+    def read() -> Array:
+        array = source.read().astype(dtype, copy=False)
+        if heads:
             rows, columns = array.shape
-            array = (
-                array.reshape(self._heads, 2, rows // self._heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-            )
+            array = array.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
         return array
 
-    @property
-    def nbytes(self) -> int:
-        """Its size in the file."""
-        return self.parameter.size * self.dtype.itemsize
-
-    def output(self, advance: Callable[[Array], Array]) -> Output:
-        """What writes it, in bands, and shows that."""
-        return Output(self.name, self.dtype, self.parameter.shape, lambda: advance(self.read()))
+    return LazyTensor(name, dtype, parameter.shape, read)
 
 
-def plan(config: OlmoConfig | Olmo2Config, sources: dict[str, Source]) -> list[Tensor]:
-    """The tensors of the file, in order, under the names that the gguf library has for them."""
+def plan(config: OlmoConfig | Olmo2Config, sources: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The tensors of the file, in order, by canonical name, under the names that the gguf library has for them."""
     names = gguf.get_tensor_name_map(arch_of(config), config.num_hidden_layers)
-    tensors = []
+    tensors = {}
     for parameter in config.parameters("causal_lm"):
-        # A tied head is left out where llama.cpp then takes the embedding (OLMo), and written out where not (OLMo 2).
+        # A tied head is left out where llama.cpp then takes the embedding (OLMo), and written where not (OLMo 2).
         if parameter.tied_to is not None and isinstance(config, OlmoConfig):
             continue
         name = names.get_name(parameter.name, try_suffixes=(".weight",))
         if name is None:
             raise CheckpointError(f"GGUF has no name for {parameter.name}")
-        tensors.append(Tensor(name, parameter, sources[parameter.tied_to or parameter.name], config))
+        tensors[parameter.name] = exported(name, parameter, sources[parameter.tied_to or parameter.name], config)
     return tensors
 
 
@@ -220,61 +198,51 @@ def pre_tokenizer(data: Any, where: Path) -> str:
     )
 
 
-def header(file: Path, config: OlmoConfig | Olmo2Config, tensors: list[Tensor], src: Path) -> bytes:
-    """The file up to its tensors. The library writes to files alone, so it goes through `file`."""
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch_of(config)])
+def write(file: Path, config: OlmoConfig | Olmo2Config, tensors: list[LazyTensor], src: Path, verify: bool) -> None:
+    """Write a temporary file, one tensor in memory at a time, and rename it when it is complete and checked."""
+    part = file.with_name(f".{file.name}.part")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(part, gguf.MODEL_ARCH_NAMES[arch_of(config)])
     try:
-        largest = max(tensors, key=lambda tensor: tensor.parameter.size)
+        largest = max(tensors, key=lambda tensor: tensor.nbytes)
         add_config(writer, config, src.resolve().name, KINDS[largest.dtype])
         add_tokenizer(writer, config, src)
         for tensor in tensors:
-            # of bfloat16 the library knows the bytes alone
-            known = np.dtype(np.uint16) if tensor.dtype == BFLOAT16 else tensor.dtype
-            writer.add_tensor_info(tensor.name, tensor.parameter.shape, known, tensor.nbytes, KINDS[tensor.dtype])
+            writer.add_tensor_info(tensor.name, tensor.shape, stored_dtype(tensor), tensor.nbytes, KINDS[tensor.dtype])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        writer.flush()
-        return file.read_bytes()
-    finally:
-        writer.close()
-        file.unlink(missing_ok=True)
-
-
-def write(file: Path, config: OlmoConfig | Olmo2Config, tensors: list[Tensor], src: Path, verify: bool) -> None:
-    """Write the file beside its place, one tensor in memory at a time; it goes there when it is whole and checked."""
-    part = file.with_name(f".{file.name}.part")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    start = header(part, config, tensors, src)
-
-    def pad(stream: IO[bytes]) -> None:
-        stream.write(bytes(-stream.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
-
-    try:
-        with new_file(part) as stream, progress("writing", sum(tensor.nbytes for tensor in tensors)) as advance:
-            stream.write(start)
-            pad(stream)
+        with progress("writing", sum(tensor.nbytes for tensor in tensors)) as advance:
             for tensor in tensors:
-                tensor.output(advance).write(stream)
-                pad(stream)
+                writer.write_tensor_data(advance(tensor.contiguous()).view(stored_dtype(tensor)))
+        writer.close()
         if verify:
             written = read_back(part)
             compare((tensor.name, tensor.read, written[tensor.name]) for tensor in tensors)
         os.replace(part, file)
     finally:
+        writer.close()
         part.unlink(missing_ok=True)
 
 
-def read_back(file: Path) -> dict[str, Source]:
-    """The tensors of a GGUF file, as the gguf library reads them."""
+def stored_dtype(tensor: LazyTensor) -> np.dtype[Any]:
+    """The dtype that the gguf library is given: it knows bfloat16 as bytes only."""
+    return np.dtype(np.uint16) if tensor.dtype == BFLOAT16 else tensor.dtype
+
+
+def read_back(file: Path) -> dict[str, LazyTensor]:
+    """The tensors of a GGUF file, as the gguf library finds them."""
     dtypes = {kind: dtype for dtype, kind in KINDS.items()}
-
-    def source(tensor: gguf.ReaderTensor) -> Source:
-        # Each tensor in a mapping of its own: in the library's, what was read stays in memory.
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        return mapped(file, str(file), dtypes[tensor.tensor_type], int(tensor.data_offset), shape, None)
-
-    return {tensor.name: source(tensor) for tensor in gguf.GGUFReader(file).tensors}
+    opened = MappedFile(file)
+    return {
+        tensor.name: opened.tensor(
+            tensor.name,
+            dtypes[tensor.tensor_type],
+            tuple(int(size) for size in reversed(tensor.shape)),
+            int(tensor.data_offset),
+        )
+        for tensor in gguf.GGUFReader(file).tensors
+    }
 
 
 def main(
@@ -290,12 +258,11 @@ def main(
     tensors = plan(config, canonical_sources(src, config))
     if dry_run:
         table = Table("canonical parameter", "GGUF tensor", "shape", "dtype")
-        for tensor in tensors:
-            parameter = tensor.parameter
-            table.add_row(parameter.name, tensor.name, str(list(parameter.shape)), tensor.dtype.name)
+        for name, tensor in tensors.items():
+            table.add_row(name, tensor.name, str(list(tensor.shape)), tensor.dtype.name)
         out.print(table, f"dry run: {len(tensors)} tensors, nothing was written")
         return
-    write(out_file, config, tensors, src, verify)
+    write(out_file, config, list(tensors.values()), src, verify)
 
 
 if __name__ == "__main__":

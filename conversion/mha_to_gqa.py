@@ -27,7 +27,6 @@ from conversion.common import (
     check_places,
     out,
     run,
-    size,
     write_canonical,
 )
 from olmozoo.checkpoint.convert import settings_files
@@ -91,7 +90,7 @@ def main(
     def dtype(parameter: Parameter) -> np.dtype[Any]:
         return sources[parameter.name].dtype
 
-    files, total = settings_files(src), sum(map(size, sources.values()))
+    files, total = settings_files(src), sum(tensor.nbytes for tensor in sources.values())
     write_canonical(dst, smaller, read, dtype, total, files=files, max_shard_size=max_shard_size, verify=verify)
 
 

@@ -8,7 +8,6 @@ Reading needs neither OLMo-core nor PyTorch; `--reverse` needs PyTorch, whose cl
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,17 +24,14 @@ from conversion.common import (
     TokenizerPath,
     Verify,
     check_tied,
-    fail_config,
-    fresh,
     from_canonical,
     run,
     to_canonical,
 )
 from conversion.sharded import METADATA, read_distributed, write_distributed
-from conversion.tensors import Source
-from olmozoo.checkpoint.files import CONFIG, write_json
-from olmozoo.checkpoint.tensors import Output
-from olmozoo.errors import CheckpointError, ConfigError, InputError
+from olmozoo.checkpoint.files import CONFIG, remove, write_json
+from olmozoo.checkpoint.tensors import LazyTensor
+from olmozoo.errors import CheckpointError, ConfigError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig, is_number, read_json
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config
@@ -187,7 +183,7 @@ def to_config(data: dict[str, Any], where: Path, length: int | None) -> ModelCon
         fields["clip_qkv"] = model["attention.clip_qkv"]
     if model["attention.rope"] is None:
         model.problems.append(f"model.{model.path('attention.rope')} is None, expected rotary positions")
-    fail_config(f"{where} is not one of an OLMo or OLMo 2 model", model.problems)
+    raise_problems(f"{where} is not one of an OLMo or OLMo 2 model", model.problems, ConfigError)
     return family.from_dict(fields)
 
 
@@ -226,7 +222,7 @@ def from_config(config: ModelConfig, where: Path, dtype: str) -> dict[str, Any]:
         for name, values in expected.items()
         if getattr(config, name) not in values
     ]
-    fail_config(f"{where}: this program writes no such OLMo-core config", problems)
+    raise_problems(f"{where}: this program writes no such OLMo-core config", problems, ConfigError)
     second = isinstance(config, Olmo2Config)
     norm: dict[str, Any] = {"name": "default", "eps": 1e-5, "elementwise_affine": False, "bias": False}
     if isinstance(config, Olmo2Config):
@@ -286,7 +282,7 @@ def from_config(config: ModelConfig, where: Path, dtype: str) -> dict[str, Any]:
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
-def core_sources(src: Path, tied: bool) -> dict[str, Source]:
+def core_sources(src: Path, tied: bool) -> dict[str, LazyTensor]:
     """The tensors of an OLMo-core checkpoint, less a tied head that was saved all the same.
 
     Raises:
@@ -336,12 +332,11 @@ def main(
     config = ModelConfig.from_folder(src)
     from_config(config, src, "float32")  # what cannot be expressed is refused before anything is read
 
-    def write(folder: Path, outputs: list[Output]) -> None:
-        fresh(folder, CONFIG, FOLDER)
-        write_json(folder / CONFIG, from_config(config, src, outputs[0].dtype.name))
-        (folder / FOLDER).mkdir()
-        named = [dataclasses.replace(output, name=PREFIX + output.name) for output in outputs]
-        write_distributed(folder / FOLDER, named)
+    def write(folder: Path, tensors: list[LazyTensor]) -> None:
+        remove(folder / CONFIG)
+        remove(folder / FOLDER)
+        write_json(folder / CONFIG, from_config(config, src, tensors[0].dtype.name))
+        write_distributed(folder / FOLDER, tensors, PREFIX.removesuffix("."))
 
     from_canonical(
         src,

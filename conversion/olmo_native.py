@@ -10,17 +10,15 @@ SRC is any kind of checkpoint the trainer has written: unsharded (model.safetens
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 import reprlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 import yaml
 
-from conversion.archives import as_source, read_archive
+from conversion.archives import as_tensor, read_archive
 from conversion.common import (
     LAYER,
     DryRun,
@@ -32,20 +30,16 @@ from conversion.common import (
     TokenizerPath,
     Verify,
     check_tied,
-    fail_config,
-    fresh,
     from_canonical,
     run,
     to_canonical,
 )
 from conversion.pickles import decode_key, encode_key
 from conversion.sharded import METADATA, read_distributed, read_ranks
-from conversion.tensors import Source, from_info
-from olmozoo.checkpoint.files import SAFETENSORS
-from olmozoo.checkpoint.formats.pytorch import write_pickled
-from olmozoo.checkpoint.formats.safetensors import read_safetensors, write_safetensors
-from olmozoo.checkpoint.tensors import Output
-from olmozoo.errors import CheckpointError, ConfigError, InputError
+from olmozoo.checkpoint.files import remove
+from olmozoo.checkpoint.formats import pytorch, safetensors
+from olmozoo.checkpoint.tensors import LazyTensor
+from olmozoo.errors import CheckpointError, ConfigError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig, is_number
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config
@@ -80,7 +74,7 @@ RULES: dict[str, tuple[Rule, ...]] = {  # by block_type
 }
 
 
-def modern_names(sources: dict[str, Source], block_type: str) -> dict[str, Source]:
+def modern_names(sources: dict[str, LazyTensor], block_type: str) -> dict[str, LazyTensor]:
     """The tensors under the names of today's trainer, whatever spelling they were saved under.
 
     Raises:
@@ -93,7 +87,7 @@ def modern_names(sources: dict[str, Source], block_type: str) -> dict[str, Sourc
     def flat(match: re.Match[str]) -> str:
         return f"transformer.blocks.{int(match[1]) * group_size + int(match[2])}."
 
-    found: dict[str, Source] = {}
+    found: dict[str, LazyTensor] = {}
     for name, new in plain.items():
         new = re.sub(r"^transformer\.block_groups\.(\d{1,9})\.(\d{1,9})\.", flat, new)
         names = [new]
@@ -101,7 +95,7 @@ def modern_names(sources: dict[str, Source], block_type: str) -> dict[str, Sourc
             names = [new.replace(".norm.", ".attn_norm."), new.replace(".norm.", ".ff_norm.")]  # one norm was both
         for new in names:
             if new in found:
-                raise CheckpointError(f"{sources[name].where}: {name} is {new}, which is there under another name too")
+                raise CheckpointError(f"{sources[name].file}: {name} is {new}, which is there under another name too")
             found[new] = sources[name]
     return found
 
@@ -109,28 +103,29 @@ def modern_names(sources: dict[str, Source], block_type: str) -> dict[str, Sourc
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def read_tensors(src: Path) -> dict[str, Source]:
+def read_tensors(src: Path) -> dict[str, LazyTensor]:
     """The tensors of a native checkpoint of any kind, under the names they have there.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is broken.
     """
-    if (src / SAFETENSORS).is_file():
-        file = src / SAFETENSORS
-        found = {name: from_info(info) for name, info in read_safetensors(file).items()}
-        return {name if "." in name else decode_key(name, str(file)): source for name, source in found.items()}
+    if (src / safetensors.FILE).is_file():
+        file = src / safetensors.FILE
+        found = safetensors.read_tensors(file)
+        return {name if "." in name else decode_key(name, str(file)): tensor for name, tensor in found.items()}
     if (src / UNSHARDED).is_file():
         state = read_archive(src / UNSHARDED)
         if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
             raise CheckpointError(f"{src / UNSHARDED} does not hold a mapping from names to tensors")
-        return {name: as_source(value, name) for name, value in state.items()}
+        return {name: as_tensor(value, name) for name, value in state.items()}
     for folder in (src / "model_and_optim", src / "model", src):
         if (folder / METADATA).is_file():
             return read_distributed(folder, "model.")
         if any(folder.glob("rank*.pt")):
             return read_ranks(folder)
     raise CheckpointError(
-        f"{src} has no native checkpoint: expected {SAFETENSORS}, {UNSHARDED}, {METADATA}, rankN.pt or model/rankN.pt"
+        f"{src} has no native checkpoint: expected {safetensors.FILE}, {UNSHARDED}, {METADATA}, rankN.pt or "
+        "model/rankN.pt"
     )
 
 
@@ -160,7 +155,7 @@ def read_config(src: Path) -> dict[str, Any]:
         fits = is_number(value) if kind is float else type(value) is kind
         if not fits and not (value is None and name in OPTIONAL):
             problems.append(f"model.{name} is {reprlib.repr(value)}, expected {kind.__name__}")
-    fail_config(f"{file} has wrong values", problems)
+    raise_problems(f"{file} has wrong values", problems, ConfigError)
     return found
 
 
@@ -252,7 +247,7 @@ def to_config(model: dict[str, Any], where: Path) -> ModelConfig:
     inner = model["mlp_ratio"] * model["d_model"] if model["mlp_hidden_size"] is None else model["mlp_hidden_size"]
     if inner % 2:
         problems.append(f"model.mlp_hidden_size is {inner}, expected an even number: half of it is the gate")
-    fail_config(f"{where / CONFIG} is not one of an OLMo or OLMo 2 model", problems)
+    raise_problems(f"{where / CONFIG} is not one of an OLMo or OLMo 2 model", problems, ConfigError)
 
     rows = model["vocab_size"] if model["embedding_size"] is None else model["embedding_size"]
     eos = model["eos_token_id"]
@@ -298,7 +293,7 @@ def from_config(config: ModelConfig, where: Path) -> dict[str, Any]:
     eos = config.eos_token_id
     if not isinstance(eos, int):
         problems.append(f"eos_token_id is {eos!r}, expected one number")
-    fail_config(f"{where}: the native trainer has no such model", problems)
+    raise_problems(f"{where}: the native trainer has no such model", problems, ConfigError)
     second = isinstance(config, Olmo2Config)
     return DEFAULTS | {
         "d_model": config.hidden_size,
@@ -329,7 +324,7 @@ def from_config(config: ModelConfig, where: Path) -> dict[str, Any]:
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
-def native_sources(src: Path, model: dict[str, Any]) -> dict[str, Source]:
+def native_sources(src: Path, model: dict[str, Any]) -> dict[str, LazyTensor]:
     """The tensors of a native checkpoint under today's names, less a tied head that was saved all the same."""
     found = modern_names(read_tensors(src), model["block_type"])
     head = "transformer.ff_out.weight"
@@ -372,14 +367,16 @@ def main(
     config = ModelConfig.from_folder(src)
     model = from_config(config, src)
 
-    def write(folder: Path, outputs: Iterable[Output]) -> None:
-        fresh(folder, CONFIG, UNSHARDED)
+    def write(folder: Path, tensors: list[LazyTensor]) -> None:
+        remove(folder / CONFIG)
+        remove(folder / UNSHARDED)
         (folder / CONFIG).write_text(yaml.safe_dump({"model": model}), encoding="utf-8")
         if form == "pt":
-            write_pickled(folder / UNSHARDED, list(outputs))
+            pytorch.write(folder / UNSHARDED, tensors)
         else:
-            encoded = [dataclasses.replace(output, name=encode_key(output.name)) for output in outputs]
-            write_safetensors(folder / SAFETENSORS, encoded)
+            safetensors.write(
+                folder / safetensors.FILE, [tensor.renamed(encode_key(tensor.name)) for tensor in tensors]
+            )
 
     from_canonical(
         src,

@@ -14,19 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from conversion.archives import as_source, read_archive
+from conversion.archives import as_tensor, read_archive
 from conversion.pickles import Record, unpickle
-from conversion.tensors import Piece, Source, assembled, reshaped, whole_numbers
-from olmozoo.checkpoint.formats._pickling import Made, Named, pickled
-from olmozoo.checkpoint.formats.pytorch import write_pickled
-from olmozoo.checkpoint.tensors import DTYPES, Output
+from conversion.tensors import Piece, assembled, by_rows, integers, reshaped
+from olmozoo.checkpoint.formats.names import missing_library
+from olmozoo.checkpoint.formats.pytorch import torch_tensor
+from olmozoo.checkpoint.tensors import DTYPE_NAMES, LazyTensor
 from olmozoo.errors import CheckpointError, raise_problems
 
 METADATA = ".metadata"
-DESCRIPTIONS = "torch.distributed.checkpoint.metadata"
 
 
-def read_distributed(folder: Path, prefix: str) -> dict[str, Source]:
+def read_distributed(folder: Path, prefix: str) -> dict[str, LazyTensor]:
     """The tensors of a distributed checkpoint whose names begin with `prefix`, without it.
 
     Raises:
@@ -44,7 +43,7 @@ def read_distributed(folder: Path, prefix: str) -> dict[str, Source]:
     for index, place in storage.items():
         if isinstance(index, Record) and isinstance(index.state, dict):
             places[index.state.get("fqn"), _sizes(index.state.get("offset"))] = place
-    tensors: dict[str, Source] = {}
+    tensors: dict[str, LazyTensor] = {}
     problems: list[str] = []
     for name, entry in entries.items():
         if not isinstance(name, str) or not name.startswith(prefix) or getattr(entry, "kind", "").startswith("Bytes"):
@@ -57,16 +56,16 @@ def read_distributed(folder: Path, prefix: str) -> dict[str, Source]:
     return tensors
 
 
-def _distributed(folder: Path, name: str, entry: Any, places: dict[Any, Any]) -> Source:
+def _distributed(folder: Path, name: str, entry: Any, places: dict[Any, Any]) -> LazyTensor:
     if not isinstance(entry, Record) or entry.kind != "TensorStorageMetadata":
         raise CheckpointError(f"{name} is a {getattr(entry, 'kind', type(entry).__name__)}, expected a tensor")
     properties, shape = entry["properties"], _sizes(entry["size"])
     # The dtype is the first field, whether the properties were pickled as a tuple or by name.
     state = properties.state if isinstance(properties, Record) else None
     kind = state.get("dtype") if isinstance(state, dict) else state[0] if isinstance(state, tuple) and state else None
-    dtype = {known.name: known for known in DTYPES.values()}.get(getattr(kind, "kind", ""))
+    dtype = DTYPE_NAMES.get(getattr(kind, "kind", ""))
     if shape is None or dtype is None or not isinstance(entry["chunks"], list):
-        raise CheckpointError(f"{name} has no shape, no dtype of {', '.join(DTYPES)}, or no list of chunks")
+        raise CheckpointError(f"{name} has no shape, no dtype of {', '.join(DTYPE_NAMES)}, or no list of chunks")
     pieces = []
     for chunk in entry["chunks"]:
         if not isinstance(chunk, Record):
@@ -78,13 +77,13 @@ def _distributed(folder: Path, name: str, entry: Any, places: dict[Any, Any]) ->
         if place is None:
             raise CheckpointError(f"{name}: storage_data has no chunk at {list(offsets)}")
         pieces.append(Piece(offsets, sizes, _chunk(folder, name, place)))
-    return assembled(f"{folder / METADATA}: {name}", dtype, shape, pieces)
+    return assembled(name, folder / METADATA, dtype, shape, pieces)
 
 
-def _chunk(folder: Path, name: str, place: Any) -> Callable[[], Source]:
+def _chunk(folder: Path, name: str, place: Any) -> Callable[[], LazyTensor]:
     if not isinstance(place, Record):
         raise CheckpointError(f"{name} lies in a {type(place).__name__}, expected a _StorageInfo")
-    path, span = place["relative_path"], whole_numbers((place["offset"], place["length"]))
+    path, span = place["relative_path"], integers((place["offset"], place["length"]))
     if not isinstance(path, str) or span is None:
         raise CheckpointError(f"{name} lies in {path!r}, at an offset or of a length that cannot be")
     pure = PurePosixPath(path)
@@ -99,17 +98,17 @@ def _chunk(folder: Path, name: str, place: Any) -> Callable[[], Source]:
         raise CheckpointError(
             f"{name} ends at byte {sum(span)} of {path}, the file at {file.stat().st_size}: truncated"
         )
-    return lambda: as_source(read_archive(file, *span), name)
+    return lambda: as_tensor(read_archive(file, *span), name)
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:
     """A torch.Size, or a list, as a tuple of whole numbers; None for anything else."""
     if isinstance(value, Record):
         value = value.args[0] if value.kind == "Size" and value.args else None
-    return whole_numbers(value)
+    return integers(value)
 
 
-def read_ranks(folder: Path) -> dict[str, Source]:
+def read_ranks(folder: Path) -> dict[str, LazyTensor]:
     """The tensors of `rankN.pt` files, each the part of one process.
 
     Raises:
@@ -117,7 +116,7 @@ def read_ranks(folder: Path) -> dict[str, Source]:
     """
     sharded: dict[str, tuple[np.dtype[Any], tuple[int, ...], list[Piece]]] = {}
     flat: dict[str, tuple[np.dtype[Any], tuple[int, ...], list[Piece]]] = {}
-    whole: dict[str, Source] = {}
+    whole: dict[str, LazyTensor] = {}
     for file in rank_files(folder):
         state = read_archive(file)
         if isinstance(state, dict) and isinstance(state.get("modules"), list):
@@ -135,12 +134,11 @@ def read_ranks(folder: Path) -> dict[str, Source]:
             known[2].append(piece)
     problems: list[str] = []
     for name, (dtype, shape, pieces) in {**sharded, **flat}.items():
-        where = f"{folder}: {name}"
         try:
             if name in flat:
-                whole[name] = reshaped(assembled(where, dtype, (math.prod(shape),), pieces), shape)
+                whole[name] = reshaped(assembled(name, folder, dtype, (math.prod(shape),), pieces), shape)
             else:
-                whole[name] = assembled(where, dtype, shape, pieces)
+                whole[name] = assembled(name, folder, dtype, shape, pieces)
         except CheckpointError as error:
             problems.append(str(error))
     raise_problems(f"{folder} is broken", problems)
@@ -162,23 +160,23 @@ def rank_files(folder: Path) -> list[Path]:
 Part = tuple[str, np.dtype[Any], tuple[int, ...], Piece]
 
 
-def _shards(file: Path, state: dict[Any, Any], whole: dict[str, Source]) -> Iterator[Part]:
+def _shards(file: Path, state: dict[Any, Any], whole: dict[str, LazyTensor]) -> Iterator[Part]:
     """What one process has of each sharded tensor; tensors that it has whole go to `whole`."""
     for name, value in state.items():
         if not (isinstance(value, Record) and value.kind == "_rebuild_from_type_v2" and len(value.args) == 4):
             if isinstance(value, Record):
-                whole[name] = as_source(value, name)
+                whole[name] = as_tensor(value, name)
             continue
         kind, pickled = value.args[1], value.args[3]
         if getattr(kind, "kind", "") != "ShardedTensor" or not isinstance(pickled, tuple) or len(pickled) < 2:
-            whole[name] = as_source(value, name)
+            whole[name] = as_tensor(value, name)
             continue
         shards, metadata = pickled[:2]
         shape = _sizes(metadata["size"]) if isinstance(metadata, Record) else None
         if not isinstance(shards, list) or shape is None:
             raise CheckpointError(f"{file}: {name} is a sharded tensor without shards or a shape")
         for shard in shards:
-            source, box = as_source(shard["tensor"], name), shard["metadata"]
+            source, box = as_tensor(shard["tensor"], name), shard["metadata"]
             offsets, sizes = _sizes(box["shard_offsets"]), _sizes(box["shard_sizes"])
             if offsets is None or sizes is None:
                 raise CheckpointError(f"{file}: {name} has a shard with offsets or sizes that cannot be")
@@ -191,16 +189,17 @@ def _flat_parts(file: Path, modules: list[Any]) -> Iterator[Part]:
         for module in modules:
             prefix = f"{module['name']}." if module["name"] else ""
             for handle in module["handles"]:
-                data = as_source(handle["flat_param.data"], prefix or "the root module")
+                data = as_tensor(handle["flat_param.data"], prefix or "the root module")
                 position = 0
                 for name, shape, begin, count, at in _spans(handle):
-                    sizes = whole_numbers(shape.args[0] if isinstance(shape, Record) else shape)
+                    sizes = integers(shape.args[0] if isinstance(shape, Record) else shape)
                     start = position if at is None else at
                     position = start + count
                     if sizes is None or count < 0 or not 0 <= start <= position <= math.prod(data.shape):
                         raise CheckpointError(f"{file}: {prefix}{name} has a shape or a span that cannot be")
-                    part = Source(
-                        data.where,
+                    part = by_rows(
+                        name,
+                        data.file,
                         data.dtype,
                         (count,),
                         lambda a, b, data=data, start=start: data.rows(start + a, start + b),  # type: ignore[misc]
@@ -230,44 +229,21 @@ def _spans(handle: dict[str, Any]) -> Iterator[tuple[str, Any, int, int, int | N
             yield name, shape, begin, count, at
 
 
-def write_distributed(folder: Path, outputs: Sequence[Output]) -> None:
-    """Write a distributed checkpoint that PyTorch's own reader and OLMo-core's load: a file for each tensor."""
-    entries = {}
-    places = {}
-    for number, output in enumerate(outputs):
-        file = folder / f"__0_{number}.distcp"
-        write_pickled(file, [output], single=True)
-        shape, origin = (Made(Named("torch", "Size"), (sizes,)) for sizes in (output.shape, (0,) * len(output.shape)))
-        chunk = _described("ChunkStorageMetadata", {"offsets": origin, "sizes": shape})
-        properties = _described(
-            "TensorProperties",
-            (
-                Named("torch", output.dtype.name),
-                Made(Named("torch.serialization", "_get_layout"), ("torch.strided",)),
-                False,  # requires_grad
-                Made(Named(DESCRIPTIONS, "_MEM_FORMAT_ENCODING"), (0,)),  # contiguous
-                False,  # pin_memory
-            ),
-        )
-        entries[output.name] = _described(
-            "TensorStorageMetadata", {"properties": properties, "size": shape, "chunks": [chunk]}
-        )
-        index = _described("MetadataIndex", {"fqn": output.name, "index": None, "offset": origin})
-        places[index] = Made(
-            Named("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            None,
-            {"relative_path": file.name, "offset": 0, "length": file.stat().st_size},
-        )
-    metadata = {
-        "state_dict_metadata": entries,
-        "planner_data": {name: tuple(name.split(".", 1)) for name in entries},
-        "storage_data": places,
-        "storage_meta": None,
-        "version": None,
-    }
-    (folder / METADATA).write_bytes(pickled(_described("Metadata", metadata)))
+def write_distributed(folder: Path, tensors: Sequence[LazyTensor], prefix: str) -> None:
+    """Write a distributed checkpoint of one process, whose names begin with `prefix` and a dot.
 
-
-def _described(kind: str, state: Any) -> Made:
-    """An object of one of the classes that describe a distributed checkpoint."""
-    return Made(Named(DESCRIPTIONS, kind), None, state)
+    Raises:
+        CheckpointError: PyTorch is not installed, or cannot write.
+    """
+    try:
+        import torch.distributed.checkpoint as distributed
+    except ImportError as error:
+        raise missing_library(f"writing {folder}", "torch", "pt") from error
+    try:
+        distributed.save(
+            {prefix: {tensor.name: torch_tensor(tensor) for tensor in tensors}},
+            storage_writer=distributed.FileSystemWriter(folder, single_file_per_rank=False),
+            no_dist=True,
+        )
+    except Exception as error:  # of many kinds
+        raise CheckpointError(f"{folder} could not be written: {error}") from error

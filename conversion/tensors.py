@@ -1,4 +1,4 @@
-"""A tensor of a foreign checkpoint, whole or in pieces, of which any band of rows can be read without the rest."""
+"""Tensors of foreign checkpoints, whole or in pieces, of which any rows can be read without the rest."""
 
 from __future__ import annotations
 
@@ -10,48 +10,30 @@ from typing import Any
 
 import numpy as np
 
-from olmozoo.checkpoint.tensors import TensorInfo
+from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError
 from olmozoo.typing import Array
 
 
 @dataclass(frozen=True)
-class Source:
-    """A tensor that is not read yet.
-
-    Attributes:
-        where: its file, for messages.
-        dtype, shape: of the whole.
-        rows: gives rows [start, stop) of the first axis: a view of the mapped file wherever they lie in one piece.
-    """
-
-    where: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    rows: Callable[[int, int], Array]
-
-    def read(self) -> Array:
-        """The whole tensor."""
-        return self.rows(0, self.shape[0]) if self.shape else self.rows(0, 1)
-
-
-@dataclass(frozen=True)
 class Piece:
-    """A box of a tensor: where it begins, its shape, and how to get at it (its header is read then, and no sooner)."""
+    """A box of a tensor: where it begins, its shape, and a function that opens it (only then its header is read)."""
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
-    open: Callable[[], Source]
+    open: Callable[[], LazyTensor]
 
 
-def from_info(info: TensorInfo) -> Source:
-    """A tensor of a safetensors file."""
-    return Source(str(info.file), info.dtype, info.shape, lambda start, stop: info.read()[start:stop])
+def by_rows(
+    name: str, file: Path | str, dtype: np.dtype[Any], shape: tuple[int, ...], rows: Callable[[int, int], Array]
+) -> LazyTensor:
+    """A tensor that is read by its rows; one without dimensions is its row 0."""
+    return LazyTensor(name, dtype, shape, lambda: rows(0, shape[0] if shape else 1), file, rows)
 
 
 def mapped(
-    file: Path, where: str, dtype: np.dtype[Any], begin: int, shape: tuple[int, ...], strides: tuple[int, ...] | None
-) -> Source:
+    file: Path, name: str, dtype: np.dtype[Any], begin: int, shape: tuple[int, ...], strides: tuple[int, ...] | None
+) -> LazyTensor:
     """A tensor in a file, from byte `begin`; `strides`, in values, where it is not contiguous. The caller checks."""
     width = math.prod(shape[1:])
 
@@ -66,30 +48,32 @@ def mapped(
         flat = np.memmap(file, dtype, "r", begin, (values,)).view(np.ndarray)
         return np.lib.stride_tricks.as_strided(flat, shape, [s * dtype.itemsize for s in strides])[start:stop]
 
-    return Source(where, dtype, shape, rows)
+    return by_rows(name, file, dtype, shape, rows)
 
 
-def assembled(where: str, dtype: np.dtype[Any], shape: tuple[int, ...], pieces: Sequence[Piece]) -> Source:
+def assembled(
+    name: str, file: Path, dtype: np.dtype[Any], shape: tuple[int, ...], pieces: Sequence[Piece]
+) -> LazyTensor:
     """A tensor made of pieces; only those that a read touches are opened.
 
     Raises:
         CheckpointError: the pieces leave a gap, overlap or reach outside.
     """
+    where = f"{file}: {name}"
     _check_cover(where, shape, pieces)
 
-    def part(piece: Piece) -> Source:
-        source = piece.open()
-        if source.shape != piece.shape or source.dtype != dtype:
+    def part(piece: Piece) -> LazyTensor:
+        tensor = piece.open()
+        if tensor.shape != piece.shape or tensor.dtype != dtype:
             raise CheckpointError(
-                f"{where}: the piece in {source.where} is {source.dtype.name} {list(source.shape)}, expected "
+                f"{where}: the piece in {tensor.file} is {tensor.dtype.name} {list(tensor.shape)}, expected "
                 f"{dtype.name} {list(piece.shape)}"
             )
-        return source
-
-    if len(pieces) == 1:
-        return Source(where, dtype, shape, lambda start, stop: part(pieces[0]).rows(start, stop))
+        return tensor
 
     def rows(start: int, stop: int) -> Array:
+        if len(pieces) == 1:
+            return part(pieces[0]).rows(start, stop)
         result = np.empty((stop - start, *shape[1:]), dtype)
         for piece in pieces:
             first, last = max(start, piece.offsets[0]), min(stop, piece.offsets[0] + piece.shape[0])
@@ -99,18 +83,17 @@ def assembled(where: str, dtype: np.dtype[Any], shape: tuple[int, ...], pieces: 
                 result[(slice(first - start, last - start), *box)] = band
         return result
 
-    return Source(where, dtype, shape, rows)
+    return by_rows(name, file, dtype, shape, rows)
 
 
-def reshaped(flat: Source, shape: tuple[int, ...]) -> Source:
+def reshaped(flat: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
     """A one-dimensional tensor seen in another shape."""
     width = math.prod(shape[1:])
-    return Source(
-        flat.where,
-        flat.dtype,
-        shape,
-        lambda start, stop: flat.rows(start * width, stop * width).reshape(stop - start, *shape[1:]),
-    )
+
+    def rows(start: int, stop: int) -> Array:
+        return flat.rows(start * width, stop * width).reshape(stop - start, *shape[1:])
+
+    return by_rows(flat.name, flat.file, flat.dtype, shape, rows)
 
 
 def _check_cover(where: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> None:
@@ -123,7 +106,7 @@ def _check_cover(where: str, shape: tuple[int, ...], pieces: Sequence[Piece]) ->
             )
     found, expected = sum(math.prod(piece.shape) for piece in pieces), math.prod(shape)
     if found != expected:
-        raise CheckpointError(f"{where}: the pieces hold {found} values, expected {expected}")
+        raise CheckpointError(f"{where}: the pieces have {found} values, expected {expected}")
     filled = [piece for piece in pieces if 0 not in piece.shape]
     begins = np.array([piece.offsets for piece in filled], np.int64).reshape(len(filled), len(shape))
     ends = begins + np.array([piece.shape for piece in filled], np.int64).reshape(begins.shape)
@@ -132,8 +115,8 @@ def _check_cover(where: str, shape: tuple[int, ...], pieces: Sequence[Piece]) ->
             raise CheckpointError(f"{where}: two pieces overlap at {begins[i].tolist()}")
 
 
-def stacked(parts: Sequence[Source]) -> Array:
-    """Tensors of one dtype, one under the other: a view where there is one alone."""
+def stacked(parts: Sequence[LazyTensor]) -> Array:
+    """Tensors of one dtype, one under the other: a view where there is only one."""
     if len(parts) == 1:
         return parts[0].read()
     result = np.empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), parts[0].dtype)
@@ -144,8 +127,8 @@ def stacked(parts: Sequence[Source]) -> Array:
     return result
 
 
-def whole_numbers(values: Any) -> tuple[int, ...] | None:
-    """A tuple of whole numbers of at least 0, or None where it is not that."""
+def integers(values: Any) -> tuple[int, ...] | None:
+    """A tuple of integers of at least 0, or None where it is not that."""
     if not isinstance(values, Iterable):
         return None
     numbers = tuple(values)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from olmozoo import CheckpointError, ConfigError, Olmo2Config, OlmoConfig, OlmozooError, OPTConfig, Tokenizer
 from olmozoo.checkpoint.convert import convert_checkpoint
-from olmozoo.checkpoint.formats.safetensors import read_safetensors
+from olmozoo.checkpoint.formats.safetensors import read_tensors
 from olmozoo.checkpoint.matching import load_weights
 from olmozoo.checkpoint.reader import Checkpoint
 from olmozoo.families.config import ModelConfig
@@ -149,7 +149,7 @@ def test_safetensors_headers(tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
     file.write_bytes(data)
     with ours():
-        for info in read_safetensors(file).values():
+        for info in read_tensors(file).values():
             array = info.read()
             assert array.nbytes <= len(data)
             assert array.shape == info.shape
@@ -173,7 +173,7 @@ def test_headers_that_chance_rarely_makes(tmp_path, header, named):
     file = tmp_path / "model.safetensors"
     file.write_bytes(struct.pack("<Q", len(header)) + header + (b"" if b"[0,0]" in header else bytes(4)))
     with pytest.raises(CheckpointError, match=named):
-        read_safetensors(file)
+        read_tensors(file)
 
 
 @pytest.fixture(scope="module")
@@ -553,7 +553,7 @@ def test_archives(trace, data):
     with ours():
         found = archives.read_archive(file)
         for name, value in found.items() if isinstance(found, dict) else ():
-            assert archives.as_source(value, str(name)).read().nbytes <= len(good)
+            assert archives.as_tensor(value, str(name)).read().nbytes <= len(good)
     assert not trace.exists()
 
 

@@ -1,4 +1,7 @@
-"""A folder of weights in any format, with no framework."""
+"""A folder of weights in any format, with no framework.
+
+Modules of olmozoo import from the modules in here: `convert` is on top of all of them, the wings included.
+"""
 
 from olmozoo.checkpoint.convert import convert_checkpoint
 from olmozoo.checkpoint.matching import initial_weights, load_weights

@@ -1,4 +1,4 @@
-"""A folder that is replaced in one rename."""
+"""A folder that is written to a temporary folder beside it and then renamed into place."""
 
 from __future__ import annotations
 
@@ -9,53 +9,99 @@ import glob
 import os
 import re
 import shutil
+import stat
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from olmozoo.checkpoint.files import WEIGHT_FILES
+import filelock
+
 from olmozoo.errors import CheckpointError
 from olmozoo.typing import StrPath
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 @contextlib.contextmanager
-def replacing_folder(folder: StrPath, old: re.Pattern[str] = WEIGHT_FILES) -> Iterator[Path]:
-    """Give a staging folder that takes the place of `folder` in one step if the block ends well, and goes if not.
+def atomic_folder(folder: StrPath, replaced: re.Pattern[str]) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `folder` when the block succeeds, and removed when it fails.
 
-    Files of the old folder other than those called as `old` says are in the staging folder from the start (as hard
-    links: replace them, never write into them).
+    Files of the old folder are hard-linked into the temporary one, except those whose names match `replaced`: replace
+    them, never write into them. Everything is flushed to disk before the rename, so that a crash or a power failure
+    leaves either the old folder or the new one. Saves to one folder run one after the other, whatever thread or process
+    they are in.
+
+    Args:
+        folder: the target; made with its parents if need be.
+        replaced: names of old files that do not stay.
 
     Raises:
-        CheckpointError: something other than a folder is there, or the current folder is that or in that; or the disk
-            is full or not writable.
+        CheckpointError: something other than a folder is there, or it contains the current folder; or the disk is full
+            or not writable.
     """
     target = Path(os.path.realpath(folder))
-    with contextlib.suppress(FileNotFoundError):  # the current folder may be gone already
+    with contextlib.suppress(FileNotFoundError):  # the current folder may have been deleted
         if Path.cwd().is_relative_to(target):
-            raise CheckpointError(f"{target} holds the current folder, which would be gone: expected another folder")
+            raise CheckpointError(f"{target} contains the current folder, which would be replaced: choose another")
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is not a folder")
-    staging = target.with_name(f".{target.name}.saving-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        if target.exists():
-            shutil.copytree(target, staging, symlinks=True, ignore=_named(old, target), copy_function=_link)
-        else:
-            staging.mkdir()
-        yield staging
-        _swap(staging, target)
+        with _locked(target):
+            _remove_abandoned(target)
+            staging = target.with_name(f".{target.name}.saving-{uuid.uuid4().hex[:12]}")
+            try:
+                staging.mkdir()
+                mode = stat.S_IMODE((target if target.exists() else staging).stat().st_mode)
+                if target.exists():
+                    _link_files(target, staging, replaced)
+                yield staging
+                staging.chmod(mode)
+                _flush(staging)
+                _swap(staging, target)
+                _flush_folder(target.parent)
+            finally:
+                _remove_tree(staging)
     except OSError as error:
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
-        raise CheckpointError(f"{target} was not saved and is as it was before: {what}") from error
+        what = "the disk is full" if error.errno in FULL else (error.strerror or str(error))
+        raise CheckpointError(f"{target} was not saved and is unchanged: {what}") from error
+
+
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Hold the lock of a folder, waiting for the thread or process that holds it; no lock file stays behind."""
+    path = target.with_name(f".{target.name}.lock")
+    if fcntl is None:
+        with filelock.FileLock(path):
+            yield
+        return
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)  # removed by the previous holder: lock the new file
+    try:
+        yield
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
-def _named(pattern: re.Pattern[str], target: Path) -> Callable[[str, list[str]], list[str]]:
+def _link_files(target: Path, staging: Path, replaced: re.Pattern[str]) -> None:
+    """Hard-link the files that stay into `staging`, which is writable until it is complete."""
+
     def ignored(folder: str, names: list[str]) -> list[str]:
-        return [name for name in names if Path(folder) == target and pattern.fullmatch(name)]
+        return [name for name in names if Path(folder) == target and replaced.fullmatch(name)]
 
-    return ignored
+    shutil.copytree(target, staging, symlinks=True, ignore=ignored, copy_function=_link, dirs_exist_ok=True)
+    staging.chmod(staging.stat().st_mode | stat.S_IRWXU)
 
 
 def _link(source: str, target: str) -> None:
@@ -66,19 +112,48 @@ def _link(source: str, target: str) -> None:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Clear away the staging folders of processes that were killed; an old folder that one had put aside comes back."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.saving-*"):
-        process = path.name.removesuffix("-old").rpartition("-")[2]
-        if process != str(os.getpid()) and process.isdigit() and Path(f"/proc/{process}").exists():
-            continue
+    """Remove what killed saves left, the lock being held; an old folder that one had moved aside comes back."""
+    for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.saving-*")):
         if path.name.endswith("-old") and not target.exists():
-            path.rename(target)  # the process was killed between the two renames of `_swap`
+            path.rename(target)  # killed between the two renames of `_swap`
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_tree(path)
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder, also where its folders are not writable; nothing is raised where that fails."""
+    with contextlib.suppress(OSError):
+        folder.chmod(0o700)
+        for path, folders, _ in os.walk(folder):
+            for name in folders:
+                if not Path(path, name).is_symlink():
+                    Path(path, name).chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Flush the new files of a folder, and the folder itself, to disk."""
+    for path, _, names in os.walk(folder):
+        for name in names:
+            file = Path(path, name)
+            if not file.is_symlink() and file.stat().st_nlink == 1:  # the others were there before
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        _flush_folder(Path(path))
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # has no such call for folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _swap(staging: Path, target: Path) -> None:
-    """Put `staging` in the place of `target`; what was there is then at `staging`."""
+    """Put `staging` where `target` is; the old folder is then at `staging`."""
     if not target.exists():
         staging.rename(target)
     elif not _exchange(staging, target):
@@ -89,14 +164,14 @@ def _swap(staging: Path, target: Path) -> None:
         except OSError:
             old.rename(target)
             raise
-        shutil.rmtree(old)
+        _remove_tree(old)
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two folders in one step, where the system can (Linux's renameat2); say whether it did."""
+    """Exchange two folders in one step where the system can (Linux's renameat2); return whether it did."""
     try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+        renameat2: Callable[..., int] = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
+    return renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0

@@ -1,11 +1,13 @@
-"""A checkpoint folder in another format."""
+"""A checkpoint folder in another format.
+
+This module is on top of the others in this package: a Keras model, which writes three of the formats, is made by the
+TensorFlow wing.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,21 +15,20 @@ from typing import Any
 import numpy as np
 
 from olmozoo import hub
-from olmozoo.checkpoint.atomic import replacing_folder
-from olmozoo.checkpoint.files import EVERY_WEIGHT, GENERATION_CONFIG, PICKLED, parse_size
-from olmozoo.checkpoint.formats.flax_msgpack import _to_msgpack
-from olmozoo.checkpoint.formats.keras import _to_keras, _to_keras_weights
-from olmozoo.checkpoint.formats.orbax import _to_orbax
-from olmozoo.checkpoint.formats.pytorch import write_pickled
-from olmozoo.checkpoint.formats.saved_model import _to_saved_model
+from olmozoo.checkpoint.atomic import atomic_folder
+from olmozoo.checkpoint.files import GENERATION_CONFIG, parse_size, remove
+from olmozoo.checkpoint.formats import ALL_WEIGHTS, WRITABLE, Format
+from olmozoo.checkpoint.formats.names import flax_path
 from olmozoo.checkpoint.matching import match_tensors
 from olmozoo.checkpoint.reader import Checkpoint
-from olmozoo.checkpoint.tensors import Output, _Job, dtype_of, same_bits
+from olmozoo.checkpoint.tensors import LazyTensor, dtype_of, same_bits
 from olmozoo.checkpoint.writer import write_config, write_weights
-from olmozoo.errors import CheckpointError, HubError, InputError, raise_problems
+from olmozoo.errors import CheckpointError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import ARCHITECTURES, BASE_PREFIX, HEAD_MODULES, Head, Parameter
 from olmozoo.typing import Array
+
+Tensors = dict[Parameter, LazyTensor]  # under canonical names
 
 
 def convert_checkpoint(
@@ -43,45 +44,53 @@ def convert_checkpoint(
 ) -> None:
     """Write a checkpoint in another format, with its config, generation settings and tokenizer.
 
-    `target` is a folder whatever the format. It is made beside the old one and takes its place when it is whole, so
-    that a crash, a full disk or a failed check leaves the old one as it was.
+    `target` is a folder whatever the format. It is written beside the old one and renamed into place, so that a crash,
+    a full disk or a failed check leaves the old one unchanged. Memory: one shard; for the formats that Keras writes,
+    the whole model. A bfloat16 value is never anything else on its way.
 
     Args:
         source: a folder, or a repository on the hub, with weights in any format that olmozoo reads.
         target: the folder to write; in an old one, other files are kept, old weights are not.
-        to: a key of `FORMATS`.
+        to: a key of `formats.WRITABLE`.
         dtype: what floating-point values are cast to; default each tensor's own.
         max_shard_size: bytes a file, for the formats that have shards: safetensors, pt-bin and flax-msgpack.
-        verify: read what was written, and compare every tensor bit for bit, before it takes its place.
-        progress: called as progress(bytes done, bytes in all).
+        verify: read what was written, and compare every tensor bit for bit, before the rename.
+        progress: called as progress(bytes read, bytes in all).
         **hub_options: as of `hub.resolve`.
 
     Raises:
         InputError: there is no such format.
-        HubError: the repository or a file cannot be had.
+        HubError: the repository or a file cannot be downloaded.
         ConfigError: config.json is missing or bad.
         CheckpointError: the weights are broken, do not fit the config or do not fit `dtype`; or nothing could be
             written, and the message says why.
     """
-    if to not in FORMATS:
-        raise InputError(f"to is {to!r}, expected one of {', '.join(FORMATS)}")
+    if to not in WRITABLE:
+        raise InputError(f"to is {to!r}, expected one of {', '.join(WRITABLE)}")
+    format = WRITABLE[to]
     parse_size(max_shard_size)
-    folder = hub.resolve(source, need="weights", **hub_options)
+    folder = hub.resolve(source, need="model", **hub_options)
     config = ModelConfig.from_folder(folder)
     checkpoint = Checkpoint(folder)
-    head = head_of(folder, config, checkpoint)
-    wanted = dtype_of(dtype) if dtype is not None else checkpoint.dtype if to in ONE_DTYPE else None
+    head = head_of(config, checkpoint)
+    wanted = dtype_of(dtype) if dtype is not None else checkpoint.dtype if format.one_dtype else None
     tensors = _tensors(checkpoint, config, head, wanted)
-    job = _Job(config, head, _counted(tensors, progress), max_shard_size)
-    with replacing_folder(target, EVERY_WEIGHT) as staging:
+    counted = _counted(tensors, progress)
+    with atomic_folder(target, ALL_WEIGHTS) as staging:
         write_config(staging, config, head, list(tensors.values()))
-        _copy_settings(source, folder, staging, hub_options)
-        FORMATS[to](job, staging)
+        remove(staging / GENERATION_CONFIG)  # that of the folder's old model
+        write_settings(settings_files(folder), staging)
+        if format.takes == "keras_model":
+            _write_keras(format, staging, _keras_model(config, head, counted, staging))
+        elif format.takes == "flax":
+            write_weights(staging, [_flax_leaf(p, t) for p, t in counted.items()], max_shard_size, format)
+        else:
+            write_weights(staging, list(counted.values()), max_shard_size, format)
         if verify:
             _verify(staging, config, head, tensors)
 
 
-def head_of(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> Head | None:
+def head_of(config: ModelConfig, checkpoint: Checkpoint) -> Head | None:
     """The head of a checkpoint: by `architectures` in its config.json, else, or if that names none, by its tensors."""
     names = getattr(config, "architectures", None)
     names = [str(name) for name in names] if isinstance(names, list) else []
@@ -96,66 +105,74 @@ def head_of(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> Head |
     return "causal_lm" if tied and BASE_PREFIX[:-1] in modules and not is_base else None
 
 
-def _tensors(
-    checkpoint: Checkpoint, config: ModelConfig, head: Head | None, dtype: np.dtype[Any] | None
-) -> dict[Parameter, Output]:
+def _tensors(checkpoint: Checkpoint, config: ModelConfig, head: Head | None, dtype: np.dtype[Any] | None) -> Tensors:
     sources, fresh = match_tensors(checkpoint, config, head, False)
     raise_problems(f"{checkpoint.folder} lacks a head to convert", fresh.values())
     result = {}
     for parameter in config.parameters(head):
         if parameter.tied_to is None:
-            info = checkpoint.tensors[sources[parameter.name]]
-            read = _cast(parameter.name, info.read, info.dtype if dtype is None else dtype)
+            tensor = checkpoint.tensors[sources[parameter.name]]
             name = parameter.name if head else parameter.name.removeprefix(BASE_PREFIX)
-            result[parameter] = Output(name, dtype or info.dtype, parameter.shape, read)
+            result[parameter] = tensor.cast(dtype or tensor.dtype).renamed(name)
     return result
 
 
-def _cast(name: str, read: Callable[[], Array], dtype: np.dtype[Any]) -> Callable[[], Array]:
-    def values() -> Array:
-        array = read()
-        if array.dtype == dtype:
-            return array
-        with np.errstate(over="ignore"):  # told below, with the tensor's name
-            result = array.astype(dtype)
-        if dtype.itemsize < array.dtype.itemsize or dtype == np.float16:
-            lost = int(np.isinf(result).sum()) - int(np.isinf(array).sum())
-            if lost:
-                raise CheckpointError(f"{name} has {lost} value(s) too large for {dtype.name}: choose a wider dtype")
-        return result
-
-    return values
+def _flax_leaf(parameter: Parameter, tensor: LazyTensor) -> LazyTensor:
+    """The leaf of a Flax tree: linear weights are (in, out)."""
+    tensor = tensor.renamed(flax_path(parameter, tensor.name))
+    return tensor.transposed() if parameter.kind == "linear" else tensor
 
 
-def _counted(tensors: dict[Parameter, Output], progress: Callable[[int, int], None] | None) -> dict[Parameter, Output]:
-    """The tensors, telling `progress` when each has been read."""
+def _keras_model(config: ModelConfig, head: Head | None, tensors: Tensors, staging: Path) -> Any:
+    """A live Keras model with these tensors and the generation settings in `staging`."""
+    from olmozoo.backends import BACKENDS
+    from olmozoo.generation import GenerationConfig
+
+    dtype = next(iter(tensors.values())).dtype
+    model = BACKENDS["tf"].empty_model(config, head, dtype)
+    model.bind_parameters((parameter, tensor.read()) for parameter, tensor in tensors.items())
+    model.generation_config = GenerationConfig.from_folder(staging, config)
+    return model
+
+
+def _write_keras(format: Format, staging: Path, model: Any) -> None:
+    assert format.write is not None
+    try:
+        format.write(staging / format.file, model)
+    except (OSError, CheckpointError):
+        raise
+    except Exception as error:  # of many kinds, of Keras, HDF5 and TensorFlow
+        raise CheckpointError(f"Keras could not write {format.file}: {error}") from error
+
+
+def _counted(tensors: Tensors, progress: Callable[[int, int], None] | None) -> Tensors:
+    """The tensors, calling `progress` when each has been read."""
     if progress is None:
         return tensors
-    total, done = sum(output.nbytes for output in tensors.values()), 0
+    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
 
-    def counted(output: Output) -> Output:
+    def counted(tensor: LazyTensor) -> LazyTensor:
         def read() -> Array:
             nonlocal done
-            array = output.read()
-            done += output.nbytes
+            array = tensor.read()
+            done += tensor.nbytes
             progress(done, total)
             return array
 
-        return dataclasses.replace(output, read=read)
+        return dataclasses.replace(tensor, read=read)
 
     progress(0, total)
-    return {parameter: counted(output) for parameter, output in tensors.items()}
+    return {parameter: counted(tensor) for parameter, tensor in tensors.items()}
 
 
-def _copy_settings(source: Any, folder: Path, staging: Path, hub_options: dict[str, Any]) -> None:
-    """Copy generation_config.json and the tokenizer's files, where there are any."""
-    (staging / GENERATION_CONFIG).unlink(missing_ok=True)  # that of the folder's old model
-    sources = [folder]
-    if not Path(source).expanduser().is_dir():
-        with contextlib.suppress(HubError):  # a repository need not have a tokenizer
-            sources.append(hub.resolve(source, need="tokenizer", **hub_options))
-    found = {name: content for place in sources for name, content in settings_files(place).items()}
-    put_settings(found, staging)
+def _verify(staging: Path, config: ModelConfig, head: Head | None, tensors: Tensors) -> None:
+    written = _tensors(Checkpoint(staging), config, head, None)
+    problems = [
+        f"{tensor.name} differs"
+        for parameter, tensor in tensors.items()
+        if not same_bits(written[parameter].read(), tensor.read())
+    ]
+    raise_problems("what was written differs from what was read", problems)
 
 
 def settings_files(folder: Path) -> dict[str, bytes]:
@@ -165,43 +182,12 @@ def settings_files(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names}
 
 
-def put_settings(files: dict[str, bytes], folder: Path) -> None:
-    """Write such files as new ones. Where a tokenizer is among them, nothing of an older one stays beside it."""
+def write_settings(files: dict[str, bytes], folder: Path) -> None:
+    """Write such files as new ones, never through a link. A tokenizer replaces all files of an older one."""
     if any(name != GENERATION_CONFIG for name in files):
-        shutil.rmtree(folder / hub.CHAT_TEMPLATES, ignore_errors=True)
-        for name in hub.TOKENIZER_FILES:
-            (folder / name).unlink(missing_ok=True)
+        for name in (hub.CHAT_TEMPLATES, *hub.TOKENIZER_FILES):
+            remove(folder / name)
     for name, content in files.items():
-        (folder / name).unlink(missing_ok=True)
+        remove(folder / name)
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-
-
-def _verify(staging: Path, config: ModelConfig, head: Head | None, tensors: dict[Parameter, Output]) -> None:
-    written = _tensors(Checkpoint(staging), config, head, None)
-    problems = [
-        f"{output.name} differs"
-        for parameter, output in tensors.items()
-        if not same_bits(written[parameter].read(), output.read())
-    ]
-    raise_problems("what was written is not what was read", problems)
-
-
-def _to_safetensors(job: _Job, staging: Path) -> None:
-    write_weights(staging, list(job.tensors.values()), job.max_shard_size)
-
-
-def _to_pickled(job: _Job, staging: Path) -> None:
-    write_weights(staging, list(job.tensors.values()), job.max_shard_size, PICKLED, write_pickled)
-
-
-FORMATS: dict[str, Callable[[_Job, Path], None]] = {
-    "safetensors": _to_safetensors,
-    "pt-bin": _to_pickled,
-    "keras": _to_keras,
-    "keras-weights": _to_keras_weights,
-    "savedmodel": _to_saved_model,
-    "flax-msgpack": _to_msgpack,
-    "orbax": _to_orbax,
-}
-ONE_DTYPE = ("keras", "keras-weights", "savedmodel")  # a Keras model has one dtype for all its variables

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from olmozoo.checkpoint.reader import Checkpoint
-from olmozoo.checkpoint.tensors import TensorInfo
+from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import BASE_PREFIX, HEAD_MODULES
@@ -150,14 +150,16 @@ def diff(
     return Diff(os.fspath(a), os.fspath(b), list(_config_differences(*configs)), rows)
 
 
-def _canonical(folder: Path) -> dict[str, TensorInfo]:
+def _canonical(folder: Path) -> dict[str, LazyTensor]:
     """The tensors of a folder by canonical names."""
-    found: dict[str, TensorInfo] = {}
+    found: dict[str, LazyTensor] = {}
     for name, info in Checkpoint(folder).tensors.items():
         whole = name.startswith(BASE_PREFIX) or name.partition(".")[0] in HEAD_MODULES.values()
         canonical = name if whole else BASE_PREFIX + name
         if canonical in found:
-            raise CheckpointError(f"{folder} has {canonical} twice: in {info.file.name} without {BASE_PREFIX!r} too")
+            raise CheckpointError(
+                f"{folder} has {canonical} twice: in {Path(info.file).name} without {BASE_PREFIX!r} too"
+            )
         found[canonical] = info
     return found
 
@@ -178,11 +180,11 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def _describe(info: TensorInfo | None) -> str | None:
+def _describe(info: LazyTensor | None) -> str | None:
     return None if info is None else f"{info.dtype.name} {list(info.shape)}"
 
 
-def _compare(name: str, a: TensorInfo | None, b: TensorInfo | None) -> TensorDifference:
+def _compare(name: str, a: LazyTensor | None, b: LazyTensor | None) -> TensorDifference:
     described = _describe(a), _describe(b)
     if a is None or b is None or a.shape != b.shape:
         return TensorDifference(name, *described)

@@ -286,7 +286,8 @@ def canonical_state(model: PreTrainedModel) -> dict[str, np.ndarray]:
 
 
 def from_numpy(array: np.ndarray) -> Tensor:
-    """The array as a tensor, sharing its memory."""
+    """The array as a contiguous tensor, sharing its memory where the array is contiguous too."""
+    array = np.ascontiguousarray(array)
     if array.dtype.name == "bfloat16":  # torch takes NumPy's own dtypes only
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 
 from tests.helpers.checkpoints import train_tokenizer, write_checkpoint
-from tests.helpers.conversions import FIXTURES, assert_logits, run_program, tree
+from tests.helpers.conversions import FIXTURES, ROOT, assert_logits, run_program, tree
 from tests.helpers.wings import WINGS
 
 yaml = pytest.importorskip("yaml")
 
 from conversion import archives, olmo_core, olmo_native, pickles, tensors
 from olmozoo import Olmo2Config, OlmoConfig, OPTConfig
-from olmozoo.checkpoint.formats.pytorch import write_pickled
-from olmozoo.checkpoint.formats.safetensors import read_safetensors, write_safetensors
-from olmozoo.checkpoint.tensors import Output
+from olmozoo.checkpoint.formats.pytorch import write as write_pickled
+from olmozoo.checkpoint.formats.safetensors import read_tensors as read_safetensors
+from olmozoo.checkpoint.formats.safetensors import write as write_safetensors
+from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError, ConfigError, InputError
 from olmozoo.families.config import ModelConfig, read_json
 
@@ -113,20 +114,17 @@ def test_the_distributed_checkpoint_is_described_as_pytorch_describes_one(tmp_pa
         assert (tmp_path / "core/model_and_optim" / place.relative_path).stat().st_size == place.length
 
 
-def test_no_conversion_of_torch_files_needs_pytorch(tmp_path):
+def test_reading_torch_files_needs_no_pytorch(tmp_path):
     program = (
         "import sys; sys.modules['torch'] = None\n"
-        "import olmo_core, olmo_native\n"
+        "from conversion import olmo_core, olmo_native\n"
         "from pathlib import Path\n"
         "core, native, out = map(Path, sys.argv[1:])\n"
-        "olmo_core.main(core, out / 'a'); olmo_core.main(out / 'a', out / 'b', reverse=True)\n"
-        "olmo_core.main(out / 'b', out / 'c')\n"
-        "olmo_native.main(native, out / 'd'); olmo_native.main(out / 'd', out / 'e', reverse=True)"
+        "olmo_core.main(core, out / 'a'); olmo_native.main(native, out / 'b')"
     )
     words = [sys.executable, "-c", program, str(CORE), str(NATIVE["olmo2-gqa"]), str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=os.path.dirname(olmo_core.__file__))
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert tree(tmp_path / "a") == tree(tmp_path / "c")
 
 
 def test_the_trainers_safetensors_keys(tmp_path):
@@ -328,7 +326,7 @@ def changed_native(src, folder, change):
 
 
 def outputs(state):
-    return [Output(name, array.dtype, array.shape, lambda array=array: array) for name, array in state.items()]
+    return [LazyTensor(name, array.dtype, array.shape, lambda array=array: array) for name, array in state.items()]
 
 
 def test_every_missing_unexpected_and_misshapen_tensor_is_named(tmp_path):
@@ -430,7 +428,7 @@ def test_any_rows_of_a_tensor_in_boxes():
 
     def piece(rows, columns):
         part = whole[rows, columns]
-        source = tensors.Source("file", part.dtype, part.shape, lambda a, b: part[a:b])
+        source = tensors.by_rows("x", "file", part.dtype, part.shape, lambda a, b: part[a:b])
         return tensors.Piece((rows.start, columns.start, 0), part.shape, lambda: source)
 
     boxes = [
@@ -439,18 +437,18 @@ def test_any_rows_of_a_tensor_in_boxes():
         (slice(3, 7), slice(2, 5)),
         (slice(7, 7), slice(0, 5)),
     ]
-    source = tensors.assembled("x", whole.dtype, whole.shape, [piece(*box) for box in boxes])
+    source = tensors.assembled("x", FIXTURES, whole.dtype, whole.shape, [piece(*box) for box in boxes])
     for start in range(7):
         for stop in range(start, 8):
             assert np.array_equal(source.rows(start, stop), whole[start:stop])
-    flat = tensors.Source("file", whole.dtype, (70,), lambda a, b: whole.reshape(-1)[a:b])
+    flat = tensors.by_rows("x", "file", whole.dtype, (70,), lambda a, b: whole.reshape(-1)[a:b])
     assert np.array_equal(tensors.reshaped(flat, whole.shape).rows(2, 5), whole[2:5])
 
 
 @pytest.mark.parametrize(
     ("boxes", "message"),
     [
-        ([((0, 0), (2, 4)), ((3, 0), (1, 4))], "hold 12 values, expected 16"),
+        ([((0, 0), (2, 4)), ((3, 0), (1, 4))], "have 12 values, expected 16"),
         ([((0, 0), (2, 4)), ((1, 0), (2, 4))], "overlap at"),
         ([((0, 0), (2, 4)), ((3, 0), (2, 4))], "reaches outside"),
         ([((-1, 0), (4, 4))], "reaches outside"),
@@ -460,7 +458,7 @@ def test_any_rows_of_a_tensor_in_boxes():
 def test_pieces_that_do_not_make_up_their_tensor(boxes, message):
     pieces = [tensors.Piece(offsets, shape, lambda: None) for offsets, shape in boxes]
     with pytest.raises(CheckpointError, match=message):
-        tensors.assembled("x", np.dtype(np.float32), (4, 4), pieces)
+        tensors.assembled("x", FIXTURES, np.dtype(np.float32), (4, 4), pieces)
 
 
 def test_a_missing_rank_is_named(tmp_path):
@@ -471,7 +469,7 @@ def test_a_missing_rank_is_named(tmp_path):
             olmo_native.main(src, tmp_path / "out")
         shutil.copy(TRAINER[name] / inside / "rank0.pt", src / inside)
         (src / inside / "rank1.pt").unlink()
-        with pytest.raises(CheckpointError, match="the pieces hold"):
+        with pytest.raises(CheckpointError, match="the pieces have"):
             olmo_native.main(src, tmp_path / "out")
 
 
@@ -481,8 +479,8 @@ def test_a_tensor_saved_transposed_is_read_right(tmp_path):
     torch.save({"a": values.T, "b": values[1:, 1:3], "c": values[0, 0]}, tmp_path / "x.pt")
     state = archives.read_archive(tmp_path / "x.pt")
     for name, expected in (("a", values.T), ("b", values[1:, 1:3]), ("c", values[0, 0])):
-        assert np.array_equal(archives.as_source(state[name], name).read(), expected.numpy())
-    assert np.array_equal(archives.as_source(state["a"], "a").rows(1, 3), values.T[1:3].numpy())
+        assert np.array_equal(archives.as_tensor(state[name], name).read(), expected.numpy())
+    assert np.array_equal(archives.as_tensor(state["a"], "a").rows(1, 3), values.T[1:3].numpy())
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -598,12 +596,15 @@ def test_memory_is_bounded_by_a_shard_and_two_tensors(tmp_path, reverse):
     tensor = 8192 * 512 * 4
     total = sum(parameter.size for parameter in large.parameters("causal_lm")) * 4
     assert total > 10 * tensor
-    assert peaks[1] - peaks[0] < 20_000_000 + 2 * tensor
+    shard = total if reverse else 20_000_000  # the trainer's checkpoint is one file
+    assert peaks[1] - peaks[0] < shard + 2 * tensor
 
 
 def write_safetensors_of_zeros(folder, config):
     folder.mkdir()
     config.save_pretrained(folder)
     table = config.parameters("causal_lm")
-    written = [Output(p.name, np.dtype(np.float32), p.shape, lambda p=p: np.ones(p.shape, np.float32)) for p in table]
+    written = [
+        LazyTensor(p.name, np.dtype(np.float32), p.shape, lambda p=p: np.ones(p.shape, np.float32)) for p in table
+    ]
     write_safetensors(folder / "model.safetensors", written)

@@ -193,10 +193,10 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "src", CONFIGS["olmo"], dtype="float32")
     (tmp_path / "x.gguf").write_text("old")
 
-    def fail(self):
+    def fail(self, data):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(gguf_export.Tensor, "read", fail)
+    monkeypatch.setattr(gguf_export.gguf.GGUFWriter, "write_tensor_data", fail)
     with pytest.raises(OSError, match="the disk is full"):
         gguf_export.main(tmp_path / "src", tmp_path / "x.gguf")
     assert (tmp_path / "x.gguf").read_text() == "old"

@@ -18,8 +18,9 @@ pytest.importorskip("yaml")
 import contextlib
 
 from conversion import archives, olmo_core, olmo_native, pickles, sharded
-from olmozoo.checkpoint.formats.safetensors import write_safetensors
-from olmozoo.checkpoint.tensors import Output
+from olmozoo.checkpoint.files import FileSlice
+from olmozoo.checkpoint.formats.safetensors import write as write_safetensors
+from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError, ConfigError
 
 NATIVE = FIXTURES / "native/olmo2-gqa"
@@ -93,7 +94,7 @@ def tensor(size=4, offset=0, shape=(4,), strides=(1,), kind="FloatStorage", key=
 
 
 def read(file):
-    return {name: archives.as_source(value, name).read() for name, value in archives.read_archive(file).items()}
+    return {name: archives.as_tensor(value, name).read() for name, value in archives.read_archive(file).items()}
 
 
 def test_the_archives_made_here_can_be_read(tmp_path):
@@ -176,7 +177,7 @@ def test_encoded_keys_run_nothing(tmp_path, native):
     (native / "model.pt").unlink()
     for data in (attack(tmp_path), pickle.dumps((("a", 1), False)), pickle.dumps((("a",), True)), b"not a pickle"):
         key = base64.urlsafe_b64encode(data).decode()
-        output = Output(key, FLOAT, (1,), lambda: np.zeros(1, FLOAT))
+        output = LazyTensor(key, FLOAT, (1,), lambda: np.zeros(1, FLOAT))
         (native / "model.safetensors").unlink(missing_ok=True)
         write_safetensors(native / "model.safetensors", [output])
         with pytest.raises(CheckpointError, match="the key"):
@@ -262,8 +263,7 @@ def test_a_relative_path_that_leads_outside_is_refused(tmp_path, core, path):
     folder = core / "model_and_optim"
     shutil.copy(folder / "__0_0.distcp", core / "secret")
     shutil.rmtree(folder)
-    folder.mkdir()
-    sharded.write_distributed(folder, [Output("model.a", FLOAT, (2,), lambda: np.zeros(2, FLOAT))])
+    sharded.write_distributed(folder, [LazyTensor("a", FLOAT, (2,), lambda: np.zeros(2, FLOAT))], "model")
     assert sharded.read_distributed(folder, "model.").keys() == {"a"}
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     for place in metadata.storage_data.values():
@@ -352,10 +352,9 @@ def test_chunks_out_of_bounds_are_refused(tmp_path, core):
     assert str(error.value).count(shard.name) > 1, "every tensor in the missing file is named"
 
 
-def test_a_window_reads_as_a_file_of_its_own(tmp_path):
+def test_a_slice_reads_as_a_file_of_its_own(tmp_path):
     (tmp_path / "x").write_bytes(b"abcdefghij")
-    with (tmp_path / "x").open("rb") as stream:
-        window = archives.Window(stream, 2, 5)
+    with FileSlice(tmp_path / "x", 2, 5) as window:
         assert window.read() == b"cdefg"
         assert window.seek(-2, io.SEEK_END) == 3
         assert window.read(100) == b"fg"

@@ -1,29 +1,24 @@
-"""Weights in other formats than safetensors and `.bin`, read as canonical tensors, lazily and one at a time.
+"""Flax's msgpack: read lazily with every length checked, and written by flax.serialization.
 
-What Transformers 4 wrote for its TensorFlow and Flax classes (`tf_model.h5`, `flax_model.msgpack`), and what the wings'
-own frameworks write: Keras weights, a SavedModel, Flax msgpack, Orbax. Every reader gives canonical names, and linear
-weights as (out, in). None of them runs anything of a file: no Keras, TensorFlow or pickle loader is called, a `.keras`
-is opened for its arrays alone. Where the bytes of a tensor lie plainly in the file they are mapped, as in
-`checkpoint.py`.
+Flax's own reader has the whole file in memory, so the map of arrays is read here and the arrays themselves are mapped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from olmozoo.checkpoint.files import FLAX_WEIGHTS, new_file
-from olmozoo.checkpoint.formats.names import _flax_name, _gather, _nbytes, _tensor
-from olmozoo.checkpoint.tensors import DTYPE_CODES, Output, TensorInfo, _Job, _turned, mapped
-from olmozoo.checkpoint.writer import write_weights
+from olmozoo.checkpoint.formats.names import canonical, flax_name, gather, missing_library
+from olmozoo.checkpoint.tensors import DTYPE_NAMES, LazyTensor, MappedFile
 from olmozoo.errors import CheckpointError
-from olmozoo.families.parameter import Kind
 from olmozoo.typing import Array
 
-MAX_ENTRIES = 1_000_000  # of a msgpack file: far above any model, and little memory
+FILE = "flax_model.msgpack"
+MAX_ENTRIES = 1_000_000  # far above any model, and little memory
 
 
 class _Leaf(NamedTuple):
@@ -40,7 +35,8 @@ class _Unpacker:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+        self.file = MappedFile(path)
+        self.data = self.file.array(np.dtype(np.uint8), (self.file.size,), 0)
         self.position, self.end, self.entries = 0, len(self.data), 0
 
     def fail(self, problem: str) -> CheckpointError:
@@ -108,12 +104,14 @@ class _Unpacker:
             raise self.fail(f"an extension of type {kind} that is no array")
         shape = tuple(self.value() for _ in range(self.number(1) & 0x0F))
         name = self.value()
-        dtype = next((dtype for dtype in DTYPE_CODES if dtype.name == name), None)
+        dtype = DTYPE_NAMES.get(name) if isinstance(name, str) else None
         length = self.size(self.number(1), range(0), {0xC4: 1, 0xC5: 2, 0xC6: 4})
         if dtype is None or any(type(dimension) is not int for dimension in shape):
             raise self.fail(f"an array of dtype {name!r} and shape {shape}")
-        if length is None or length != _nbytes(dtype, shape) or length == 0:
-            raise self.fail(f"{length} bytes for {dtype.name} {list(shape)}, expected {_nbytes(dtype, shape)},")
+        if length is None or length != math.prod(shape) * dtype.itemsize or length == 0:
+            raise self.fail(
+                f"{length} bytes for {dtype.name} {list(shape)}, expected {math.prod(shape) * dtype.itemsize},"
+            )
         offset = self.skip(length)
         if self.position != self.end:
             raise self.fail(f"{self.end - self.position} bytes too many in an array")
@@ -121,149 +119,90 @@ class _Unpacker:
         return _Leaf(dtype, shape, offset)
 
 
-def _read_msgpack(path: Path) -> dict[str, TensorInfo]:
+def read(path: Path) -> dict[str, LazyTensor]:
+    """The arrays of one file, by canonical name.
+
+    Raises:
+        CheckpointError: it is broken, or holds anything but one map of parameters.
+    """
     unpacker = _Unpacker(path)
     tree = unpacker.value()
     if not isinstance(tree, dict) or unpacker.position != unpacker.end:
         raise unpacker.fail("something other than one map of parameters")
-    return _gather(path, _leaves(path, tree, ""))
+    return gather(path, _tensors(unpacker.file, tree, ""))
 
 
-def _leaves(path: Path, tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, TensorInfo]]:
+def _tensors(file: MappedFile, tree: dict[str, Any], prefix: str) -> Iterator[LazyTensor]:
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and "__msgpack_chunked_array__" not in value:
-            yield from _leaves(path, value, f"{name}.")
-            continue
-        canonical, transposed = _flax_name(name)
-        if isinstance(value, _Leaf):
-            dtype, shape = value.dtype, value.shape
-            read = mapped(path, dtype, shape, value.offset)
+            yield from _tensors(file, value, f"{name}.")
+        elif isinstance(value, _Leaf):
+            yield canonical(file.tensor(name, value.dtype, value.shape, value.offset), flax_name(name))
         else:
-            dtype, shape, read = _chunked(path, name, value)
-        yield canonical, _tensor(path, dtype, shape, read, transposed and len(shape) == 2)
+            yield canonical(_chunked(file, name, value), flax_name(name))
 
 
-def _chunked(path: Path, name: str, value: Any) -> tuple[np.dtype[Any], tuple[int, ...], Callable[[], Array]]:
+def _chunked(file: MappedFile, name: str, value: Any) -> LazyTensor:
     """An array above 1 GiB, which Flax cuts into flat pieces: {shape: {"0": ...}, chunks: {"0": ...}}."""
 
     def in_order(key: str, kind: type) -> list[Any]:
         items = value.get(key) if isinstance(value, dict) else None
         if not isinstance(items, dict) or set(items) != {str(i) for i in range(len(items))}:
-            raise CheckpointError(f"{path}: {name} is no array")
+            raise CheckpointError(f"{file.path}: {name} is no array")
         if not items or any(type(item) is not kind for item in items.values()):
-            raise CheckpointError(f"{path}: {name} has bad {key}")
+            raise CheckpointError(f"{file.path}: {name} has bad {key}")
         return [items[str(i)] for i in range(len(items))]
 
     shape, chunks = tuple(in_order("shape", int)), in_order("chunks", _Leaf)
     dtype = chunks[0].dtype
-    found = sum(_nbytes(dtype, chunk.shape) for chunk in chunks)
-    if any(chunk.dtype != dtype or len(chunk.shape) != 1 for chunk in chunks) or found != _nbytes(dtype, shape):
-        raise CheckpointError(f"{path}: {name} has {found} bytes, expected {_nbytes(dtype, shape)} for {list(shape)}")
+    found, expected = sum(math.prod(chunk.shape) for chunk in chunks), math.prod(shape)
+    if any(chunk.dtype != dtype or len(chunk.shape) != 1 for chunk in chunks) or found != expected:
+        raise CheckpointError(f"{file.path}: {name} has {found} values, expected {expected} for {list(shape)}")
 
-    def read() -> Array:
-        pieces = [mapped(path, dtype, chunk.shape, chunk.offset)() for chunk in chunks]
+    def read_chunks() -> Array:
+        pieces = [file.array(dtype, chunk.shape, chunk.offset) for chunk in chunks]
         return np.concatenate(pieces).reshape(shape)
 
-    return dtype, shape, read
+    return LazyTensor(name, dtype, shape, read_chunks, file.path)
 
 
-FLAX_LEAVES: dict[Kind, str] = {"linear": "kernel", "embedding": "embedding", "norm": "scale", "bias": "bias"}
-FLAX_CHUNK = 1 << 30  # bytes; flax.serialization cuts larger arrays, since msgpack counts bytes in 32 bits
+def write(path: Path, tensors: list[LazyTensor]) -> None:
+    """Write the leaves of a Flax tree, named by their paths joined by slashes, into one new file.
 
+    A whole model is nested maps; a shard, as Transformers 4 wrote them, is one flat map.
 
-def _flax_tensors(job: _Job) -> list[Output]:
-    """The tensors under their paths in a Flax wing's tree, joined by slashes."""
-    return [
-        _turned(p, output, "/".join([*output.name.split(".")[:-1], FLAX_LEAVES[p.kind]]))
-        for p, output in job.tensors.items()
-    ]
-
-
-def _to_msgpack(job: _Job, staging: Path) -> None:
-    write_weights(staging, _flax_tensors(job), job.max_shard_size, FLAX_WEIGHTS, write_msgpack)
-
-
-def write_msgpack(file: Path, outputs: list[Output]) -> None:
-    """Write arrays into a new file as flax.serialization does, one in memory at a time.
-
-    A single file holds nested maps; a shard, as Transformers 4 made them, one flat map.
+    Raises:
+        CheckpointError: Flax is not installed.
+        OSError: the file cannot be written.
     """
-    tree = {output.name: output for output in outputs}
-    with new_file(file) as stream:
-        _pack(stream, _nested(outputs, lambda output: output) if file.name == FLAX_WEIGHTS else tree)
+    try:
+        import msgpack
+        from flax.serialization import msgpack_serialize
+    except ImportError as error:
+        raise missing_library(f"writing {path.name}", "flax", "flax") from error
+    packer = msgpack.Packer()
+
+    def pieces(tree: dict[str, Any]) -> Iterator[bytes]:
+        yield packer.pack_map_header(len(tree))
+        for key, value in tree.items():
+            yield packer.pack(key)
+            if isinstance(value, LazyTensor):  # one array in memory at a time
+                yield msgpack_serialize(value.contiguous())
+            else:
+                yield from pieces(value)
+
+    with path.open("xb") as stream:
+        stream.writelines(pieces(nested(tensors) if path.name == FILE else {t.name: t for t in tensors}))
 
 
-def _nested(outputs: list[Output], leaf: Callable[[Output], Any]) -> dict[str, Any]:
-    """A tree of maps by the steps of the tensors' names, with something at each leaf."""
+def nested(tensors: list[LazyTensor]) -> dict[str, Any]:
+    """The tree of tensors whose names are paths joined by slashes."""
     tree: dict[str, Any] = {}
-    for output in outputs:
-        *path, last = output.name.split("/")
-        place = tree
+    for tensor in tensors:
+        *path, last = tensor.name.split("/")
+        node = tree
         for step in path:
-            place = place.setdefault(step, {})
-        place[last] = leaf(output)
+            node = node.setdefault(step, {})
+        node[last] = tensor
     return tree
-
-
-def _pack(stream: IO[bytes], value: Any) -> None:
-    if isinstance(value, Output):
-        _pack_output(stream, value)
-    elif isinstance(value, dict):
-        stream.write(_head(len(value), 0x80, 16, {0xDE: 2, 0xDF: 4}))
-        for key, item in value.items():
-            _pack(stream, key)
-            _pack(stream, item)
-    elif value is True:
-        stream.write(b"\xc3")
-    elif isinstance(value, int):
-        stream.write(_head(value, 0, 128, {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}))
-    else:
-        stream.write(_text(value))
-
-
-def _head(size: int, fixed: int, below: int, wide: dict[int, int]) -> bytes:
-    """The first bytes of a value of msgpack: its kind with a small size, or its kind and then the size."""
-    if size < below:
-        return bytes([fixed + size])
-    code, width = next((code, width) for code, width in wide.items() if size < 1 << 8 * width)
-    return bytes([code]) + size.to_bytes(width, "big")
-
-
-def _text(text: str) -> bytes:
-    data = text.encode()
-    return _head(len(data), 0xA0, 32, {0xD9: 1, 0xDA: 2, 0xDB: 4}) + data
-
-
-def _pack_output(stream: IO[bytes], output: Output) -> None:
-    left, chunks = output.nbytes, 0
-    if left <= FLAX_CHUNK:
-        _pack_head(stream, output.shape, output.dtype, left)
-        output.write(stream)
-        return
-    stream.write(_head(3, 0x80, 16, {}))
-    _pack(stream, "__msgpack_chunked_array__")
-    _pack(stream, True)
-    _pack(stream, "shape")
-    _pack(stream, {str(axis): size for axis, size in enumerate(output.shape)})
-    _pack(stream, "chunks")
-    stream.write(_head(-(-left // FLAX_CHUNK), 0x80, 16, {0xDE: 2}))
-    room = 0
-    for piece in output.pieces():
-        while len(piece):
-            if room == 0:
-                room = min(left, FLAX_CHUNK)
-                _pack(stream, str(chunks))
-                _pack_head(stream, (room // output.dtype.itemsize,), output.dtype, room)
-                chunks += 1
-            written, piece = piece[:room], piece[room:]
-            stream.write(written)
-            room, left = room - len(written), left - len(written)
-
-
-def _pack_head(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any], nbytes: int) -> None:
-    """All of an array but its bytes: an extension of type 1, with shape and dtype."""
-    content = bytes([0x93, 0x90 + len(shape)])
-    content += b"".join(_head(size, 0, 128, {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}) for size in shape) + _text(dtype.name)
-    content += _head(nbytes, 0, 0, {0xC4: 1, 0xC5: 2, 0xC6: 4})
-    stream.write(_head(len(content) + nbytes, 0, 0, {0xC7: 1, 0xC8: 2, 0xC9: 4}) + b"\x01" + content)

@@ -2,25 +2,61 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from olmozoo.checkpoint.tensors import TensorInfo, aligned_copy
+from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError
+from olmozoo.families.parameter import Kind, Parameter
 from olmozoo.typing import Array
 
-# What frameworks call the leaves; the kernel is the one that has its two dimensions the other way round.
+FLAX_LEAVES: dict[Kind, str] = {"linear": "kernel", "embedding": "embedding", "norm": "scale", "bias": "bias"}
+# What frameworks call the leaves; only a kernel has its two dimensions the other way round.
 LEAVES = {"kernel": "weight", "embedding": "weight", "embeddings": "weight", "scale": "weight", "gamma": "weight"}
 LEAVES |= {"weight": "weight", "beta": "bias", "bias": "bias"}
-# Where the model's own names begin in those of Transformers 4: before it come the names of scopes, in several ways.
+# Where the model's own names begin in those of Transformers 4, after the names of several kinds of scopes.
 DECODER_PART = re.compile(
     r"(?:^|[./])((?:embed_tokens|embed_positions|project_in|project_out|final_layer_norm|layers[._/]\d+)[./].+)$"
 )
+FOREIGN_NAME = re.compile(r"/|:0$|\.(kernel|embedding|scale)$")  # as TensorFlow and Flax name tensors, and nobody else
+
+Named = tuple[str, bool]  # a canonical name, and whether the values are transposed
+
+
+def flax_path(parameter: Parameter, name: str) -> str:
+    """The path of a parameter in a Flax tree, joined by slashes; `name` is its canonical name."""
+    return "/".join([*name.split(".")[:-1], FLAX_LEAVES[parameter.kind]])
+
+
+def flax_name(path: str) -> Named:
+    """The canonical name of a leaf of a Flax tree, its path joined by slashes or dots.
+
+    Raises:
+        CheckpointError: the leaf is none of a weight.
+    """
+    module, _, leaf = path.replace("/", ".").removeprefix("params.").rpartition(".")
+    return _named(module, leaf)
+
+
+def transformers_name(path: str) -> Named:
+    """The canonical name of what a TensorFlow class of Transformers 4 called so.
+
+    Raises:
+        CheckpointError: no weight is called so.
+    """
+    match = DECODER_PART.search(path.removesuffix(":0"))
+    if not match:
+        raise CheckpointError(f"{path} is not the name of a weight of OPT")
+    module, _, leaf = re.sub(r"^layers_", "layers.", match[1]).replace("/", ".").rpartition(".")
+    return _named(f"model.decoder.{module}", leaf)
+
+
+def _named(module: str, leaf: str) -> Named:
+    if leaf not in LEAVES:
+        raise CheckpointError(f"{module}: {leaf!r} is none of {', '.join(sorted(LEAVES))}")
+    return f"{module}.{LEAVES[leaf]}", leaf == "kernel"
 
 
 def canonical_name(name: str) -> str:
@@ -29,80 +65,56 @@ def canonical_name(name: str) -> str:
     Raises:
         CheckpointError: no weight is called so.
     """
-    return _old_name(name)[0]
+    return _old_name(name)[0] if FOREIGN_NAME.search(name) else name
 
 
-def canonical_tensors(path: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors of safetensors that a TensorFlow or Flax class of Transformers 4 wrote, by canonical name.
+def _old_name(name: str) -> Named:
+    return transformers_name(name) if name.endswith(":0") else flax_name(name)
+
+
+def canonical_tensors(path: Path, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file by canonical name, also where a class of Transformers 4 wrote it.
 
     Raises:
         CheckpointError: a name is none of a weight.
     """
-
-    def found() -> Iterator[tuple[str, TensorInfo]]:
-        for name, info in tensors.items():
-            canonical, transposed = _old_name(name)
-            yield canonical, _tensor(path, info.dtype, info.shape, info.read, transposed and len(info.shape) == 2)
-
-    return _gather(path, found())
+    if not any(FOREIGN_NAME.search(name) for name in tensors):
+        return tensors
+    return gather(path, (canonical(tensor, _old_name(name)) for name, tensor in tensors.items()))
 
 
-def _old_name(name: str) -> tuple[str, bool]:
-    return _transformers_name(name) if name.endswith(":0") else _flax_name(name)
+def canonical(tensor: LazyTensor, named: Named) -> LazyTensor:
+    """A tensor under its canonical name, a linear weight as a transposed view: (out, in)."""
+    name, is_transposed = named
+    return (tensor.transposed() if is_transposed and len(tensor.shape) == 2 else tensor).renamed(name)
 
 
-def _named(module: str, leaf: str) -> tuple[str, bool]:
-    """The canonical name of a module's leaf, and whether its values are transposed."""
-    if leaf not in LEAVES:
-        raise CheckpointError(f"{module}: {leaf!r} is none of {', '.join(sorted(LEAVES))}")
-    return f"{module}.{LEAVES[leaf]}", leaf == "kernel"
+def gather(path: Path, tensors: Iterable[LazyTensor]) -> dict[str, LazyTensor]:
+    """Tensors by name.
+
+    Raises:
+        CheckpointError: two have one name.
+    """
+    found: dict[str, LazyTensor] = {}
+    for tensor in tensors:
+        if tensor.name in found:
+            raise CheckpointError(f"{path} has {tensor.name} twice")
+        found[tensor.name] = tensor
+    return found
 
 
-def _flax_name(path: str) -> tuple[str, bool]:
-    module, _, leaf = path.replace("/", ".").removeprefix("params.").rpartition(".")
-    return _named(module, leaf)
+def guarded(tensor: LazyTensor) -> LazyTensor:
+    """A tensor whose reading raises CheckpointErrors only: libraries check values as late as when they read them."""
 
-
-def _transformers_name(path: str, dataset: Any = None) -> tuple[str, bool]:
-    match = DECODER_PART.search(path.removesuffix(":0"))
-    if not match:
-        raise CheckpointError(f"{path} is not the name of a weight of OPT")
-    module, _, leaf = re.sub(r"^layers_", "layers.", match[1]).replace("/", ".").rpartition(".")
-    return _named(f"model.decoder.{module}", leaf)
-
-
-def _tensor(
-    path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], read: Callable[[], Array], transposed: bool
-) -> TensorInfo:
-    def values() -> Array:
-        array = read()
-        return aligned_copy(array, transposed) if transposed or not array.flags.aligned else array
-
-    return TensorInfo(path, dtype, shape[::-1] if transposed else shape, values)
-
-
-def _nbytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def _gather(path: Path, found: Iterator[tuple[str, TensorInfo]]) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    for name, info in found:
-        if name in tensors:
-            raise CheckpointError(f"{path}: {name} is there twice")
-        tensors[name] = info
-    return tensors
-
-
-def _needs(path: Path, library: str, extra: str) -> CheckpointError:
-    return CheckpointError(f"reading {path} needs {library}: pip install {library}, or 'olmozoo[{extra}]'")
-
-
-def _guarded(folder: Path, name: str, read: Callable[[], Array]) -> Callable[[], Array]:
-    def values() -> Array:
+    def read() -> Array:
         try:
-            return read()
-        except Exception as error:  # the libraries check values only as they read them
-            raise CheckpointError(f"{folder}: {name} cannot be read: {error}") from error
+            return tensor.read()
+        except Exception as error:
+            raise CheckpointError(f"{tensor.file}: {tensor.name} cannot be read: {error}") from error
 
-    return values
+    return dataclasses.replace(tensor, read=read)
+
+
+def missing_library(doing: str, library: str, extra: str) -> CheckpointError:
+    """The error that names a library which is not installed; `doing` is such as "reading FILE"."""
+    return CheckpointError(f"{doing} needs {library}: pip install {library}, or 'olmozoo[{extra}]'")

@@ -1,164 +1,148 @@
-"""Weights in other formats than safetensors and `.bin`, read as canonical tensors, lazily and one at a time.
+"""Orbax: its arrays are read through TensorStore, and written by Orbax.
 
-What Transformers 4 wrote for its TensorFlow and Flax classes (`tf_model.h5`, `flax_model.msgpack`), and what the wings'
-own frameworks write: Keras weights, a SavedModel, Flax msgpack, Orbax. Every reader gives canonical names, and linear
-weights as (out, in). None of them runs anything of a file: no Keras, TensorFlow or pickle loader is called, a `.keras`
-is opened for its arrays alone. Where the bytes of a tensor lie plainly in the file they are mapped, as in
-`checkpoint.py`.
+Nothing that the checkpoint's own metadata describes is made or run. The arrays may be in one OCDBT store, or in a
+folder each.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from olmozoo.checkpoint.files import ORBAX, new_file
-from olmozoo.checkpoint.formats.flax_msgpack import _flax_tensors, _nested
-from olmozoo.checkpoint.formats.names import _flax_name, _gather, _guarded, _nbytes, _needs, _tensor
-from olmozoo.checkpoint.tensors import DTYPE_CODES, Output, TensorInfo, _Job, mapped
+from olmozoo.checkpoint.formats.flax_msgpack import nested
+from olmozoo.checkpoint.formats.names import canonical, flax_name, gather, guarded, missing_library
+from olmozoo.checkpoint.tensors import DTYPE_NAMES, LazyTensor
 from olmozoo.errors import CheckpointError
 from olmozoo.typing import Array
 
-OCDBT = "manifest.ocdbt"  # the file that makes a folder an Orbax checkpoint, where its arrays are not in folders
+FOLDER = "orbax"
+OCDBT = "manifest.ocdbt"  # marks a store that has all arrays in it
+METADATA = "_METADATA"
+ARRAY_METADATA = (".zarray", "zarr.json")
+AT_ONCE = 4  # arrays that are written together
+# The most bytes of arrays for each byte on disk: compressed zeros come near it, anything else is a bomb.
+MAX_RATIO, MIN_LIMIT = 1000, 1 << 26
 
 
-def _read_orbax(folder: Path) -> dict[str, TensorInfo]:
-    """The arrays of an Orbax checkpoint, from its key-value store; what its metadata asks to be made is not made.
+def read(folder: Path) -> dict[str, LazyTensor]:
+    """The arrays of a checkpoint, by canonical name. A folder of a `CheckpointManager` with one step serves too.
 
-    The store is a tree of Orbax's own kind, or plain folders, as older versions and `olmozoo convert` write it.
+    Raises:
+        CheckpointError: it is broken, a piece of an array is missing, or TensorStore is not installed.
     """
     try:
         import tensorstore
     except ImportError as error:
-        raise _needs(folder, "orbax-checkpoint", "flax") from error
-    folder = _orbax_tree(folder)
-    base = {"driver": "file", "path": f"{folder.resolve()}/"}
-    in_folders = not (folder / OCDBT).is_file()
+        raise missing_library(f"reading {folder}", "orbax-checkpoint", "flax") from error
+    folder = _array_folder(folder)
 
-    def found() -> Iterator[tuple[str, TensorInfo]]:
-        store = tensorstore.KvStore.open(base if in_folders else {"driver": "ocdbt", "base": base}).result()
+    def arrays() -> Iterator[LazyTensor]:
+        base = {"driver": "file", "path": f"{folder.resolve()}/"}
+        is_ocdbt = (folder / OCDBT).is_file()
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base} if is_ocdbt else base).result()
         keys = [key.decode() for key in store.list().result()]
-        present = Counter(
-            key.partition("/")[0] for key in keys if not key.endswith((".zarray", ".zattrs", "zarr.json"))
-        )
-        all_present = _has_every_piece(folder)
+        pieces = Counter(key.partition("/")[0] for key in keys if not key.endswith((".zattrs", *ARRAY_METADATA)))
+        zeros_left_out = _leaves_zeros_out(folder)
+        limit = max(MIN_LIMIT, MAX_RATIO * sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
         for key in keys:
             name, _, file = key.rpartition("/")
-            if file in (".zarray", "zarr.json"):
-                place = (store / f"{name}/").spec().to_json()
-                spec = {"driver": "zarr" if file == ".zarray" else "zarr3", "kvstore": place}
-                array = tensorstore.open(spec, open=True, read=True).result()
-                dtype, shape = np.dtype(array.dtype.numpy_dtype), tuple(array.shape)
-                chunk: Any = tuple(array.chunk_layout.read_chunk.shape or ())
-                if dtype not in DTYPE_CODES or _nbytes(dtype, chunk) > _nbytes(dtype, shape):
-                    raise CheckpointError(f"{name} is {dtype} {list(shape)} in chunks of {list(chunk)}")
-                pieces: Any = tuple(array.chunk_layout.write_chunk.shape or ())
-                needed = math.prod(-(-size // piece) for size, piece in zip(shape, pieces, strict=True))
-                if all_present and present[name] < needed:
-                    raise CheckpointError(f"{name} has {present[name]} of its {needed} pieces")
-                canonical, transposed = _flax_name(name)
-                values = _guarded(folder, canonical, partial(_read_array, array))
-                piece = folder / name / ".".join("0" for _ in shape)
-                if in_folders and chunk == shape and _is_plain(array) and _is_of_size(piece, _nbytes(dtype, shape)):
-                    values = mapped(piece, dtype, shape, 0)
-                yield canonical, _tensor(folder, dtype, shape, values, transposed)
+            if file not in ARRAY_METADATA:
+                continue
+            driver = "zarr" if file == ".zarray" else "zarr3"
+            spec = {"driver": driver, "kvstore": (store / f"{name}/").spec().to_json()}
+            array = tensorstore.open(spec, open=True, read=True).result()
+            tensor = LazyTensor(
+                name,
+                np.dtype(array.dtype.numpy_dtype),
+                tuple(array.shape),
+                lambda array=array: _values(array),  # type: ignore[misc]
+                folder,
+            )
+            chunk: Any = tuple(array.chunk_layout.read_chunk.shape or ())
+            if tensor.dtype not in DTYPE_NAMES.values() or math.prod(chunk) > math.prod(tensor.shape):
+                raise CheckpointError(f"{name} is {tensor.dtype} {list(tensor.shape)} in chunks of {list(chunk)}")
+            if tensor.nbytes > limit:
+                raise CheckpointError(
+                    f"{name} has {tensor.nbytes:,} bytes, the whole checkpoint {limit // MAX_RATIO:,}"
+                )
+            written: Any = tuple(array.chunk_layout.write_chunk.shape or ())
+            needed = math.prod(-(-size // piece) for size, piece in zip(tensor.shape, written, strict=True))
+            if pieces[name] < needed and not zeros_left_out:
+                raise CheckpointError(f"{name} has {pieces[name]} of its {needed} pieces")
+            yield canonical(guarded(tensor), flax_name(name))
 
     try:
-        return _gather(folder, found())
+        return gather(folder, arrays())
     except Exception as error:  # of many kinds, for what can be wrong inside a file
         raise CheckpointError(f"{folder} is not a readable Orbax checkpoint: {error}") from error
 
 
-def _orbax_tree(folder: Path) -> Path:
-    """The folder of the one tree of arrays: this one, or where a manager of checkpoints put it, such as `1/default`."""
-
-    def is_tree(place: Path) -> bool:
-        return any(any(place.glob(pattern)) for pattern in (OCDBT, "*/.zarray", "*/zarr.json"))
-
-    if is_tree(folder):
-        return folder
-    trees = [place for pattern in ("*", "*/*") for place in sorted(folder.glob(pattern)) if is_tree(place)]
-    parts = ("ocdbt.process_", ".orbax-checkpoint-tmp")  # of the tree around it, and of one not finished
-    trees = [place for place in trees if not any(part in str(place.relative_to(folder)) for part in parts)]
-    if len(trees) == 1:
-        return trees[0]
-    if not trees:
-        raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no {OCDBT} and no array")
-    found = ", ".join(place.relative_to(folder).as_posix() for place in trees)
-    raise CheckpointError(f"{folder} holds several Orbax checkpoints, expected one: {found}")
-
-
-def _has_every_piece(folder: Path) -> bool:
-    """Whether the writer of an Orbax checkpoint has promised that: else one of zeros may be left out."""
-    try:
-        settings = json.loads((folder / "_METADATA").read_bytes())
-        return settings["store_array_data_equal_to_fill_value"] is True
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return False
-
-
-def _is_plain(array: Any) -> bool:
-    """Whether the pieces of an array of TensorStore hold its values as they are in memory."""
-    metadata = array.spec().to_json().get("metadata", {})
-    packed = metadata.get("compressor") or metadata.get("filters") or metadata.get("codecs")
-    return not packed and metadata.get("order") == "C" and not str(metadata.get("dtype")).startswith(">")
-
-
-def _is_of_size(file: Path, nbytes: int) -> bool:
-    return file.is_file() and file.stat().st_size == nbytes
-
-
-def _read_array(array: Any) -> Array:
+def _values(array: Any) -> Array:
     return np.asarray(array.read().result())
 
 
-def _to_orbax(job: _Job, staging: Path) -> None:
-    """Orbax writes the tree with one value for each array, in folders, while the arrays are written that then go there.
+def _array_folder(folder: Path) -> Path:
+    """The folder of the one tree of arrays: this one, or where a `CheckpointManager` put it, such as `1/default`."""
 
-    Each array is one piece, whatever its size.
+    def has_arrays(path: Path) -> bool:
+        return any(any(path.glob(pattern)) for pattern in (OCDBT, *(f"*/{name}" for name in ARRAY_METADATA)))
+
+    if has_arrays(folder):
+        return folder
+    found = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if has_arrays(path)]
+    parts = ("ocdbt.process_", ".orbax-checkpoint-tmp")  # of the tree around it, and of one that is not finished
+    found = [path for path in found if not any(part in str(path.relative_to(folder)) for part in parts)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no {OCDBT} and no array")
+    names = ", ".join(path.relative_to(folder).as_posix() for path in found)
+    raise CheckpointError(f"{folder} has several Orbax checkpoints, expected one: {names}")
+
+
+def _leaves_zeros_out(folder: Path) -> bool:
+    """Whether the writer may have left pieces out that are all zero, as older versions of Orbax do."""
+    try:
+        settings = json.loads((folder / METADATA).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(settings, dict) and settings.get("store_array_data_equal_to_fill_value") is not True
+
+
+def write(folder: Path, tensors: list[LazyTensor]) -> None:
+    """Write the leaves of a Flax tree, named by their paths joined by slashes, into a new folder, a few at a time.
+
+    Raises:
+        CheckpointError: Orbax is not installed, or cannot write.
     """
-    for module in ("orbax", "tensorstore"):
-        if find_spec(module) is None:
-            raise CheckpointError("writing orbax needs orbax-checkpoint: pip install 'olmozoo[flax]'")
-    tensors, arrays = _flax_tensors(job), staging / f".{ORBAX}"
-    with ThreadPoolExecutor(1) as beside:
-        tree = beside.submit(_save_tree, (staging / ORBAX).absolute(), tensors)
-        arrays.mkdir()
-        for output in tensors:
-            with new_file(arrays / output.name.replace("/", ".")) as stream:
-                output.write(stream)
-        places = tree.result()
-    for output, place in zip(tensors, places, strict=True):
-        (arrays / place.name).rename(place / ".".join("0" for _ in output.shape))
-    arrays.rmdir()
-
-
-def _save_tree(folder: Path, tensors: list[Output]) -> list[Path]:
-    """Save a tree with Orbax, with no piece of an array, and return the folders in which those belong."""
     try:
         import orbax.checkpoint as ocp
-        import tensorstore
+    except ImportError as error:
+        raise missing_library("writing orbax", "orbax-checkpoint", "flax") from error
+    handlers = ocp.type_handlers
 
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler(use_ocdbt=False)) as checkpointer:
-            tree = _nested(tensors, lambda output: np.zeros(1, output.dtype))
-            checkpointer.save(folder, args=ocp.args.StandardSave(tree))
-        places = [folder / output.name.replace("/", ".") for output in tensors]
-        for output, place in zip(tensors, places, strict=True):
-            shutil.rmtree(place)
-            metadata = {"chunks": output.shape, "compressor": None}
-            store = {"driver": "file", "path": f"{place}/"}
-            spec = {"driver": "zarr", "kvstore": store, "metadata": metadata}
-            tensorstore.open(spec, create=True, dtype=output.dtype, shape=output.shape).result()
+    class LazyHandler(handlers.NumpyHandler):  # type: ignore[misc]
+        """Writes a few arrays at a time: Orbax's own handler is given all of them at once."""
+
+        async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+            for start in range(0, len(values), AT_ONCE):
+                part = slice(start, start + AT_ONCE)
+                arrays = [tensor.read() for tensor in values[part]]
+                for future in await super().serialize(arrays, infos[part], args and args[part]):
+                    future.result()
+            return []
+
+    registry = handlers.create_type_handler_registry((LazyTensor, LazyHandler(deepcopy_host_arrays=False)))
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
+            checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(nested(tensors)))
+    except CheckpointError:
+        raise
     except Exception as error:  # of many kinds
         raise CheckpointError(f"Orbax could not write: {error}") from error
-    return places

@@ -1,127 +1,97 @@
-"""A checkpoint folder: a strict lazy reader and an atomic streaming writer, with no framework in sight.
-
-The safetensors format is read and written here rather than through its library for three reasons: tensors come as views
-of the mapped file, with nothing copied before a framework wants them; a shard is written one tensor at a time, so that
-saving needs the memory of one tensor and not of one shard; and a broken file is told apart tensor by tensor. Files are
-the same in both directions (https://github.com/huggingface/safetensors, "Format").
-"""
+"""PyTorch's `.bin`: read by `torch.load` as tensors alone, mapped, and written by `torch.save`."""
 
 from __future__ import annotations
 
-import contextlib
-import math
 import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from olmozoo.checkpoint.files import Behind, new_file
-from olmozoo.checkpoint.formats._pickling import Made, Named, Persistent, pickled
-from olmozoo.checkpoint.tensors import ALIGNMENT, Output, TensorInfo, dtype_of
+from olmozoo.checkpoint.formats.names import missing_library
+from olmozoo.checkpoint.tensors import LazyTensor, dtype_of
 from olmozoo.errors import CheckpointError, raise_problems
 from olmozoo.typing import Array
 
-MAPPINGS = 16  # of a `.bin`, one after the other: what was read of one stays in memory until it goes
+FILE = "pytorch_model.bin"
 
 
-def _read_pickled(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a `.bin` file, mapped where the file allows it. Nothing but tensors is ever unpickled."""
+def read(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of one file. Nothing but tensors is unpickled (`weights_only`).
+
+    Raises:
+        CheckpointError: it is broken or holds anything but dense tensors by name, or PyTorch is not installed.
+    """
     try:
         import torch
     except ImportError as error:
-        raise CheckpointError(f"reading {file} needs PyTorch: pip install 'olmozoo[pt]'") from error
-
-    def load(mmap: bool) -> Any:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-
-    is_mapped, used = True, 0
+        raise missing_library(f"reading {path}", "torch", "pt") from error
     try:
-        _check_records(file)
-        try:
-            state = load(mmap=True)
-        except RuntimeError:  # the old format, not a zip archive, cannot be mapped
-            state, is_mapped = load(mmap=False), False
-    except Exception as error:
-        raise CheckpointError(f"{file} is not a readable state dict: {error}") from error
+        is_archive = zipfile.is_zipfile(path)  # the old format is not, and cannot be mapped
+        if is_archive:
+            _check_records(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except Exception as error:  # of many kinds
+        raise CheckpointError(f"{path} is not a readable state dict: {error}") from error
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
-        raise CheckpointError(f"{file} does not hold a mapping from names to tensors")
+        raise CheckpointError(f"{path} is not a mapping from names to tensors")
     raise_problems(
-        f"{file} holds what is no plain tensor",
+        f"{path} has tensors that are not dense",
         (f"{name}: {t.layout} on {t.device}" for name, t in state.items() if t.layout != torch.strided or t.is_meta),
     )
-
-    def read(name: str) -> Array:
-        nonlocal state, used
-        if is_mapped and used > file.stat().st_size // MAPPINGS:
-            state, used = load(mmap=True), 0
-        tensor: torch.Tensor = state[name].detach().resolve_neg()  # it may be a Parameter
-        used += tensor.nbytes
-        if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.int16).numpy().view(dtype_of(tensor.dtype))
-        return tensor.numpy()
-
     return {
-        name: TensorInfo(file, dtype_of(tensor.dtype), tuple(tensor.shape), partial(read, name))
+        name: LazyTensor(name, dtype_of(tensor.dtype), tuple(tensor.shape), partial(_values, tensor), path)
         for name, tensor in state.items()
     }
 
 
-def _check_records(file: Path) -> None:
-    """See that each record of an archive begins where its directory says: PyTorch maps what lies there."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            for entry in archive.infolist():
-                archive.open(entry).close()  # compares the name at that place
-                if entry.compress_type != zipfile.ZIP_STORED:
-                    raise CheckpointError(f"{entry.filename} is compressed, expected it stored")
+def _values(tensor: Any) -> Array:
+    import torch
+
+    tensor = tensor.detach().resolve_neg()  # it may be a Parameter, or a negated view
+    if tensor.dtype == torch.bfloat16:
+        array: Array = tensor.view(torch.int16).numpy().view(dtype_of("bfloat16"))
+        return array
+    values: Array = tensor.numpy()
+    return values
 
 
-STORAGES = {  # what PyTorch calls the values of a dtype
-    "float64": "DoubleStorage",
-    "float32": "FloatStorage",
-    "float16": "HalfStorage",
-    "bfloat16": "BFloat16Storage",
-}
+def _check_records(path: Path) -> None:
+    """Check that each record of an archive begins where its directory says: PyTorch maps what is there."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            archive.open(entry).close()  # compares the name in the record's own header
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{entry.filename} is compressed, expected it stored")
 
 
-def write_pickled(file: Path, outputs: list[Output], *, single: bool = False) -> None:
-    """Write a state dict as `torch.save` does, without PyTorch and with one tensor in memory at a time.
+def write(path: Path, tensors: list[LazyTensor]) -> None:
+    """Write a state dict into one new file; the same tensors give the same bytes.
 
-    It is a zip of stored entries: a pickle, and the values of each tensor. `torch.load(file, weights_only=True)` loads
-    it, also with `mmap=True`.
-
-    Args:
-        file: a new file.
-        outputs: the tensors.
-        single: write the one tensor that there is, and not a dict.
+    Raises:
+        CheckpointError: PyTorch is not installed, or cannot write.
+        OSError: the file cannot be written.
     """
-    with (
-        new_file(file) as stream,
-        contextlib.closing(Behind(stream)) as behind,
-        zipfile.ZipFile(behind, "w") as archive,
-    ):
-        tensors = {output.name: _rebuilt(number, output) for number, output in enumerate(outputs)}
-        content = pickled(tensors[outputs[0].name] if single else tensors)
-        # A ZipInfo of our own, and not a name alone, has a fixed date: the same weights give the same bytes.
-        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), content)
-        archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
-        for number, output in enumerate(outputs):
-            entry = zipfile.ZipInfo(f"archive/data/{number}")
-            header = 30 + len(entry.filename) + 20 + 4  # the entry's own, its sizes in 64 bits, the padding's head
-            padding = -(behind.tell() + header) % ALIGNMENT
-            entry.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)  # as torch.save aligns tensors
-            with archive.open(entry, "w", force_zip64=True) as values:
-                output.write(values)
-        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
+    try:
+        import torch
+    except ImportError as error:
+        raise missing_library(f"writing {path.name}", "torch", "pt") from error
+    with path.open("xb") as stream:
+        try:
+            torch.save({tensor.name: torch_tensor(tensor) for tensor in tensors}, stream)
+        except RuntimeError as error:  # raised while PyTorch closes an archive that it could not write
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise CheckpointError(f"{path} could not be written: {error}") from error
 
 
-def _rebuilt(number: int, output: Output) -> Made:
-    """A tensor whose storage lies in the entry of that number."""
-    strides = tuple(math.prod(output.shape[i + 1 :]) for i in range(len(output.shape)))
-    kind = Named("torch", STORAGES[output.dtype.name])
-    storage = Persistent(("storage", kind, str(number), "cpu", math.prod(output.shape)))
-    hooks = Made(Named("collections", "OrderedDict"), ())
-    return Made(Named("torch._utils", "_rebuild_tensor_v2"), (storage, 0, output.shape, strides, False, hooks))
+def torch_tensor(tensor: LazyTensor) -> Any:
+    """The values as a `torch.Tensor`, sharing the memory of a mapped file."""
+    import torch
+
+    array = tensor.contiguous()
+    if tensor.dtype.name == "bfloat16":  # torch takes NumPy's own dtypes only
+        return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -1,108 +1,115 @@
-"""A checkpoint folder: a strict lazy reader and an atomic streaming writer, with no framework in sight.
+"""safetensors: validated and written by its library; tensors are views of the mapped file.
 
-The safetensors format is read and written here rather than through its library for three reasons: tensors come as views
-of the mapped file, with nothing copied before a framework wants them; a shard is written one tensor at a time, so that
-saving needs the memory of one tensor and not of one shard; and a broken file is told apart tensor by tensor. Files are
-the same in both directions (https://github.com/huggingface/safetensors, "Format").
+The library's own reader copies each tensor. So it opens and validates a file, and the tensors are then mapped at the
+offsets of the header that it has accepted.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import struct
+import os
+import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
-from olmozoo.checkpoint.files import new_file
-from olmozoo.checkpoint.tensors import ALIGNMENT, DTYPE_CODES, DTYPES, MAX_DIMENSIONS, Output, TensorInfo, mapped
-from olmozoo.errors import CheckpointError
+from olmozoo.checkpoint.formats.names import canonical_tensors
+from olmozoo.checkpoint.tensors import DTYPES, LazyTensor, MappedFile
+from olmozoo.errors import CheckpointError, raise_problems
 
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+FILE = "model.safetensors"
+MAX_DIMENSIONS = 64  # the limit of NumPy
+MAX_VALUES = 1 << 59  # also the limit of NumPy, which counts an empty tensor's other dimensions too
 
 
-def read_safetensors(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file. Sizes and offsets are checked before anything is mapped.
+def read(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of one file, by canonical name.
 
     Raises:
-        CheckpointError: the file is truncated, overlong or malformed; it names the tensor and both numbers.
+        CheckpointError: the library refuses the file, or a tensor is of a dtype that no model here has.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if not 0 <= length <= min(size - 8, MAX_HEADER):
-            raise CheckpointError(f"{file}: a file of {size} bytes cannot have a header of {length} bytes: truncated?")
-        try:
-            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_without_duplicates)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file}: the header is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: the header is a {type(header).__name__}, expected an object")
+    return canonical_tensors(path, read_tensors(path))
+
+
+def read_tensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of one file, by the names in it; see `read`."""
+    file = MappedFile(path)
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, ValueError) as error:  # ValueError: a path that is not Unicode
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}{_sizes(file)}") from error
+    if not os.path.samestat(os.fstat(file.stream.fileno()), path.stat()):
+        raise CheckpointError(f"{path} was replaced while it was read: load again")
+    length = int.from_bytes(file.stream.read(8), "little")
+    try:
+        header: dict[str, Any] = json.loads(file.stream.read(length), object_pairs_hook=_without_duplicates)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     header.pop("__metadata__", None)
-    data, tensors, spans = 8 + length, {}, []
-    for name, entry in header.items():
-        dtype, shape, (begin, end) = _header_entry(file, name, entry)
-        if data + end > size:
-            raise CheckpointError(f"{file}: {name} ends at byte {data + end}, the file at {size}: truncated")
-        spans.append((begin, end, name))
-        tensors[name] = TensorInfo(file, dtype, shape, mapped(file, dtype, shape, data + begin))
-    reached = 0
-    for begin, end, name in sorted(spans):
-        if begin != reached:
-            raise CheckpointError(f"{file}: {name} begins at byte {begin} of the data, expected {reached}")
-        reached = end
-    if data + reached != size:
-        raise CheckpointError(f"{file}: the tensors end at byte {data + reached}, the file at {size}")
-    return tensors
+    codes = ", ".join(DTYPES)
+    problems = [
+        f"{name} has dtype {entry['dtype']}, expected one of {codes}"
+        for name, entry in header.items()
+        if entry["dtype"] not in DTYPES
+    ]
+    problems += [
+        f"{name} has the shape {entry['shape'][:8]} in {len(entry['shape'])} dimensions: too large"
+        for name, entry in header.items()
+        if len(entry["shape"]) > MAX_DIMENSIONS or math.prod(max(size, 1) for size in entry["shape"]) >= MAX_VALUES
+    ]
+    raise_problems(f"{path} has tensors that no model has", problems)
+    return {
+        name: file.tensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+
+
+def _sizes(file: MappedFile) -> str:
+    """What a file that the library refused says of sizes, in numbers: the library's own errors have none."""
+    length = int.from_bytes(file.stream.read(8), "little")
+    if length > file.size - 8:
+        return f" (a header of {length:,} bytes in a file of {file.size:,} bytes)"
+    try:
+        header = json.loads(file.stream.read(length))
+        ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+        last = max(ends, key=lambda name: ends[name])
+        return f" ({last} ends at byte {8 + length + ends[last]:,}, the file at {file.size:,})"
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return ""
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; the library takes the last of two that have one name."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{name!r} is there twice")
+            raise CheckpointError(f"the header has {name!r} twice")
         found[name] = value
     return found
 
 
-def _header_entry(file: Path, name: str, entry: Any) -> tuple[np.dtype[Any], tuple[int, ...], tuple[int, int]]:
-    def whole(values: Any) -> bool:
-        return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
+def write(path: Path, tensors: list[LazyTensor]) -> None:
+    """Write one new file; the same tensors give the same bytes.
 
-    if not isinstance(entry, dict) or not whole(entry.get("shape")) or not whole(entry.get("data_offsets")):
-        raise CheckpointError(f"{file}: the header entry of {name} is {entry!r}, expected dtype, shape, data_offsets")
-    if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
-        raise CheckpointError(f"{file}: {name} has dtype {entry.get('dtype')!r}, expected one of {', '.join(DTYPES)}")
-    dtype, shape, offsets = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-    # NumPy makes no array of more dimensions, nor an empty one whose other dimensions are too large together.
-    if len(shape) > MAX_DIMENSIONS or math.prod(max(dimension, 1) for dimension in shape) * dtype.itemsize >= 1 << 62:
-        raise CheckpointError(f"{file}: {name} has the shape {list(shape)[:8]} in {len(shape)} dimensions: too large")
-    expected = math.prod(shape) * dtype.itemsize
-    if len(offsets) != 2 or offsets[1] - offsets[0] != expected:
-        raise CheckpointError(
-            f"{file}: {name} has data_offsets {offsets}, expected {expected} bytes for {dtype.name} {list(shape)}"
+    The library takes the memory of all tensors at once: mapped ones need none, others are in memory until it is done.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    arrays = {tensor.name: tensor.contiguous() for tensor in tensors}
+    specs = {
+        name: TensorSpec(
+            dtype=array.dtype.name, shape=list(array.shape), data_ptr=array.ctypes.data, data_len=array.nbytes
         )
-    return dtype, shape, (offsets[0], offsets[1])
-
-
-def write_safetensors(file: Path, outputs: list[Output], kept: bool = False) -> None:
-    """Write one new safetensors file, in the order given, one tensor in memory at a time; `kept` as for `new_file`."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for output in outputs:
-        ends = [offset, offset + output.nbytes]
-        header[output.name] = {
-            "dtype": DTYPE_CODES[output.dtype],
-            "shape": list(output.shape),
-            "data_offsets": ends,
-        }
-        offset = ends[1]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNMENT)  # the first tensor lies aligned when the file is mapped
-    with new_file(file, kept) as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for output in outputs:
-            output.write(stream)
+        for name, array in arrays.items()
+    }
+    try:
+        serialize_file(specs, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code:
+            raise OSError(int(code[1]), os.strerror(int(code[1])), path) from error
+        raise CheckpointError(f"{path} could not be written: {error}") from error
