@@ -250,10 +250,14 @@ def from_canonical(
 
     with atomic_folder(dst, SHARDED_WEIGHTS) as staging:
         with progress("writing", sum(tensor.nbytes for tensor in sources.values())) as advance:
+
+            def read_parts(parts: list[Parameter]) -> Array:
+                return advance(joined(parts))
+
             tensors = [
                 LazyTensor(
-                    name, dtype_of(name, parts, sources), foreign_shape(parts), lambda p=parts: advance(joined(p))
-                )  # type: ignore[misc]
+                    name, dtype_of(name, parts, sources), foreign_shape(parts), functools.partial(read_parts, parts)
+                )
                 for name, parts in held.items()
             ]
             write(staging, tensors)

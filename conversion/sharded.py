@@ -236,13 +236,14 @@ def write_distributed(folder: Path, tensors: Sequence[LazyTensor], prefix: str) 
         CheckpointError: PyTorch is not installed, or cannot write.
     """
     try:
-        import torch.distributed.checkpoint as distributed
+        import torch.distributed.checkpoint
     except ImportError as error:
         raise missing_library(f"writing {folder}", "torch", "pt") from error
+    checkpoint: Any = torch.distributed.checkpoint
     try:
-        distributed.save(
+        checkpoint.save(
             {prefix: {tensor.name: torch_tensor(tensor) for tensor in tensors}},
-            storage_writer=distributed.FileSystemWriter(folder, single_file_per_rank=False),
+            storage_writer=checkpoint.FileSystemWriter(folder, single_file_per_rank=False),
             no_dist=True,
         )
     except Exception as error:  # of many kinds

@@ -43,9 +43,9 @@ def mapped(
             return np.empty(shape_read, dtype)
         if strides is None:
             offset = begin + start * width * dtype.itemsize
-            return np.memmap(file, dtype, "r", offset, shape_read).view(np.ndarray)
+            return np.memmap(file, dtype, "c", offset, shape_read).view(np.ndarray)
         values = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        flat = np.memmap(file, dtype, "r", begin, (values,)).view(np.ndarray)
+        flat = np.memmap(file, dtype, "c", begin, (values,)).view(np.ndarray)
         return np.lib.stride_tricks.as_strided(flat, shape, [s * dtype.itemsize for s in strides])[start:stop]
 
     return by_rows(name, file, dtype, shape, rows)

@@ -125,7 +125,7 @@ def write(folder: Path, tensors: list[LazyTensor]) -> None:
         import orbax.checkpoint as ocp
     except ImportError as error:
         raise missing_library("writing orbax", "orbax-checkpoint", "flax") from error
-    handlers = ocp.type_handlers
+    handlers: Any = ocp.type_handlers
 
     class LazyHandler(handlers.NumpyHandler):  # type: ignore[misc]
         """Writes a few arrays at a time: Orbax's own handler is given all of them at once."""
