@@ -212,7 +212,7 @@ class ModelConfig(ABC):
             data["num_labels"] = len(data["id2label"])
         data = {**family._normalize(data), **family._normalize(dict(overrides))}
         fields = {key: value for key, value in data.items() if key in names}
-        return family(**fields, extra={key: value for key, value in data.items() if key not in names})  # type: ignore[return-value]
+        return family(**fields, extra={key: value for key, value in data.items() if key not in names})
 
     @classmethod
     def _normalize(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -292,7 +292,7 @@ class ModelConfig(ABC):
         if preset not in presets:
             raise ConfigError(f"no preset {preset!r}; there are {', '.join(sorted(presets))}")
         family, fields = presets[preset]
-        return family.from_dict({**fields, **overrides})  # type: ignore[return-value]
+        return family.from_dict({**fields, **overrides})
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""

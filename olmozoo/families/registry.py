@@ -6,25 +6,24 @@ soon as its files are imported, wherever they are.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from olmozoo.errors import ConfigError
+from olmozoo.families.parameter import Head
 
-if TYPE_CHECKING:
-    from olmozoo.families.config import ModelConfig
-    from olmozoo.families.parameter import Head
+Config = TypeVar("Config", bound=type[Any])  # a subclass of `ModelConfig`, which imports this module
 
-MODEL_TYPES: dict[str, type[ModelConfig]] = {}
+MODEL_TYPES: dict[str, type[Any]] = {}
 MODEL_CLASSES: dict[tuple[str, str, Head | None], type[Any]] = {}  # by wing, model_type and head
 
 
-def register(config: type[ModelConfig]) -> type[ModelConfig]:
+def register(config: Config) -> Config:
     """Class decorator: make a family known by its `model_type`."""
     MODEL_TYPES[config.model_type] = config
     return config
 
 
-def config_class(model_type: str | None) -> type[ModelConfig]:
+def config_class(model_type: str | None) -> type[Any]:
     """The config class of a `model_type`.
 
     Raises:
@@ -35,7 +34,7 @@ def config_class(model_type: str | None) -> type[ModelConfig]:
     return MODEL_TYPES[model_type]
 
 
-def presets() -> dict[str, type[ModelConfig]]:
+def presets() -> dict[str, type[Any]]:
     """The config classes by the names of the published configs, such as `olmo2-1b`."""
     return {name: family for family in MODEL_TYPES.values() for name in family.presets}
 
@@ -49,7 +48,7 @@ def register_model(wing: str, cls: type[Any]) -> None:
         MODEL_CLASSES[wing, cls.config_class.model_type, cls.head] = cls
 
 
-def model_class(wing: str, config: ModelConfig | type[ModelConfig], head: Head | None) -> type[Any]:
+def model_class(wing: str, config: Any, head: Head | None) -> type[Any]:
     """The class of a family with a head, in a wing that has been imported.
 
     Args:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-
-if TYPE_CHECKING:
-    from olmozoo.generation.processors import Rule
+from typing import Any, NamedTuple, Protocol
 
 Array = Any  # of the framework at hand
 MASKED_SCORE = -1.0e9  # added to a beam's score to exclude the beam (as in Transformers, so that ties fall alike)
@@ -89,7 +86,7 @@ class DecodeOptions:
         beams: beams of a row; 1 without beam search.
         rows_per_prompt: rows decoded for each row of the batch: beams, or sequences to return.
         sample: draw tokens, rather than take the likeliest.
-        rules: the generation rules that are on, in the order in which they process scores.
+        rules: the generation rules that are on (see `processors.Rule`), in the order in which they process scores.
         stop_strings: whether there are any.
         num_ends: the number of tokens that end a row, for beam search; else 0.
         stop_early: beam search ends once there are as many ended beams as beams.
@@ -104,7 +101,7 @@ class DecodeOptions:
     beams: int = 1
     rows_per_prompt: int = 1
     sample: bool = False
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[Any, ...] = ()
     stop_strings: bool = False
     num_ends: int = 0
     stop_early: bool = False

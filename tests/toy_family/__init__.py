@@ -1,0 +1,1 @@
+"""A family outside the package, in four short files: what adding one costs."""
