@@ -3,14 +3,14 @@
     python benchmarks/conversion.py [--size 6GB] [--dtype bfloat16] [--to safetensors,orbax] [--back]
 
 A checkpoint of that size is made in a temporary folder, with the shapes of OLMo 2 7B and as many blocks as fit, and
-removed in the end; the disk must hold three of them. Any format of `olmozoo convert --to` can be named, and any program
-in `conversion/`, which then runs without its comparison at the end, as `olmozoo convert` does. With --back, the way
-from each that has one to safetensors is measured instead, and `cp` copies what that format wrote. Each conversion runs
-in a process of its own, right after a `cp`, and what both wrote is flushed to disk between them, outside the time;
-shown are the medians, and the range of the rounds' ratios. They do not end alike: `cp` leaves its copy in the system's
-memory, most of it not yet on disk, where a conversion leaves little. Peak memory is resident memory of any kind: with
-the interpreter and what is mapped of the source, without the kernel's cache of files. For savedmodel it is that of the
-larger of two processes.
+removed in the end; the disk needs room for three of them. Any format of `olmozoo convert --to` can be named, and any
+program in `conversion/`, which then runs without its comparison at the end, as `olmozoo convert` does. With --back,
+the way from each that has one to safetensors is measured instead, and `cp` copies what that format wrote. Each
+conversion runs in a process of its own, right after a `cp`, and what both wrote is flushed to disk between them,
+outside the time; shown are the medians, and the range of the rounds' ratios. They do not end alike: `cp` leaves its
+copy in the system's memory, most of it not yet on disk, where a conversion leaves little. Peak memory is resident
+memory of any kind: with the interpreter and what is mapped of the source, without the kernel's cache of files. For
+savedmodel it is that of the larger of two processes.
 """
 
 from __future__ import annotations
@@ -72,16 +72,16 @@ def main() -> None:
         names = [*FORMATS, *(FROM_PROGRAMS if options.back else TO_PROGRAMS)]
         for name in options.to.split(",") if options.to else names:
             forth, back = conversion(name, options.max_shard_size)
-            whence, command = source, forth
+            source_of_run, command = source, forth
             if options.back:
-                whence, command = foreign, back
+                source_of_run, command = foreign, back
                 run([*forth, str(source), str(foreign)])
                 os.sync()
             copies, runs = [], []
             for _ in range(options.rounds):
-                copies.append(run(["cp", "-r", str(whence), str(target)]))
+                copies.append(run(["cp", "-r", str(source_of_run), str(target)]))
                 clear(target)
-                runs.append(run([*command, str(whence), str(target)]))
+                runs.append(run([*command, str(source_of_run), str(target)]))
                 clear(target)
             if options.back:
                 clear(foreign)
@@ -144,7 +144,7 @@ def conversion(name: str, max_shard_size: str) -> tuple[list[str], list[str]]:
 
 
 def run(command: list[str]) -> tuple[float, int]:
-    """Run a command; the seconds it took and the most bytes it had in memory."""
+    """Run a command; the seconds it took and its peak memory in bytes."""
     with tempfile.TemporaryFile() as said:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=said, stderr=said, cwd=HERE)

@@ -108,7 +108,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 
 def best_bandwidth() -> float:
-    """Bytes per second that a sum over more memory than caches hold reads, on all cores, at best."""
+    """Bytes per second that a sum over an array larger than the caches reads, on all cores, at best."""
     from concurrent.futures import ThreadPoolExecutor
     from os import cpu_count
 

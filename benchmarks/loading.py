@@ -5,8 +5,8 @@
 A checkpoint of that size is made in a temporary folder, with the shapes of OLMo 2 1B and as many blocks as fit, and
 removed in the end. Each load runs in a process of its own, the frameworks in turn. Shown are the median time of
 `from_pretrained` once its class is imported, and that of the process from start to end; both beside PyTorch, round by
-round, with the range; and the most memory that a process had, for each byte of the weights. PyTorch leaves those in the
-mapped file, and most of its time is imports; Keras copies what it turns into new memory, and Flax everything. Where a
+round, with the range; and the peak memory of a process, for each byte of the weights. PyTorch leaves those in the
+mapped file, and most of its time is imports; Keras copies what it transposes, and Flax everything. Where a
 virtual machine has to get that from its host, the wait can be most of their time: `--idle` gives the host so many
 seconds before each load to take free memory back.
 """

@@ -44,7 +44,7 @@ def read_archive(file: Path, begin: int = 0, length: int | None = None) -> Any:
     """The object in an archive, with `Record`s for tensors; see `as_tensor`. No tensor is read.
 
     Args:
-        file: the file that holds it.
+        file: the file that contains it.
         begin: the byte at which the archive begins.
         length: its length in bytes; default to the file's end.
 

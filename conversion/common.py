@@ -29,7 +29,7 @@ from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.typing import Array
 
-Rule = tuple[str, tuple[str, ...]]  # a foreign name, and the canonical ones whose rows it holds, in their order
+Rule = tuple[str, tuple[str, ...]]  # a foreign name, and the canonical names whose rows it stacks, in order
 LAYER = "{}"  # stands for the layer's number in both
 
 out = Console()
@@ -58,8 +58,8 @@ def run(main: Callable[..., None]) -> None:
 # -- the table of names, read both ways -------------------------------------------------------------------------------
 
 
-def holdings(rules: Iterable[Rule], config: ModelConfig) -> dict[str, list[Parameter]]:
-    """Foreign name -> the canonical parameters that it holds, one under the other; rules for others are left out."""
+def grouped_parameters(rules: Iterable[Rule], config: ModelConfig) -> dict[str, list[Parameter]]:
+    """Foreign name -> the canonical parameters that it stacks; rules for other parameters are left out."""
     table = {parameter.name: parameter for parameter in config.parameters("causal_lm") if parameter.tied_to is None}
     found: dict[str, list[Parameter]] = {}
     for foreign, canonical in rules:
@@ -81,9 +81,9 @@ class Link:
     stop: int
 
 
-def links(held: dict[str, list[Parameter]]) -> Iterator[Link]:
-    """The same table the other way round: for each canonical parameter, where it lies."""
-    for foreign, parameters in held.items():
+def links(grouped: dict[str, list[Parameter]]) -> Iterator[Link]:
+    """The same table the other way round: for each canonical parameter, which rows of which tensor it is."""
+    for foreign, parameters in grouped.items():
         row = 0
         for parameter in parameters:
             yield Link(parameter, foreign, row, row + parameter.shape[0])
@@ -91,15 +91,15 @@ def links(held: dict[str, list[Parameter]]) -> Iterator[Link]:
 
 
 def foreign_shape(parameters: Sequence[Parameter]) -> tuple[int, ...]:
-    """The shape of the tensor that holds these, one under the other."""
+    """The shape of the tensor that stacks these."""
     return (sum(parameter.shape[0] for parameter in parameters), *parameters[0].shape[1:])
 
 
-def check_sources(sources: dict[str, LazyTensor], held: dict[str, list[Parameter]], where: Path) -> None:
+def check_sources(sources: dict[str, LazyTensor], grouped: dict[str, list[Parameter]], where: Path) -> None:
     """Raise one error that lists every missing, unexpected and misshapen tensor, if there is any."""
-    problems = [f"missing: {name} {list(foreign_shape(held[name]))}" for name in held if name not in sources]
-    problems += [f"unexpected: {name} {list(sources[name].shape)}" for name in sources if name not in held]
-    for name, parameters in held.items():
+    problems = [f"missing: {name} {list(foreign_shape(grouped[name]))}" for name in grouped if name not in sources]
+    problems += [f"unexpected: {name} {list(sources[name].shape)}" for name in sources if name not in grouped]
+    for name, parameters in grouped.items():
         expected = foreign_shape(parameters)
         if name in sources and sources[name].shape != expected:
             problems.append(f"wrong shape: {name} is {list(sources[name].shape)}, expected {list(expected)}")
@@ -143,16 +143,16 @@ def to_canonical(
     dry_run: bool,
     verify: bool,
 ) -> None:
-    """Write a canonical folder from foreign tensors, and compare it with them before it takes its place.
+    """Write a canonical folder from foreign tensors, and compare it with them before it is renamed into place.
 
     Raises:
         CheckpointError: the tensors do not fit the config, or what was written differs.
     """
-    held = holdings(rules, config)
-    check_sources(sources, held, src)
+    grouped = grouped_parameters(rules, config)
+    check_sources(sources, grouped, src)
     check_places(src, dst)
     files = tokenizer_files(tokenizer, config) if tokenizer else {}
-    found = {link.parameter.name: link for link in links(held)}
+    found = {link.parameter.name: link for link in links(grouped)}
     if dry_run:
         show((link.foreign, sources[link.foreign], link) for link in found.values())
         return
@@ -164,7 +164,7 @@ def to_canonical(
     def dtype(parameter: Parameter) -> np.dtype[Any]:
         return sources[found[parameter.name].foreign].dtype
 
-    total = sum(sources[name].nbytes for name in held)
+    total = sum(sources[name].nbytes for name in grouped)
     write_canonical(dst, config, rows, dtype, total, files=files, max_shard_size=max_shard_size, verify=verify)
 
 
@@ -179,13 +179,13 @@ def write_canonical(
     max_shard_size: str,
     verify: bool,
 ) -> None:
-    """Write a canonical folder with a progress bar, read it again and compare; only then does it take its place.
+    """Write a canonical folder with a progress bar, read it again and compare; only then is it renamed into place.
 
     Args:
         dst: the folder.
         config: written as config.json; its special tokens make the generation_config.json, unless `files` has one.
-        read: gives a parameter's values; called again for the comparison.
-        dtype: gives their dtype.
+        read: returns a parameter's values; called again for the comparison.
+        dtype: returns their dtype.
         total: bytes to write, for the bar.
         files: name -> content of settings and a tokenizer; see `write_settings`.
         max_shard_size: as for `write_weights`.
@@ -223,7 +223,7 @@ def from_canonical(
     dry_run: bool,
     verify: bool,
 ) -> None:
-    """Write foreign tensors from a canonical folder, and compare them with it before they take their place.
+    """Write foreign tensors from a canonical folder, and compare them with it before they are renamed into place.
 
     Args:
         src: the canonical folder.
@@ -239,10 +239,10 @@ def from_canonical(
         CheckpointError: the folder does not fit its config, or what was written differs.
     """
     check_places(src, dst)
-    held = holdings(rules, config)
+    grouped = grouped_parameters(rules, config)
     sources = canonical_sources(src, config)
     if dry_run:
-        show((link.foreign, sources[link.parameter.name], link) for link in links(held))
+        show((link.foreign, sources[link.parameter.name], link) for link in links(grouped))
         return
 
     def joined(parameters: list[Parameter]) -> Array:
@@ -258,13 +258,13 @@ def from_canonical(
                 LazyTensor(
                     name, dtype_of(name, parts, sources), foreign_shape(parts), functools.partial(read_parts, parts)
                 )
-                for name, parts in held.items()
+                for name, parts in grouped.items()
             ]
             write(staging, tensors)
         if verify:
             written = read(staging)
-            check_sources(written, held, staging)
-            compare((name, functools.partial(joined, parts), written[name]) for name, parts in held.items())
+            check_sources(written, grouped, staging)
+            compare((name, functools.partial(joined, parts), written[name]) for name, parts in grouped.items())
 
 
 def dtype_of(name: str, parts: list[Parameter], sources: dict[str, LazyTensor]) -> np.dtype[Any]:
@@ -279,7 +279,7 @@ def dtype_of(name: str, parts: list[Parameter], sources: dict[str, LazyTensor]) 
 def check_places(src: Path, dst: Path) -> None:
     """Raise an InputError where a conversion would write over what it reads."""
     if src.resolve() == dst.resolve() or src.resolve().is_relative_to(dst.resolve()):
-        raise InputError(f"DST is {dst}, which holds SRC {src}: expected another folder")
+        raise InputError(f"DST is {dst}, which contains SRC {src}: expected another folder")
 
 
 def compare(pairs: Iterable[tuple[str, Callable[[], Array], LazyTensor]]) -> None:

@@ -138,14 +138,14 @@ def add_config(writer: gguf.GGUFWriter, config: OlmoConfig | Olmo2Config, name: 
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, config: ModelConfig, src: Path) -> None:
-    """Write the folder's tokenizer; without one, a file that takes and gives ids alone.
+    """Write the folder's tokenizer; without one, the file is of token ids only.
 
     Raises:
         CheckpointError: the tokenizer does not fit the model, or llama.cpp cannot split text as it does.
     """
     if not (src / "tokenizer.json").is_file():
         writer.add_tokenizer_model("no_vocab")
-        err.print(f"{src} has no tokenizer.json: the file will take and give ids, not text")
+        err.print(f"{src} has no tokenizer.json: the file will work on token ids, not text")
         return
     tokenizer_files(src, config)  # for its checks
     data = read_json(src / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""A canonical checkpoint with fewer key/value heads: each new head is the mean of the heads it takes the place of.
+"""A canonical checkpoint with fewer key/value heads: each new head is the mean of the heads that it replaces.
 
     python -m conversion.mha_to_gqa SRC DST --kv-heads N
 

@@ -116,7 +116,7 @@ def read_tensors(src: Path) -> dict[str, LazyTensor]:
     if (src / UNSHARDED).is_file():
         state = read_archive(src / UNSHARDED)
         if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-            raise CheckpointError(f"{src / UNSHARDED} does not hold a mapping from names to tensors")
+            raise CheckpointError(f"{src / UNSHARDED} is not a mapping from names to tensors")
         return {name: as_tensor(value, name) for name, value in state.items()}
     for folder in (src / "model_and_optim", src / "model", src):
         if (folder / METADATA).is_file():

@@ -64,9 +64,9 @@ class Record:
 
 
 def _counted(load: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A loader of tuples that counts what each holds, all the way down.
+    """A loader of tuples that counts the values in each, nested ones included.
 
-    A few dozen that hold one another twice hold more than could be hashed or shown in a lifetime.
+    A few dozen that contain one another twice have more values than could be hashed or printed in a lifetime.
     """
 
     def loaded(unpickler: Any) -> None:
@@ -124,7 +124,7 @@ def unpickle(data: bytes, where: str, load: Callable[[Any], Any] | None = None, 
     Args:
         data: the pickle.
         where: what it is, for messages.
-        load: gives what a persistent id stands for; default refuses them.
+        load: returns what a persistent id stands for; by default they are refused.
         classes: whether it may name classes at all.
 
     Raises:

@@ -1,7 +1,7 @@
 """Checkpoints that many processes wrote, each its own part: as whole tensors, of which nothing is read before its turn.
 
-Three kinds: PyTorch's distributed checkpoint (a `.metadata` file and the files it names), `rankN.pt` files that hold
-sharded tensors, and `model/rankN.pt` files that hold FSDP's flat parameters.
+Three kinds: PyTorch's distributed checkpoint (a `.metadata` file and the files it names), `rankN.pt` files of
+sharded tensors, and `model/rankN.pt` files of FSDP's flat parameters.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ def read_distributed(folder: Path, prefix: str) -> dict[str, LazyTensor]:
     file = folder / METADATA
     metadata = unpickle(file.read_bytes(), str(file))
     if not isinstance(metadata, Record) or metadata.kind != "Metadata":
-        raise CheckpointError(f"{file} holds no Metadata of torch.distributed.checkpoint")
+        raise CheckpointError(f"{file} has no Metadata of torch.distributed.checkpoint")
     entries, storage = metadata["state_dict_metadata"], metadata["storage_data"]
     if not isinstance(entries, dict) or not isinstance(storage, dict):
         raise CheckpointError(f"{file}: state_dict_metadata and storage_data are not both mappings")
-    places = {}
-    for index, place in storage.items():
+    stored = {}
+    for index, info in storage.items():
         if isinstance(index, Record) and isinstance(index.state, dict):
-            places[index.state.get("fqn"), _sizes(index.state.get("offset"))] = place
+            stored[index.state.get("fqn"), _sizes(index.state.get("offset"))] = info
     tensors: dict[str, LazyTensor] = {}
     problems: list[str] = []
     for name, entry in entries.items():
         if not isinstance(name, str) or not name.startswith(prefix) or getattr(entry, "kind", "").startswith("Bytes"):
             continue
         try:
-            tensors[name.removeprefix(prefix)] = _distributed(folder, name, entry, places)
+            tensors[name.removeprefix(prefix)] = _distributed(folder, name, entry, stored)
         except CheckpointError as error:
             problems.append(str(error))
     raise_problems(f"{file} is broken", problems)
     return tensors
 
 
-def _distributed(folder: Path, name: str, entry: Any, places: dict[Any, Any]) -> LazyTensor:
+def _distributed(folder: Path, name: str, entry: Any, stored: dict[Any, Any]) -> LazyTensor:
     if not isinstance(entry, Record) or entry.kind != "TensorStorageMetadata":
         raise CheckpointError(f"{name} is a {getattr(entry, 'kind', type(entry).__name__)}, expected a tensor")
     properties, shape = entry["properties"], _sizes(entry["size"])
@@ -73,27 +73,27 @@ def _distributed(folder: Path, name: str, entry: Any, places: dict[Any, Any]) ->
         offsets, sizes = _sizes(chunk["offsets"]), _sizes(chunk["sizes"])
         if offsets is None or sizes is None:
             raise CheckpointError(f"{name} has a chunk with offsets or sizes that cannot be")
-        place = places.get((name, offsets))
-        if place is None:
+        info = stored.get((name, offsets))
+        if info is None:
             raise CheckpointError(f"{name}: storage_data has no chunk at {list(offsets)}")
-        pieces.append(Piece(offsets, sizes, _chunk(folder, name, place)))
+        pieces.append(Piece(offsets, sizes, _chunk(folder, name, info)))
     return assembled(name, folder / METADATA, dtype, shape, pieces)
 
 
-def _chunk(folder: Path, name: str, place: Any) -> Callable[[], LazyTensor]:
-    if not isinstance(place, Record):
-        raise CheckpointError(f"{name} lies in a {type(place).__name__}, expected a _StorageInfo")
-    path, span = place["relative_path"], integers((place["offset"], place["length"]))
+def _chunk(folder: Path, name: str, info: Any) -> Callable[[], LazyTensor]:
+    if not isinstance(info, Record):
+        raise CheckpointError(f"{name} is in a {type(info).__name__}, expected a _StorageInfo")
+    path, span = info["relative_path"], integers((info["offset"], info["length"]))
     if not isinstance(path, str) or span is None:
-        raise CheckpointError(f"{name} lies in {path!r}, at an offset or of a length that cannot be")
+        raise CheckpointError(f"{name} is in {path!r}, at an offset or of a length that cannot be")
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.name:
-        raise CheckpointError(f"{name} lies in {path!r}, expected a path inside {folder}")
-    if place.state.get("transform_descriptors"):
-        raise CheckpointError(f"{name} in {path} went through {place['transform_descriptors']}, expected it as it is")
+        raise CheckpointError(f"{name} is in {path!r}, expected a path inside {folder}")
+    if info.state.get("transform_descriptors"):
+        raise CheckpointError(f"{name} in {path} went through {info['transform_descriptors']}, expected it as it is")
     file = folder / pure
     if not file.is_file():
-        raise CheckpointError(f"{name} lies in {path}, which is not there")
+        raise CheckpointError(f"{name} is in {path}, which is not there")
     if sum(span) > file.stat().st_size:
         raise CheckpointError(
             f"{name} ends at byte {sum(span)} of {path}, the file at {file.stat().st_size}: truncated"
@@ -102,7 +102,7 @@ def _chunk(folder: Path, name: str, place: Any) -> Callable[[], LazyTensor]:
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:
-    """A torch.Size, or a list, as a tuple of whole numbers; None for anything else."""
+    """A torch.Size, or a list, as a tuple of integers; None for anything else."""
     if isinstance(value, Record):
         value = value.args[0] if value.kind == "Size" and value.args else None
     return integers(value)

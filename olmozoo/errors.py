@@ -14,11 +14,11 @@ class ConfigError(OlmozooError, ValueError):
 
 
 class CheckpointError(OlmozooError, ValueError):
-    """A checkpoint folder is broken or does not hold what its config asks for."""
+    """A checkpoint folder is broken or does not fit its config."""
 
 
 class HubError(OlmozooError, OSError):
-    """A repository or one of its files could not be had from the hub or its cache."""
+    """A repository or one of its files could not be downloaded and is not in the cache."""
 
 
 class InputError(OlmozooError, ValueError):

@@ -125,11 +125,11 @@ def diff(
     Args:
         a, b: folders, or repositories on the hub.
         revision_a, revision_b: branch, tag or commit of either repository.
-        progress: told what is being compared.
+        progress: called with a status text.
         **hub: `subfolder`, `token`, `cache_dir`, `local_files_only`, for both.
 
     Raises:
-        HubError: a repository cannot be had.
+        HubError: a repository cannot be downloaded and is not in the cache.
         ConfigError: a config.json is absent, broken or of no known family.
         CheckpointError: a checkpoint is broken, or has a tensor under two names.
     """

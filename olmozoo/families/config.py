@@ -160,7 +160,7 @@ class ModelConfig(ABC):
                 self._check_int(name, least=-1)
         ends = self.eos_token_id if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
         if any(end is not None and not _is_int(end, most=MOST) for end in ends):
-            self._wrong("eos_token_id", "a whole number, a list of them, or None")
+            self._wrong("eos_token_id", "an integer, a list of integers, or None")
         if "head_dim" in self.extra and not (self.extra["head_dim"] is None or _is_int(self.extra["head_dim"], 1)):
             raise ConfigError(f"{self.name}Config.head_dim is {self.extra['head_dim']!r}, expected a positive number")
         if not self.extra.get("head_dim") and self.hidden_size % self.num_attention_heads:
@@ -173,7 +173,7 @@ class ModelConfig(ABC):
         if self.num_labels is not None:
             self._check_int("num_labels", most=MOST_LABELS)
         if self.id2label is not None:
-            expected = "an object from whole numbers to texts"
+            expected = "an object from integers to strings"
             if not isinstance(self.id2label, Mapping):
                 self._wrong("id2label", expected)
             try:
@@ -183,7 +183,7 @@ class ModelConfig(ABC):
             if len(numbers) != len(self.id2label) or not all(isinstance(v, str) for v in self.id2label.values()):
                 self._wrong("id2label", expected)
         if self.label2id is not None and not isinstance(self.label2id, Mapping):
-            self._wrong("label2id", "an object from texts to whole numbers")
+            self._wrong("label2id", "an object from strings to integers")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], **overrides: Any) -> Self:
@@ -250,7 +250,7 @@ class ModelConfig(ABC):
         """Read the config.json of a folder or of a repository on the hub.
 
         Raises:
-            HubError: the repository or the file cannot be had.
+            HubError: the repository or the file cannot be downloaded and is not in the cache.
             ConfigError: the file is not a config of this family or has a bad value.
         """
         folder = resolve(
@@ -319,7 +319,7 @@ class ModelConfig(ABC):
     def _check_int(self, *names: str, least: int = 1, most: int = MOST) -> None:
         for name in names:
             if not _is_int(getattr(self, name), least, most):
-                self._wrong(name, f"a whole number of at least {least} and at most {most:,}")
+                self._wrong(name, f"an integer of at least {least} and at most {most:,}")
 
     def _check_number(self, *names: str, least: float = 0.0, below: float = float("inf")) -> None:
         for name in names:
@@ -357,7 +357,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ConfigError: the file is absent, is not JSON, or holds something other than an object.
+        ConfigError: the file is absent, is not JSON, or is something other than an object.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -366,7 +366,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds a JSON {type(data).__name__}, expected an object")
+        raise ConfigError(f"{path} is a JSON {type(data).__name__}, expected an object")
     return data
 
 

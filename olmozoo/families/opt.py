@@ -44,7 +44,7 @@ class OPTConfig(ModelConfig):
         activation_function: the MLP's activation.
         layerdrop: probability of skipping a block, in training (arXiv:1909.11556).
         init_std: standard deviation of initial weights.
-        use_cache: whether a call returns keys and values unless told.
+        use_cache: whether a call returns keys and values by default.
         pad_token_id, bos_token_id, eos_token_id: special tokens; eos may be a list.
         enable_bias: whether q, k, v, out, fc1 and fc2 have biases.
         layer_norm_elementwise_affine: whether the norms have parameters.

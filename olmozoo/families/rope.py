@@ -1,6 +1,6 @@
 """Rotary position frequencies (RoFormer, arXiv:2104.09864) for every scaling kind, formed once in NumPy.
 
-A wing turns positions into angles with the three lines of `Rope.frequencies`, in its own framework, since positions
+A wing computes angles from positions with the three lines of `Rope.frequencies`, in its own framework, since positions
 (and with them the length) may be traced there. All that is per model is here.
 """
 
@@ -27,7 +27,7 @@ class Rope:
     Attributes:
         inv_freq: head_dim / 2 float64 numbers, radians per position.
         scale: factor on cos and sin (yarn and longrope; else 1).
-        length: the length up to which `inv_freq` holds for `dynamic` and `longrope`.
+        length: the length up to which `inv_freq` applies for `dynamic` and `longrope`.
         growth: head_dim / 2 exponents; set for `dynamic` only, where past `length` the frequencies are
             `inv_freq * (1 + factor * (n - length) / length) ** -growth`.
         factor: that factor.
@@ -71,14 +71,16 @@ def make_rope(theta: float, head_dim: int, max_position_embeddings: int, scaling
     except ConfigError:
         raise
     except (ArithmeticError, ValueError) as error:  # such as a logarithm of 0
-        raise ConfigError(f"rope_theta {theta} and rope_scaling {scaling} give no frequencies: {error}") from error
+        raise ConfigError(
+            f"rope_theta {theta} and rope_scaling {scaling} have no finite frequencies: {error}"
+        ) from error
     return rope
 
 
 def _make_rope(theta: float, head_dim: int, max_position_embeddings: int, scaling: dict[str, Any]) -> Rope:
     kind = rope_kind(scaling)
     if head_dim % 2:
-        raise ConfigError(f"head_dim is {head_dim}, expected an even number: rotary embeddings turn pairs")
+        raise ConfigError(f"head_dim is {head_dim}, expected an even number: rotary embeddings rotate pairs")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(f"rope_scaling.partial_rotary_factor is {scaling['partial_rotary_factor']!r}, expected 1.0")
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
@@ -126,10 +128,10 @@ def _yarn(inv_freq: Array, theta: float, head_dim: int, original: float, scaling
     if fast < slow:
         raise ConfigError(f"rope_scaling.beta_fast is {fast}, expected at least beta_slow = {slow}")
 
-    def pair_turning(rotations: float) -> float:  # the (fractional) pair that turns so often over `original` positions
+    def pair_of(rotations: float) -> float:  # the (fractional) pair that rotates so often over `original` positions
         return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = pair_turning(fast), pair_turning(slow)
+    low, high = pair_of(fast), pair_of(slow)
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
@@ -153,8 +155,8 @@ def _llama3(inv_freq: Array, original: float, scaling: dict[str, Any]) -> Array:
     high = _number(scaling, "high_freq_factor", None)
     if high <= low:
         raise ConfigError(f"rope_scaling.high_freq_factor is {high}, expected more than low_freq_factor = {low}")
-    turns = original * inv_freq / (2 * math.pi)  # full turns over the original context
-    kept = np.clip((turns - low) / (high - low), 0, 1)
+    rotations = original * inv_freq / (2 * math.pi)  # over the original context
+    kept = np.clip((rotations - low) / (high - low), 0, 1)
     return (1 - kept) * inv_freq / factor + kept * inv_freq
 
 

@@ -25,7 +25,7 @@ class RotaryConfig(ModelConfig):
         hidden_act: the MLP's activation.
         max_position_embeddings: the trained length, in tokens.
         initializer_range: standard deviation of initial weights.
-        use_cache: whether a call returns keys and values unless told.
+        use_cache: whether a call returns keys and values by default.
         pad_token_id, bos_token_id, eos_token_id: special tokens; eos may be a list.
         tie_word_embeddings: whether the head is the token embedding.
         rope_theta: base of the rotary frequencies.

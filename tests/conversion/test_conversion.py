@@ -416,7 +416,7 @@ def test_a_wrong_write_is_found_and_does_not_take_its_place(tmp_path, name, monk
 def test_dst_must_not_hold_src(tmp_path):
     src = shutil.copytree(NATIVE[OLMO], tmp_path / "a/src")
     for dst in (src, tmp_path / "a"):
-        with pytest.raises(InputError, match="which holds SRC"):
+        with pytest.raises(InputError, match="which contains SRC"):
             olmo_native.main(src, dst)
 
 
