@@ -3,14 +3,11 @@
     python benchmarks/conversion.py [--size 6GB] [--dtype bfloat16] [--to safetensors,orbax] [--back]
 
 A checkpoint of that size is made in a temporary folder, with the shapes of OLMo 2 7B and as many blocks as fit, and
-removed in the end; the disk needs room for three of them. Any format of `olmozoo convert --to` can be named, and any
-program in `conversion/`, which then runs without its comparison at the end, as `olmozoo convert` does. With --back,
-the way from each that has one to safetensors is measured instead, and `cp` copies what that format wrote. Each
-conversion runs in a process of its own, right after a `cp`, and what both wrote is flushed to disk between them,
-outside the time; shown are the medians, and the range of the rounds' ratios. They do not end alike: `cp` leaves its
-copy in the system's memory, most of it not yet on disk, where a conversion leaves little. Peak memory is resident
-memory of any kind: with the interpreter and what is mapped of the source, without the kernel's cache of files. For
-savedmodel it is that of the larger of two processes.
+removed in the end; the disk needs room for three of them. `--to` names formats of `olmozoo convert` and programs in
+`conversion/`, which run without their comparison at the end. With `--back`, the way from each to safetensors is
+measured instead. Each conversion runs in a process of its own, right after a `cp`, and everything is flushed to disk
+between them. Shown are the medians, and the range of the rounds' ratios. Peak memory is the resident memory of the
+process, the interpreter and mapped pages of the source included.
 """
 
 from __future__ import annotations
@@ -57,7 +54,7 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from olmozoo.checkpoint.convert import FORMATS
+    from olmozoo.checkpoint.formats import WRITABLE
 
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, foreign, target = Path(folder, "source"), Path(folder, "foreign"), Path(folder, "target")
@@ -69,20 +66,21 @@ def main() -> None:
         for column in table.columns[1:]:
             column.justify = "right"
         idle = run([sys.executable, "-c", "import olmozoo.checkpoint, h5py"])[1]
-        names = [*FORMATS, *(FROM_PROGRAMS if options.back else TO_PROGRAMS)]
+        names = [*WRITABLE, *(FROM_PROGRAMS if options.back else TO_PROGRAMS)]
         for name in options.to.split(",") if options.to else names:
             forth, back = conversion(name, options.max_shard_size)
-            source_of_run, command = source, forth
+            read_from, command = source, forth
             if options.back:
-                source_of_run, command = foreign, back
+                read_from, command = foreign, back
                 run([*forth, str(source), str(foreign)])
                 os.sync()
             copies, runs = [], []
             for _ in range(options.rounds):
-                copies.append(run(["cp", "-r", str(source_of_run), str(target)]))
+                copies.append(run(["cp", "-r", str(read_from), str(target)]))
                 clear(target)
-                runs.append(run([*command, str(source_of_run), str(target)]))
-                clear(target)
+                written = target.with_suffix(".gguf") if name == "gguf_export" else target
+                runs.append(run([*command, str(read_from), str(written)]))
+                clear(written)
             if options.back:
                 clear(foreign)
             copied, seconds = ([taken for taken, _ in series] for series in (copies, runs))
@@ -129,7 +127,7 @@ def contents(folder: Path) -> list[int]:
     from olmozoo.checkpoint.reader import Checkpoint
 
     tensors = Checkpoint(folder).tensors.values()
-    return [int(np.prod(info.shape, dtype=np.int64)) * info.dtype.itemsize for info in tensors]
+    return [tensor.nbytes for tensor in tensors]
 
 
 def conversion(name: str, max_shard_size: str) -> tuple[list[str], list[str]]:
@@ -145,14 +143,14 @@ def conversion(name: str, max_shard_size: str) -> tuple[list[str], list[str]]:
 
 def run(command: list[str]) -> tuple[float, int]:
     """Run a command; the seconds it took and its peak memory in bytes."""
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as output:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=said, stderr=said, cwd=HERE)
+        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=HERE)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         if status:
-            said.seek(0)
-            raise SystemExit(f"{' '.join(command)} failed:\n{said.read().decode()}")
+            output.seek(0)
+            raise SystemExit(f"{' '.join(command)} failed:\n{output.read().decode()}")
     return seconds, usage.ru_maxrss * 1024
 
 

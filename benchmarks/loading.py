@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from importlib import import_module
 from pathlib import Path
 
 from conversion import HERE, contents, run
@@ -76,9 +75,10 @@ def main() -> None:
 
 def load(folder: str, wing: str, said: str) -> None:
     """Load the checkpoint and write down the seconds that took."""
-    from olmozoo.interop import WINGS
+    from olmozoo.backends import backend_class
 
-    cls = getattr(import_module(f"olmozoo.{wing}"), f"{WINGS[wing]}AutoModelForCausalLM")
+    names = vars(backend_class(wing).module())
+    cls = next(value for name, value in names.items() if name.endswith("AutoModelForCausalLM"))
     start = time.perf_counter()
     model = cls.from_pretrained(folder)
     Path(said).write_text(json.dumps(time.perf_counter() - start))
