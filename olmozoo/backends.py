@@ -11,13 +11,12 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Unpack
 
 import numpy as np
 
-from olmozoo.checkpoint.reader import Checkpoint
+from olmozoo.checkpoint.reader import OpenCheckpoint, open_checkpoint
 from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Head
@@ -31,8 +30,7 @@ class Backend(ABC):
     """A causal language model, loaded in one wing. Ids and masks are (batch, seq) arrays, padded on the left.
 
     Args:
-        folder: of the checkpoint.
-        config: its config.
+        source: the checkpoint.
         dtype: name of the parameters' dtype; default the checkpoint's own.
         device: such as "cpu", "cuda", "cuda:1" or "mps"; default an accelerator if there is one, else the CPU.
 
@@ -49,10 +47,10 @@ class Backend(ABC):
     framework: ClassVar[str]  # the module that has to be installed
     device: Any = None
 
-    def __init__(self, folder: Path, config: ModelConfig, dtype: str | None = None, device: str | None = None) -> None:
-        cls = self.model_class(config, "causal_lm")
-        self.device = self.choose_device(folder, dtype, device)
-        self.model = self.load(cls, folder, config, dtype)
+    def __init__(self, source: OpenCheckpoint, dtype: str | None = None, device: str | None = None) -> None:
+        cls = self.model_class(source.config, "causal_lm")
+        self.device = self.choose_device(dtype or source.checkpoint.dtype.name, device)
+        self.model = self.load(cls, source, dtype)
 
     @property
     def config(self) -> ModelConfig:
@@ -111,13 +109,13 @@ class Backend(ABC):
         return cls.model_class(config, head)(config, seed=None, dtype=dtype.name)
 
     @abstractmethod
-    def choose_device(self, folder: Path, dtype: str | None, device: str | None) -> Any:
-        """The device for a checkpoint, in the framework's own form."""
+    def choose_device(self, dtype: str, device: str | None) -> Any:
+        """The device for a model in that dtype, in the framework's own form."""
 
-    def load(self, cls: type[Any], folder: Path, config: ModelConfig, dtype: str | None) -> Any:
-        """A model of the class with the weights of a folder."""
+    def load(self, cls: type[Any], source: OpenCheckpoint, dtype: str | None) -> Any:
+        """A model of the class with the weights of a checkpoint."""
         with self.scope():
-            return cls._from_folder(folder, config, dtype=dtype)
+            return cls._from_checkpoint(source, dtype=dtype)
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """What the framework's calls run in."""
@@ -144,13 +142,13 @@ class PyTorch(Backend):
 
         return olmozoo.pt
 
-    def choose_device(self, folder: Path, dtype: str | None, device: str | None) -> Any:
+    def choose_device(self, dtype: str, device: str | None) -> Any:
         """The one asked for; by default CUDA or another accelerator if there is one (MPS not for float64)."""
         import torch
 
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if device is None:
-            if accelerator is None or (accelerator.type == "mps" and _dtype(folder, dtype) == "float64"):
+            if accelerator is None or (accelerator.type == "mps" and dtype == "float64"):
                 return torch.device("cpu")
             return accelerator
         here = ["cpu", "meta"] if accelerator is None else [accelerator.type, "cpu", "meta"]
@@ -159,9 +157,9 @@ class PyTorch(Backend):
                 return chosen
         raise _no_device(device, "PyTorch", here)
 
-    def load(self, cls: type[Any], folder: Path, config: ModelConfig, dtype: str | None) -> Any:
+    def load(self, cls: type[Any], source: OpenCheckpoint, dtype: str | None) -> Any:
         """See `Backend.load`."""
-        return cls._from_folder(folder, config, dtype=dtype, device=self.device)
+        return cls._from_checkpoint(source, dtype=dtype, device=self.device)
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """No gradients."""
@@ -195,7 +193,7 @@ class TensorFlow(Backend):
 
         return olmozoo.tf
 
-    def choose_device(self, folder: Path, dtype: str | None, device: str | None) -> Any:
+    def choose_device(self, dtype: str, device: str | None) -> Any:
         """The one asked for; by default TensorFlow takes a GPU by itself."""
         if device is None:
             return None
@@ -236,7 +234,7 @@ class Flax(Backend):
         """See `Backend.empty_model`."""
         return cls.model_class(config, head)(config, dtype=dtype, param_dtype=dtype, _do_init=False)
 
-    def choose_device(self, folder: Path, dtype: str | None, device: str | None) -> Any:
+    def choose_device(self, dtype: str, device: str | None) -> Any:
         """The one asked for; by default JAX takes an accelerator by itself."""
         if device is None:
             return None
@@ -248,12 +246,12 @@ class Flax(Backend):
                 return devices[index]
         raise _no_device(device, "JAX", {d.platform for d in jax.devices()} | {"cpu"})
 
-    def load(self, cls: type[Any], folder: Path, config: ModelConfig, dtype: str | None) -> Any:
+    def load(self, cls: type[Any], source: OpenCheckpoint, dtype: str | None) -> Any:
         """See `Backend.load`. In the dtype of the file, whatever that is: float64 needs to be enabled."""
         import jax
 
         with jax.default_device(self.device), jax.enable_x64(True):
-            return cls._from_folder(folder, config, dtype=dtype)
+            return cls._from_checkpoint(source, dtype=dtype)
 
     @contextlib.contextmanager
     def scope(self) -> Any:
@@ -312,7 +310,7 @@ def load(
     cls = backend_class(backend)
     cls.module()  # before anything is downloaded
     folder = resolve(path_or_repo, need="weights", **hub)
-    return cls(folder, ModelConfig.from_folder(folder), dtype, device)
+    return cls(open_checkpoint(folder), dtype, device)
 
 
 def _kind_and_index(device: str) -> tuple[str, int]:
@@ -324,10 +322,6 @@ def _kind_and_index(device: str) -> tuple[str, int]:
 
 def _no_device(device: str, framework: str, here: Iterable[str]) -> InputError:
     return InputError(f"device is {device!r}, and {framework} has {', '.join(sorted(here))} here")
-
-
-def _dtype(folder: Path, dtype: str | None) -> str:
-    return dtype or Checkpoint(folder).dtype.name
 
 
 def _at_least_float32(array: Array) -> Array:

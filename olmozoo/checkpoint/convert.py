@@ -20,7 +20,7 @@ from olmozoo.checkpoint.files import GENERATION_CONFIG, parse_size, remove
 from olmozoo.checkpoint.formats import ALL_WEIGHTS, WRITABLE, Format
 from olmozoo.checkpoint.formats.names import flax_path
 from olmozoo.checkpoint.matching import match_tensors
-from olmozoo.checkpoint.reader import Checkpoint
+from olmozoo.checkpoint.reader import Checkpoint, open_checkpoint, read_unchanged
 from olmozoo.checkpoint.tensors import LazyTensor, dtype_of, same_bits
 from olmozoo.checkpoint.writer import write_config, write_weights
 from olmozoo.errors import CheckpointError, InputError, raise_problems
@@ -70,8 +70,8 @@ def convert_checkpoint(
     format = WRITABLE[to]
     parse_size(max_shard_size)
     folder = hub.resolve(source, need="model", **hub_options)
-    config = ModelConfig.from_folder(folder)
-    checkpoint = Checkpoint(folder)
+    opened, settings = read_unchanged(folder, lambda: (open_checkpoint(folder), settings_files(folder)))
+    config, checkpoint = opened.config, opened.checkpoint
     head = head_of(config, checkpoint)
     wanted = dtype_of(dtype) if dtype is not None else checkpoint.dtype if format.one_dtype else None
     tensors = _tensors(checkpoint, config, head, wanted)
@@ -79,7 +79,7 @@ def convert_checkpoint(
     with atomic_folder(target, ALL_WEIGHTS) as staging:
         write_config(staging, config, head, list(tensors.values()))
         remove(staging / GENERATION_CONFIG)  # that of the folder's old model
-        write_settings(settings_files(folder), staging)
+        write_settings(settings, staging)
         if format.takes == "keras_model":
             _write_keras(format, staging, _keras_model(config, head, counted, staging))
         elif format.takes == "flax":

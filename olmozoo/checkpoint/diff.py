@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from olmozoo.checkpoint.reader import Checkpoint
+from olmozoo.checkpoint.reader import Checkpoint, OpenCheckpoint, open_checkpoint
 from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError
 from olmozoo.families.config import ModelConfig
@@ -136,8 +136,14 @@ def diff(
     folders = [
         resolve(path, need="weights", revision=revision, **hub) for path, revision in ((a, revision_a), (b, revision_b))
     ]
-    configs = [ModelConfig.from_folder(folder) for folder in folders]
-    sides = [_canonical(folder) for folder in folders]
+    found = diff_opened(open_checkpoint(folders[0]), open_checkpoint(folders[1]), progress)
+    return replace(found, a=os.fspath(a), b=os.fspath(b))
+
+
+def diff_opened(a: OpenCheckpoint, b: OpenCheckpoint, progress: Callable[[str], None]) -> Diff:
+    """Compare two checkpoints that are open; see `diff`."""
+    configs = a.config, b.config
+    sides = [_canonical(side.checkpoint) for side in (a, b)]
     for side, other, config in zip(sides, reversed(sides), configs, strict=True):
         head = f"{HEAD_MODULES['causal_lm']}.weight"
         if head in other and head not in side and config.tie_word_embeddings and config.embedding.name in side:
@@ -147,18 +153,18 @@ def diff(
         progress(f"comparing {name}")
         rows.append(_compare(name, sides[0].get(name), sides[1].get(name)))
     rows.sort(key=lambda row: (row.elements > 0, -row.relative, -row.differing, row.name))
-    return Diff(os.fspath(a), os.fspath(b), list(_config_differences(*configs)), rows)
+    return Diff(str(a.checkpoint.folder), str(b.checkpoint.folder), list(_config_differences(*configs)), rows)
 
 
-def _canonical(folder: Path) -> dict[str, LazyTensor]:
-    """The tensors of a folder by canonical names."""
+def _canonical(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    """The tensors of a checkpoint by canonical names."""
     found: dict[str, LazyTensor] = {}
-    for name, info in Checkpoint(folder).tensors.items():
+    for name, info in checkpoint.tensors.items():
         whole = name.startswith(BASE_PREFIX) or name.partition(".")[0] in HEAD_MODULES.values()
         canonical = name if whole else BASE_PREFIX + name
         if canonical in found:
             raise CheckpointError(
-                f"{folder} has {canonical} twice: in {Path(info.file).name} without {BASE_PREFIX!r} too"
+                f"{checkpoint.folder} has {canonical} twice: in {Path(info.file).name} without {BASE_PREFIX!r} too"
             )
         found[canonical] = info
     return found

@@ -92,6 +92,40 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+class FolderHandle:
+    """A folder, whatever its path leads to later.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # The open folder keeps its inode's number from being used again. Windows opens no folders.
+            self.descriptor = None if os.name == "nt" else os.open(path, getattr(os, "O_PATH", os.O_RDONLY))
+            self.status = os.stat(path) if self.descriptor is None else os.fstat(self.descriptor)
+        except (OSError, ValueError) as error:  # ValueError: a path with a null character
+            raise CheckpointError(f"{path} is not a readable folder: {error}") from error
+
+    def __del__(self) -> None:
+        descriptor: int | None = getattr(self, "descriptor", None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def is_current(self) -> bool:
+        """Whether the path still leads to this folder."""
+        try:
+            return os.path.samestat(self.status, os.stat(self.path))
+        except OSError:
+            return False
+
+    def check(self) -> None:
+        """Raise a CheckpointError unless the path still leads to this folder."""
+        if not self.is_current():
+            raise CheckpointError(f"{self.path} was replaced while it was read: load again")
+
+
 class FileSlice(io.RawIOBase):
     """A file, or `length` bytes of it from `start`, as a read-only file of its own."""
 

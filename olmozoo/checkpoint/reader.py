@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
-from olmozoo.checkpoint.files import index_entries
+from olmozoo.checkpoint.files import GENERATION_CONFIG, FolderHandle, index_entries
 from olmozoo.checkpoint.formats import FORMATS, Format, keras
 from olmozoo.checkpoint.formats.names import canonical_name
 from olmozoo.checkpoint.tensors import LazyTensor, widest
-from olmozoo.errors import CheckpointError, raise_problems
+from olmozoo.errors import CheckpointError, OlmozooError, raise_problems
+from olmozoo.families.config import ModelConfig, read_json
 from olmozoo.typing import Array, StrPath
 
 IGNORED = "rotary_emb.inv_freq"  # the end of names of a table that older programs saved; it is made from the config
+TRIES = 20  # readings of a folder that other processes keep replacing
+
+Result = TypeVar("Result")
 
 
 class Checkpoint:
     """The tensors of a folder, by the names in its files; no values are read before `checkpoint[name]`.
 
     A folder is searched for the formats of `formats.FORMATS` in their order: safetensors first, and a single file
-    before shards with an index. Files are opened once, so that a save that replaces the folder meanwhile is never
-    mixed in.
+    before shards with an index. Files are opened once, here: a save that replaces the folder later is never mixed in.
+    For one that replaces it meanwhile, see `open_checkpoint`.
 
     Args:
         folder: the folder.
@@ -92,3 +99,60 @@ class Checkpoint:
     def dtype(self) -> np.dtype[np.generic]:
         """The dtype of the tensors; where they differ, one that represents the values of all."""
         return widest(tensor.dtype for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """The files of a folder that belong to one save.
+
+    Attributes:
+        config: of the model.
+        generation: the contents of generation_config.json; None where there is none.
+        checkpoint: the tensors.
+    """
+
+    config: ModelConfig
+    generation: dict[str, Any] | None
+    checkpoint: Checkpoint
+
+
+def open_checkpoint(folder: StrPath, config_class: type[ModelConfig] = ModelConfig, **overrides: Any) -> OpenCheckpoint:
+    """Open a folder for loading, so that its config, generation settings and tensors are of one save.
+
+    Args:
+        folder: the folder.
+        config_class: the family; default the one that config.json names.
+        **overrides: fields of the config to change.
+
+    Raises:
+        ConfigError: config.json or generation_config.json is missing or bad.
+        CheckpointError: no weights, or broken ones; or the folder is replaced again and again.
+    """
+    path = Path(folder)
+
+    def read() -> OpenCheckpoint:
+        config = config_class.from_folder(path, **overrides)
+        settings = path / GENERATION_CONFIG
+        generation = read_json(settings) if settings.exists() else None
+        return OpenCheckpoint(config, generation, Checkpoint(path))
+
+    return read_unchanged(path, read)
+
+
+def read_unchanged(folder: Path, read: Callable[[], Result]) -> Result:
+    """The result of `read`, which is called again where the folder was replaced meanwhile.
+
+    Raises:
+        CheckpointError: the folder is replaced again and again.
+    """
+    for _ in range(TRIES):
+        handle = FolderHandle(folder)
+        try:
+            result = read()
+        except (OlmozooError, OSError):
+            if handle.is_current():
+                raise
+            continue
+        if handle.is_current():
+            return result
+    raise CheckpointError(f"{folder} was replaced {TRIES} times while it was read: load again")

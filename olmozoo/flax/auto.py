@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Generic, TypeVar
 
+from olmozoo.checkpoint.reader import open_checkpoint
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Head
 from olmozoo.families.registry import model_class
@@ -41,10 +42,10 @@ class AutoClass(Generic[Model]):
         """
         hub, overrides = split_options(options)
         folder = resolve(path_or_repo, need="weights", **hub)
-        config = ModelConfig.from_folder(folder, **overrides)
-        found: type[Model] = model_class("flax", config, cls.head)
-        return found._from_folder(
-            folder, config, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, _do_init=_do_init
+        source = open_checkpoint(folder, **overrides)
+        found: type[Model] = model_class("flax", source.config, cls.head)
+        return found._from_checkpoint(
+            source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, _do_init=_do_init
         )
 
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -15,7 +14,7 @@ from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from olmozoo.checkpoint.matching import load_weights
-from olmozoo.checkpoint.reader import Checkpoint
+from olmozoo.checkpoint.reader import OpenCheckpoint, open_checkpoint
 from olmozoo.checkpoint.tensors import aligned_copy, check_shapes, dtype_of
 from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import ConfigError, InputError
@@ -204,29 +203,28 @@ class PreTrainedModel(ModelMixin):
         """
         hub, overrides = split_options(options)
         folder = resolve(path_or_repo, need="weights", **hub)
-        config = cls.config_class.from_folder(folder, **overrides)
-        return cls._from_folder(
-            folder, config, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, _do_init=_do_init
+        source = open_checkpoint(folder, cls.config_class, **overrides)
+        return cls._from_checkpoint(
+            source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, _do_init=_do_init
         )
 
     @classmethod
-    def _from_folder(
+    def _from_checkpoint(
         cls,
-        folder: Path,
-        config: ModelConfig,
+        source: OpenCheckpoint,
         *,
         dtype: Any = None,
         ignore_mismatched_sizes: bool = False,
         _do_init: bool = True,
     ) -> Self | tuple[Self, dict[str, Any]]:
-        """`from_pretrained` of a local folder, of which `config` has been read."""
-        checkpoint = Checkpoint(folder)
+        """`from_pretrained` of a folder that is open."""
+        config, checkpoint = source.config, source.checkpoint
         wanted = usable_dtype(checkpoint.dtype if dtype in (None, "auto") else dtype)
         weights = load_weights(
             checkpoint, config, cls.head, dtype=wanted, ignore_mismatched_sizes=ignore_mismatched_sizes
         )
         model = cls(config, dtype=wanted, param_dtype=wanted, _do_init=False)
-        model.generation_config = GenerationConfig.from_folder(folder, config)
+        model.generation_config = GenerationConfig.from_contents(source.generation, config)
         if not _do_init:
             return model, model._tree((parameter, from_numpy(parameter, array)) for parameter, array in weights)
         model.bind_parameters(weights)

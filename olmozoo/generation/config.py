@@ -195,7 +195,12 @@ class GenerationConfig:
     def from_folder(cls, folder: str | os.PathLike[str], config: ModelConfig) -> Self:
         """The settings in a folder's generation_config.json; without one, the special tokens of `config`."""
         path = Path(folder) / "generation_config.json"
-        return cls.from_dict(read_json(path)) if path.is_file() else cls.from_model(config)
+        return cls.from_contents(read_json(path) if path.exists() else None, config)
+
+    @classmethod
+    def from_contents(cls, data: Mapping[str, Any] | None, config: ModelConfig) -> Self:
+        """The settings in the contents of a generation_config.json; without one, the special tokens of `config`."""
+        return cls.from_model(config) if data is None else cls.from_dict(data)
 
     @classmethod
     def from_model(cls, config: ModelConfig) -> Self:

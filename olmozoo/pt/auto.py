@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
+from olmozoo.checkpoint.reader import open_checkpoint
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Head
 from olmozoo.families.registry import model_class
@@ -43,10 +44,10 @@ class AutoClass(Generic[Model]):
         """
         hub, overrides = split_options(options)
         folder = resolve(path_or_repo, need="weights", **hub)
-        config = ModelConfig.from_folder(folder, **overrides)
-        found: type[Model] = model_class("pt", config, cls.head)
-        return found._from_folder(
-            folder, config, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, device=device
+        source = open_checkpoint(folder, **overrides)
+        found: type[Model] = model_class("pt", source.config, cls.head)
+        return found._from_checkpoint(
+            source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, device=device
         )
 
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from olmozoo.checkpoint.matching import initial_weights, load_weights
-from olmozoo.checkpoint.reader import Checkpoint
+from olmozoo.checkpoint.reader import OpenCheckpoint, open_checkpoint
 from olmozoo.checkpoint.tensors import check_shapes, dtype_of
 from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import InputError, raise_problems
@@ -89,30 +88,27 @@ class PreTrainedModel(ModelMixin, nn.Module):
         """
         hub, overrides = split_options(options)
         folder = resolve(path_or_repo, need="weights", **hub)
-        config = cls.config_class.from_folder(folder, **overrides)
-        return cls._from_folder(
-            folder, config, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, device=device
-        )
+        source = open_checkpoint(folder, cls.config_class, **overrides)
+        return cls._from_checkpoint(source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, device=device)
 
     @classmethod
-    def _from_folder(
+    def _from_checkpoint(
         cls,
-        folder: Path,
-        config: ModelConfig,
+        source: OpenCheckpoint,
         *,
         dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
         device: torch.device | str | None = None,
     ) -> Self:
-        """`from_pretrained` of a local folder, of which `config` has been read."""
-        checkpoint = Checkpoint(folder)
+        """`from_pretrained` of a folder that is open."""
+        config, checkpoint = source.config, source.checkpoint
         wanted = checkpoint.dtype if dtype in (None, "auto") else dtype_of(dtype)
         weights = load_weights(
             checkpoint, config, cls.head, dtype=wanted, ignore_mismatched_sizes=ignore_mismatched_sizes
         )
         model = cls(config, seed=None)
         model.bind_parameters(weights, device)
-        model.generation_config = GenerationConfig.from_folder(folder, config)
+        model.generation_config = GenerationConfig.from_contents(source.generation, config)
         return model.eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:

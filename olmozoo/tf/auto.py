@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Generic, TypeVar
 
+from olmozoo.checkpoint.reader import open_checkpoint
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Head
 from olmozoo.families.registry import model_class
@@ -40,9 +41,9 @@ class AutoClass(Generic[Model]):
         """
         hub, overrides = split_options(options)
         folder = resolve(path_or_repo, need="weights", **hub)
-        config = ModelConfig.from_folder(folder, **overrides)
-        found: type[Model] = model_class("tf", config, cls.head)
-        return found._from_folder(folder, config, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes)
+        source = open_checkpoint(folder, **overrides)
+        found: type[Model] = model_class("tf", source.config, cls.head)
+        return found._from_checkpoint(source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes)
 
     @classmethod
     def from_config(cls, config: ModelConfig, **options: Any) -> Model:

@@ -6,7 +6,6 @@ import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import keras
@@ -15,7 +14,7 @@ import optree
 import tensorflow as tf
 
 from olmozoo.checkpoint.matching import initial_weights, load_weights
-from olmozoo.checkpoint.reader import Checkpoint
+from olmozoo.checkpoint.reader import OpenCheckpoint, open_checkpoint
 from olmozoo.checkpoint.tensors import aligned, check_shapes
 from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import InputError
@@ -116,15 +115,15 @@ class PreTrainedModel(ModelMixin, keras.Model):
         """
         hub, overrides = split_options(options)
         folder = resolve(path_or_repo, need="weights", **hub)
-        config = cls.config_class.from_folder(folder, **overrides)
-        return cls._from_folder(folder, config, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes)
+        source = open_checkpoint(folder, cls.config_class, **overrides)
+        return cls._from_checkpoint(source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes)
 
     @classmethod
-    def _from_folder(
-        cls, folder: Path, config: ModelConfig, *, dtype: Any = None, ignore_mismatched_sizes: bool = False
+    def _from_checkpoint(
+        cls, source: OpenCheckpoint, *, dtype: Any = None, ignore_mismatched_sizes: bool = False
     ) -> Self:
-        """`from_pretrained` of a local folder, of which `config` has been read."""
-        checkpoint = Checkpoint(folder)
+        """`from_pretrained` of a folder that is open."""
+        config, checkpoint = source.config, source.checkpoint
         model = cls(config, seed=None, dtype=checkpoint.dtype.name if dtype in (None, "auto") else dtype)
         weights = load_weights(
             checkpoint,
@@ -134,7 +133,7 @@ class PreTrainedModel(ModelMixin, keras.Model):
             ignore_mismatched_sizes=ignore_mismatched_sizes,
         )
         model.bind_parameters(weights)
-        model.generation_config = GenerationConfig.from_folder(folder, config)
+        model.generation_config = GenerationConfig.from_contents(source.generation, config)
         return model
 
     def save_pretrained(self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:

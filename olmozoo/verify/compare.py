@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from olmozoo.backends import BACKENDS, installed
-from olmozoo.checkpoint.diff import diff
-from olmozoo.checkpoint.reader import Checkpoint
+from olmozoo.checkpoint.diff import diff_opened
+from olmozoo.checkpoint.reader import Checkpoint, OpenCheckpoint, open_checkpoint
 from olmozoo.checkpoint.tensors import dtype_of
 from olmozoo.errors import CheckpointError, InputError
 from olmozoo.families.config import ModelConfig
@@ -65,8 +65,7 @@ class _Run:
     """A checkpoint in a backend."""
 
     label: str
-    folder: Path
-    config: ModelConfig
+    source: OpenCheckpoint
     backend: str
 
 
@@ -109,48 +108,48 @@ def verify(
         InputError: too few backends, an unknown one, or an unknown dtype or device.
     """
     _check(backends, against, dtype)
-    folders = {"A": resolve(path_or_repo, need="model", **hub)}
-    weights = None
+    folder = resolve(path_or_repo, need="model", **hub)
+    sides, weights = {"A": open_checkpoint(folder)}, None
     if against is not None:
         options: HubOptions = {**hub, "revision": against_revision}
-        folders["B"] = resolve(against, need="weights", **options)
-        found = diff(folders["A"], folders["B"], progress=progress)
+        sides["B"] = open_checkpoint(resolve(against, need="weights", **options))
+        found = diff_opened(sides["A"], sides["B"], progress)
         weights = replace(found, a=os.fspath(path_or_repo), b=os.fspath(against))
-    configs = {side: ModelConfig.from_folder(folder) for side, folder in folders.items()}
     report = Report(
         f"A in {backends[0]}" if against is not None else backends[0],
         dtype,
         BOUNDS[dtype],
         model=os.fspath(path_or_repo),
         against=None if against is None else os.fspath(against),
-        config=configs["A"].to_dict(),
+        config=sides["A"].config.to_dict(),
         weights=weights,
     )
     progress("checking that every weight is finite")
-    for side, folder in folders.items():
+    for side, source in sides.items():
         suffix = "" if side == "A" else f" of {side}"
-        report.bad_weights.extend(name + suffix for name in _not_finite(Checkpoint(folder)))
+        report.bad_weights.extend(name + suffix for name in _not_finite(source.checkpoint))
     if against is None:
-        runs = [_Run(name, folders["A"], configs["A"], name) for name in dict.fromkeys(backends)]
+        runs = [_Run(name, sides["A"], name) for name in dict.fromkeys(backends)]
     else:
         names = dict.fromkeys(backends[1:] or backends)
-        runs = [_Run(report.reference, folders["A"], configs["A"], backends[0])]
-        runs += [_Run(f"B in {name}", folders["B"], configs["B"], name) for name in names]
-    tokenizer = _tokenizer(folders["A"], prompts)
-    vocabulary = min(config.vocab_size for config in configs.values())
-    ids, mask = _batch(tokenizer, configs["A"], vocabulary, prompts)
+        runs = [_Run(report.reference, sides["A"], backends[0])]
+        runs += [_Run(f"B in {name}", sides["B"], name) for name in names]
+    tokenizer = _tokenizer(folder, prompts)
+    vocabulary = min(source.config.vocab_size for source in sides.values())
+    ids, mask = _batch(tokenizer, sides["A"].config, vocabulary, prompts)
     real = mask.astype(bool)
 
-    exact: dict[Path, dict[str, Array]] = {}
+    exact: dict[Checkpoint, dict[str, Array]] = {}
     reference: dict[str, Array] = {}
     for run in runs:
-        if dtype in ("bfloat16", "float16") and run.folder not in exact:
+        checkpoint = run.source.checkpoint
+        if dtype in ("bfloat16", "float16") and checkpoint not in exact:
             progress(f"running {backends[0]} in float32")
-            exact[run.folder] = _layers(replace(run, backend=backends[0]), "float32", device, ids, mask, False)
+            exact[checkpoint] = _layers(replace(run, backend=backends[0]), "float32", device, ids, mask, False)
         progress(f"running {run.label} in {dtype}")
         output = _layers(run, dtype, device, ids, mask, attentions)
-        if run.folder in exact:
-            report.band.extend(_band(run.label, dtype, exact[run.folder], output, real))
+        if checkpoint in exact:
+            report.band.extend(_band(run.label, dtype, exact[checkpoint], output, real))
         reference = reference or output
         _add(report, run.label, reference, output, real)
         if logits:
@@ -192,7 +191,7 @@ def _batch(
 
 def _layers(run: _Run, dtype: str, device: str | None, ids: Array, mask: Array, attentions: bool) -> dict[str, Array]:
     """What each layer gives, (batch, seq, ...)."""
-    output = BACKENDS[run.backend](run.folder, run.config, dtype, device).forward(
+    output = BACKENDS[run.backend](run.source, dtype, device).forward(
         ids, mask, output_hidden_states=True, output_attentions=attentions, use_cache=False
     )
     names = ["embeddings", *(f"layer {i}" for i in range(1, len(output["hidden_states"])))]

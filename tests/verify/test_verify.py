@@ -126,8 +126,8 @@ def test_an_error_beyond_rounding_is_seen_in_the_reference_too(folder, monkeypat
     cls = BACKENDS[FIRST]
     forward, init = cls.forward, cls.__init__
 
-    def remember(self, folder, config, dtype=None, device=None):
-        init(self, folder, config, dtype, device)
+    def remember(self, source, dtype=None, device=None):
+        init(self, source, dtype, device)
         self.low = dtype == "bfloat16"
 
     def wrong(self, *args, **options):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from olmozoo.checkpoint.files import FolderHandle
 from olmozoo.checkpoint.formats.flax_msgpack import nested
 from olmozoo.checkpoint.formats.names import canonical, flax_name, gather, guarded, missing_library
 from olmozoo.checkpoint.tensors import DTYPE_NAMES, LazyTensor
@@ -41,6 +42,7 @@ def read(folder: Path) -> dict[str, LazyTensor]:
     except ImportError as error:
         raise missing_library(f"reading {folder}", "orbax-checkpoint", "flax") from error
     folder = _array_folder(folder)
+    handle = FolderHandle(folder)  # TensorStore opens files when it reads their values
 
     def arrays() -> Iterator[LazyTensor]:
         base = {"driver": "file", "path": f"{folder.resolve()}/"}
@@ -61,7 +63,7 @@ def read(folder: Path) -> dict[str, LazyTensor]:
                 name,
                 np.dtype(array.dtype.numpy_dtype),
                 tuple(array.shape),
-                lambda array=array: _values(array),  # type: ignore[misc]
+                lambda array=array: _values(array, handle),  # type: ignore[misc]
                 folder,
             )
             chunk: Any = tuple(array.chunk_layout.read_chunk.shape or ())
@@ -83,8 +85,10 @@ def read(folder: Path) -> dict[str, LazyTensor]:
         raise CheckpointError(f"{folder} is not a readable Orbax checkpoint: {error}") from error
 
 
-def _values(array: Any) -> Array:
-    return np.asarray(array.read().result())
+def _values(array: Any, handle: FolderHandle) -> Array:
+    values = np.asarray(array.read().result())
+    handle.check()
+    return values
 
 
 def _array_folder(folder: Path) -> Path:

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from olmozoo.checkpoint.files import FolderHandle
 from olmozoo.checkpoint.formats.names import canonical, flax_name, gather, guarded, missing_library
 from olmozoo.checkpoint.tensors import DTYPE_NAMES, LazyTensor
 from olmozoo.errors import CheckpointError
+from olmozoo.typing import Array
 
 FOLDER = "saved_model"
 VARIABLES = "variables/variables"  # the prefix of the files of values
@@ -29,6 +31,8 @@ def read(folder: Path) -> dict[str, LazyTensor]:
     except ImportError as error:
         raise missing_library(f"reading {folder}", "tensorflow", "tf") from error
 
+    handle = FolderHandle(folder)  # TensorFlow opens the files of values when it reads the first of them
+
     def variables() -> Iterator[LazyTensor]:
         reader = tf.train.load_checkpoint(str(folder / VARIABLES))
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
@@ -46,7 +50,7 @@ def read(folder: Path) -> dict[str, LazyTensor]:
                 name,
                 dtype,
                 tuple(shapes[key]),
-                lambda key=key: reader.get_tensor(key),  # type: ignore[misc]
+                lambda key=key: _values(reader, key, handle),  # type: ignore[misc]
                 folder,
             )
             if dtype not in DTYPE_NAMES.values():
@@ -59,6 +63,12 @@ def read(folder: Path) -> dict[str, LazyTensor]:
         return gather(folder, variables())
     except Exception as error:  # of many kinds, for what can be wrong inside a file
         raise CheckpointError(f"{folder} is not a readable SavedModel: {error}") from error
+
+
+def _values(reader: Any, key: str, handle: FolderHandle) -> Array:
+    values: Array = reader.get_tensor(key)
+    handle.check()
+    return values
 
 
 def write(folder: Path, model: Any) -> None:
