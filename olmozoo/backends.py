@@ -16,13 +16,13 @@ from typing import Any, ClassVar, Unpack
 
 import numpy as np
 
-from olmozoo.checkpoint.reader import OpenCheckpoint, open_checkpoint
+from olmozoo.checkpoint.adapters import locate, open_merged
+from olmozoo.checkpoint.reader import OpenCheckpoint
 from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Head
 from olmozoo.families.registry import model_class
 from olmozoo.generation.config import GenerationConfig
-from olmozoo.hub import resolve
 from olmozoo.typing import Array, HubOptions, StrPath
 
 
@@ -292,6 +292,7 @@ def load(
     backend: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    adapter: StrPath | None = None,
     **hub: Unpack[HubOptions],
 ) -> Backend:
     """Load a causal language model in a wing.
@@ -301,6 +302,7 @@ def load(
         backend: "pt", "tf" or "flax"; default the first that is installed.
         dtype: name of the parameters' dtype; default the checkpoint's own.
         device: such as "cpu", "cuda", "cuda:1" or "mps"; default an accelerator if there is one, else the CPU.
+        adapter: a folder or a repository with a LoRA adapter of PEFT; default one in the model's folder.
         **hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
@@ -309,8 +311,8 @@ def load(
     """
     cls = backend_class(backend)
     cls.module()  # before anything is downloaded
-    folder = resolve(path_or_repo, need="weights", **hub)
-    return cls(open_checkpoint(folder), dtype, device)
+    source = open_merged(locate(path_or_repo, need="weights", adapter=adapter, **hub))
+    return cls(source, dtype, device)
 
 
 def _kind_and_index(device: str) -> tuple[str, int]:

@@ -16,7 +16,7 @@ from typing import Literal, Unpack
 from olmozoo.errors import CheckpointError, HubError, InputError
 from olmozoo.typing import HubOptions, StrPath
 
-Need = Literal["config", "weights", "tokenizer", "model"]
+Need = Literal["config", "weights", "tokenizer", "model", "adapter"]
 HUB_ARGUMENTS = tuple(HubOptions.__annotations__)
 WORKERS = 8  # shards that are downloaded at once
 
@@ -29,11 +29,14 @@ TOKENIZER_FILES = (
     *("merges.txt", "vocab.json", "tokenizer.json"),
 )
 CHAT_TEMPLATES = "additional_chat_templates"  # the folder of a tokenizer's chat templates beside the default one
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _FILES: dict[Need, tuple[str, ...]] = {
-    "config": _CONFIG,
-    "weights": _CONFIG,
+    "config": (ADAPTER_CONFIG, *_CONFIG),
+    "weights": (ADAPTER_CONFIG, *_CONFIG),
     "tokenizer": ("config.json", *TOKENIZER_FILES),
-    "model": (*TOKENIZER_FILES, *_CONFIG),
+    "model": (*TOKENIZER_FILES, ADAPTER_CONFIG, *_CONFIG),
+    "adapter": (*TOKENIZER_FILES, ADAPTER_CONFIG),
 }
 # The first of these that exists is the set of weights.
 _WEIGHTS = tuple(
@@ -50,8 +53,9 @@ def resolve(path_or_repo: StrPath, *, need: Need, **hub: Unpack[HubOptions]) -> 
         path_or_repo: a folder, or the id of a hub repository (`org/name` or `name`). A folder that exists wins.
         need: `"config"` (config.json, and generation_config.json if there is one), `"weights"` (those and one set of
             weights: safetensors before .bin before what Transformers 4 wrote for TensorFlow and Flax, a single file
-            before shards), `"tokenizer"` (its files and config.json) or `"model"` (the weights, and the files of the
-            tokenizer if there are any).
+            before shards), `"tokenizer"` (its files and config.json), `"model"` (the weights, and the files of the
+            tokenizer if there are any) or `"adapter"` (adapter_config.json with its weights, and the tokenizer).
+            Where a repository has an adapter, that comes with the weights, or in place of config and weights.
         **hub: see `olmozoo.typing.HubOptions`. For a local folder, all but `subfolder` are ignored.
 
     Returns:
@@ -166,18 +170,26 @@ def _collect(need: Need, names: set[str], fetch: Callable[[str], Path], lack: Ca
     """Fetch what is needed of the files `names` of one folder, and return the local copy of that folder."""
     if need == "tokenizer" and "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         raise lack("tokenizer.json, nor vocab.json with merges.txt")
-    if need != "tokenizer" and "config.json" not in names:
+    adapter = [name for name in ADAPTER_WEIGHTS if name in names][:1] if ADAPTER_CONFIG in names else []
+    if need == "adapter" and not adapter:
+        raise lack(f"{ADAPTER_CONFIG} with {' or '.join(ADAPTER_WEIGHTS)}")
+    if need not in ("tokenizer", "adapter") and "config.json" not in names and not adapter:
         raise lack("config.json")
     weights = [name for name in _WEIGHTS if name in names][:1] if need in ("weights", "model") else []
-    if need in ("weights", "model") and not weights:
+    if need in ("weights", "model") and not weights and not adapter:
         raise lack(f"weights (any of {', '.join(_WEIGHTS)})")
+    if need in ("weights", "model", "adapter"):
+        weights = [*adapter, *weights]
     templates = [n for n in sorted(names) if PurePosixPath(n).match(f"{CHAT_TEMPLATES}/*.jinja")]
-    wanted = [*(templates if need in ("tokenizer", "model") else ()), *(n for n in _FILES[need] if n in names)]
+    wanted = [
+        *(templates if need in ("tokenizer", "model", "adapter") else ()),
+        *(n for n in _FILES[need] if n in names),
+    ]
     files = [fetch(name) for name in (*wanted, *weights)]
-    if weights and weights[0].endswith(".index.json"):
+    if weights and weights[-1].endswith(".index.json"):
         shards = _shards(files[-1])
         if absent := [shard for shard in shards if shard not in names]:
-            raise lack(f"{', '.join(absent)}, which {weights[0]} names")
+            raise lack(f"{', '.join(absent)}, which {weights[-1]} names")
         with ThreadPoolExecutor(WORKERS) as pool:
             list(pool.map(fetch, shards))
     return files[-1].parent

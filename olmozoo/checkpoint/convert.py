@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from olmozoo import hub
+from olmozoo.checkpoint.adapters import locate, open_merged
 from olmozoo.checkpoint.atomic import atomic_folder
 from olmozoo.checkpoint.files import GENERATION_CONFIG, parse_size, remove
 from olmozoo.checkpoint.formats import ALL_WEIGHTS, WRITABLE, Format
 from olmozoo.checkpoint.formats.names import flax_path
 from olmozoo.checkpoint.matching import match_tensors
-from olmozoo.checkpoint.reader import Checkpoint, open_checkpoint, read_unchanged
+from olmozoo.checkpoint.reader import Checkpoint, read_unchanged
 from olmozoo.checkpoint.tensors import LazyTensor, dtype_of, same_bits
 from olmozoo.checkpoint.writer import write_config, write_weights
 from olmozoo.errors import CheckpointError, InputError, raise_problems
@@ -40,6 +41,7 @@ def convert_checkpoint(
     max_shard_size: int | str = "5GB",
     verify: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     **hub_options: Any,
 ) -> None:
     """Write a checkpoint in another format, with its config, generation settings and tokenizer.
@@ -56,6 +58,8 @@ def convert_checkpoint(
         max_shard_size: bytes a file, for the formats that have shards: safetensors, pt-bin and flax-msgpack.
         verify: read what was written, and compare every tensor bit for bit, before the rename.
         progress: called as progress(bytes read, bytes in all).
+        adapter: a folder or a repository with a LoRA adapter of PEFT; default one in the model's folder. The merged
+            model is written.
         **hub_options: as of `hub.resolve`.
 
     Raises:
@@ -69,8 +73,9 @@ def convert_checkpoint(
         raise InputError(f"to is {to!r}, expected one of {', '.join(WRITABLE)}")
     format = WRITABLE[to]
     parse_size(max_shard_size)
-    folder = hub.resolve(source, need="model", **hub_options)
-    opened, settings = read_unchanged(folder, lambda: (open_checkpoint(folder), settings_files(folder)))
+    found = locate(source, need="model", adapter=adapter, **hub_options)
+    folder = found.folder
+    opened, settings = read_unchanged(folder, lambda: (open_merged(found), settings_files(folder, found.tokenizer)))
     config, checkpoint = opened.config, opened.checkpoint
     head = head_of(config, checkpoint)
     wanted = dtype_of(dtype) if dtype is not None else checkpoint.dtype if format.one_dtype else None
@@ -79,6 +84,8 @@ def convert_checkpoint(
     with atomic_folder(target, ALL_WEIGHTS) as staging:
         write_config(staging, config, head, list(tensors.values()))
         remove(staging / GENERATION_CONFIG)  # that of the folder's old model
+        for name in (hub.ADAPTER_CONFIG, *hub.ADAPTER_WEIGHTS):  # that of the folder's old model too
+            remove(staging / name)
         write_settings(settings, staging)
         if format.takes == "keras_model":
             _write_keras(format, staging, _keras_model(config, head, counted, staging))
@@ -175,11 +182,13 @@ def _verify(staging: Path, config: ModelConfig, head: Head | None, tensors: Tens
     raise_problems("what was written differs from what was read", problems)
 
 
-def settings_files(folder: Path) -> dict[str, bytes]:
-    """A folder's generation_config.json and its tokenizer's files: name -> content."""
-    names = [name for name in (GENERATION_CONFIG, *hub.TOKENIZER_FILES) if (folder / name).is_file()]
-    names += [f"{hub.CHAT_TEMPLATES}/{path.name}" for path in sorted((folder / hub.CHAT_TEMPLATES).glob("*.jinja"))]
-    return {name: (folder / name).read_bytes() for name in names}
+def settings_files(folder: Path, tokenizer: Path | None = None) -> dict[str, bytes]:
+    """A folder's generation_config.json, and the files of its tokenizer or of another folder's: name -> content."""
+    tokenizer = folder if tokenizer is None else tokenizer
+    names = [name for name in hub.TOKENIZER_FILES if (tokenizer / name).is_file()]
+    names += [f"{hub.CHAT_TEMPLATES}/{path.name}" for path in sorted((tokenizer / hub.CHAT_TEMPLATES).glob("*.jinja"))]
+    settings = [folder / GENERATION_CONFIG] if (folder / GENERATION_CONFIG).is_file() else []
+    return {path.name: path.read_bytes() for path in settings} | {n: (tokenizer / n).read_bytes() for n in names}
 
 
 def write_settings(files: dict[str, bytes], folder: Path) -> None:

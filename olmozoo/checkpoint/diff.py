@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from olmozoo.checkpoint.reader import Checkpoint, OpenCheckpoint, open_checkpoint
+from olmozoo.checkpoint.adapters import locate, open_merged
+from olmozoo.checkpoint.reader import Checkpoint, OpenCheckpoint
 from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import BASE_PREFIX, HEAD_MODULES
-from olmozoo.hub import resolve
 from olmozoo.typing import Array
 
 PART = 1 << 20  # elements compared at a time; in float64, and with what is worked out on the way, some 60 MB
@@ -133,10 +133,9 @@ def diff(
         ConfigError: a config.json is absent, broken or of no known family.
         CheckpointError: a checkpoint is broken, or has a tensor under two names.
     """
-    folders = [
-        resolve(path, need="weights", revision=revision, **hub) for path, revision in ((a, revision_a), (b, revision_b))
-    ]
-    found = diff_opened(open_checkpoint(folders[0]), open_checkpoint(folders[1]), progress)
+    given = ((a, revision_a), (b, revision_b))
+    sides = [open_merged(locate(path, need="weights", revision=revision, **hub)) for path, revision in given]
+    found = diff_opened(*sides, progress)
     return replace(found, a=os.fspath(a), b=os.fspath(b))
 
 

@@ -50,7 +50,7 @@ def load_weights(
     for parameter in sorted(config.parameters(head), key=lambda parameter: -parameter.size):
         if parameter.tied_to is None:
             if parameter.name in sources:
-                yield parameter, checkpoint[sources[parameter.name]].astype(dtype, copy=False)
+                yield parameter, checkpoint.tensors[sources[parameter.name]].exact_values().astype(dtype, copy=False)
             else:
                 yield parameter, parameter.initial(seed, dtype)
 

@@ -58,6 +58,7 @@ class LazyTensor:
         read: returns the values, as a view of the mapped file where possible; they need not be contiguous.
         file: where it is stored, for messages.
         read_rows: returns rows [start, stop) without reading the others; None where that is `read()[start:stop]`.
+        exact: of a tensor that is computed, returns the values before they are rounded to `dtype`.
     """
 
     name: str
@@ -66,6 +67,7 @@ class LazyTensor:
     read: Callable[[], Array]
     file: Path | str = ""
     read_rows: Callable[[int, int], Array] | None = None
+    exact: Callable[[], Array] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -76,13 +78,17 @@ class LazyTensor:
         """Rows [start, stop) of the first dimension."""
         return self.read()[start:stop] if self.read_rows is None else self.read_rows(start, stop)
 
+    def exact_values(self) -> Array:
+        """The values before they were rounded to `dtype`, where they are computed; else what `read` returns."""
+        return self.read() if self.exact is None else self.exact()
+
     def renamed(self, name: str) -> LazyTensor:
         """The same tensor under another name."""
         return dataclasses.replace(self, name=name)
 
     def transposed(self) -> LazyTensor:
         """The transpose of a matrix, as a view."""
-        return dataclasses.replace(self, shape=self.shape[::-1], read=lambda: self.read().T, read_rows=None)
+        return dataclasses.replace(self, shape=self.shape[::-1], read=lambda: self.read().T, read_rows=None, exact=None)
 
     def cast(self, dtype: np.dtype[Any]) -> LazyTensor:
         """The tensor in another dtype; reading it raises a CheckpointError where a value would overflow."""
@@ -90,7 +96,7 @@ class LazyTensor:
             return self
 
         def read() -> Array:
-            array = self.read()
+            array = self.exact_values()
             with np.errstate(over="ignore"):
                 result = array.astype(dtype)
             lost = int(np.isinf(result).sum()) - int(np.isinf(array).sum())
@@ -98,7 +104,7 @@ class LazyTensor:
                 raise CheckpointError(f"{self.name} has {lost} value(s) too large for {dtype.name}: use a wider dtype")
             return result
 
-        return dataclasses.replace(self, dtype=dtype, read=read, read_rows=None)
+        return dataclasses.replace(self, dtype=dtype, read=read, read_rows=None, exact=None)
 
     def contiguous(self) -> Array:
         """The values in C order: the mapped file itself where it is so.

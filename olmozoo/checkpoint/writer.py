@@ -10,8 +10,10 @@ from olmozoo.checkpoint.atomic import atomic_folder
 from olmozoo.checkpoint.files import CONFIG, GENERATION_CONFIG, parse_size, remove, shards, write_json
 from olmozoo.checkpoint.formats import SHARDED_WEIGHTS, WRITABLE, Format
 from olmozoo.checkpoint.tensors import LazyTensor, dtype_of, widest
+from olmozoo.errors import CheckpointError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import ARCHITECTURES, BASE_PREFIX, Head, Parameter
+from olmozoo.hub import ADAPTER_CONFIG
 from olmozoo.typing import Array, StrPath
 
 
@@ -41,8 +43,10 @@ def save_checkpoint(
         max_shard_size: bytes a file, as a number or as "5GB" (10**9) or "5GiB" (2**30).
 
     Raises:
-        CheckpointError: the folder cannot be written; the message says why.
+        CheckpointError: the folder has an adapter or cannot be written; the message says why.
     """
+    if (Path(folder) / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{folder} has an adapter, which loading would merge into this model: save elsewhere")
     prefix = BASE_PREFIX if head is None else ""
     tensors = [
         LazyTensor(p.name.removeprefix(prefix), dtype_of(dtype(p)), p.shape, lambda p=p: read(p))  # type: ignore[misc]

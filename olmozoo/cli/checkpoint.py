@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -12,6 +12,7 @@ from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from olmozoo.cli.common import (
     LISTED,
+    Adapter,
     AsJson,
     Dtype,
     Model,
@@ -38,18 +39,26 @@ def info(
     """Show a model's config, its parameters by group and their size, from config.json alone."""
     from olmozoo.checkpoint.tensors import DTYPES
 
-    config = _config(model, revision)
+    config, adapter = _config(model, revision)
     counts = config.count_parameters()
     total = sum(counts.values())
     cache = 2 * config.num_hidden_layers * config.kv_heads * config.head_dim
     sizes = {dtype.name: (total * dtype.itemsize, cache * dtype.itemsize) for dtype in DTYPES.values()}
     if as_json:
         memory = {name: {"weights": weights, "cache_per_token": token} for name, (weights, token) in sizes.items()}
-        content = {"config": config.to_dict(), "parameters": {**counts, "total": total}, "memory": memory}
+        content = {
+            "config": config.to_dict(),
+            "adapter": adapter,
+            "parameters": {**counts, "total": total},
+            "memory": memory,
+        }
         write(f"{json.dumps(content)}\n")
         return
     fields = [(name, str(value)) for name, value in sorted(config.to_dict().items())]
     show(f"{config.name}: config", ["field", "value"], fields, texts=2)
+    if adapter is not None:
+        rows = [(name, str(value)) for name, value in sorted(adapter.items()) if value not in (None, False, [], {})]
+        show("adapter, merged into the weights on loading", ["setting", "value"], rows, texts=2)
     groups = [(group, f"{count:,}", f"{count / total:.1%}") for group, count in counts.items()]
     groups.append(("total", f"{total:,}", "100.0%"))
     show("parameters of the causal language model", ["group", "parameters", "share"], groups)
@@ -70,6 +79,7 @@ def convert(
     ] = "5GB",
     verify: Annotated[bool, typer.Option(help="Read what was written, and compare every tensor bit for bit.")] = False,
     revision: Revision = None,
+    adapter: Adapter = None,
 ) -> None:
     """Write a checkpoint in another framework's format, with its config and tokenizer.
 
@@ -90,6 +100,7 @@ def convert(
             verify=verify,
             progress=lambda done, total: bar.update(task, description="writing", completed=done, total=total),
             revision=revision,
+            adapter=adapter,
         )
     write(f"{target}\n")
 
@@ -136,14 +147,18 @@ def show_diff(found: Diff, most: int | None) -> None:
     out.print("[green]the same config and the same weights[/]" if found.same else f"[bold red]{count}[/]")
 
 
-def _config(model: str, revision: str | None) -> ModelConfig:
-    """The config of a folder, of a preset where there is no such folder, or of a repository."""
-    from olmozoo.families.config import ModelConfig
+def _config(model: str, revision: str | None) -> tuple[ModelConfig, dict[str, Any] | None]:
+    """The config of a folder, of a preset where there is no such folder, or of a repository; and its adapter's."""
+    from olmozoo.checkpoint.adapters import locate
+    from olmozoo.families.config import ModelConfig, read_json
     from olmozoo.families.registry import presets
+    from olmozoo.hub import ADAPTER_CONFIG
 
     if model in presets() and not Path(model).is_dir():
-        return ModelConfig.from_preset(model)
-    return ModelConfig.from_pretrained(model, revision=revision)
+        return ModelConfig.from_preset(model), None
+    folder, adapter = locate(model, need="config", revision=revision)
+    settings = None if adapter is None else read_json(adapter / ADAPTER_CONFIG)
+    return ModelConfig.from_folder(folder), settings
 
 
 def _bytes(count: int) -> str:

@@ -21,6 +21,10 @@ LISTED = 30  # tensors that `diff` and `verify` list by default
 MODEL, SAMPLING, BEAMS, OUTPUT = "Model", "Sampling", "Beam search", "Output"  # the panels of --help
 Model = Annotated[str, typer.Argument(help="A folder, or a repository on the hub such as allenai/OLMo-2-0425-1B.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.", rich_help_panel=MODEL)]
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="A folder or a repository with a LoRA adapter to merge into the model.", rich_help_panel=MODEL),
+]
 Backend = Annotated[
     str | None, typer.Option(help="pt, tf or flax; default the first that is installed.", rich_help_panel=MODEL)
 ]

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from olmozoo.cli.common import (
+    Adapter,
     AsJson,
     Backend,
     Device,
@@ -37,6 +38,7 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
     revision: Revision = None,
+    adapter: Adapter = None,
 ) -> None:
     """Measure perplexity and bits per byte of texts, or accuracy on multiple-choice questions.
 
@@ -60,6 +62,7 @@ def evaluate(
             batch_size=batch_size,
             progress=lambda done, total: bar.update(task, description="scoring", completed=done, total=total),
             revision=revision,
+            adapter=adapter,
         )
     if as_json:
         write(f"{json.dumps(result.to_dict())}\n")

@@ -14,6 +14,7 @@ import typer
 from olmozoo.cli.common import (
     BEAMS,
     OUTPUT,
+    Adapter,
     Backend,
     Device,
     Dtype,
@@ -50,6 +51,7 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     revision: Revision = None,
+    adapter: Adapter = None,
     max_new_tokens: MaxNewTokens = 64,
     stop: Annotated[
         list[str] | None,
@@ -108,7 +110,9 @@ def generate(
     )
     with err.status(f"loading {model}"):
         import_backend(backend)
-        pipe = pipeline("text-generation", model, backend=backend, dtype=dtype, device=device, revision=revision)
+        pipe = pipeline(
+            "text-generation", model, backend=backend, dtype=dtype, device=device, revision=revision, adapter=adapter
+        )
     if stream:
         for n, text in enumerate(prompts):
             write(text if isinstance(text, str) else "")
@@ -132,6 +136,7 @@ def chat(
     device: Device = None,
     dtype: Dtype = None,
     revision: Revision = None,
+    adapter: Adapter = None,
     max_new_tokens: MaxNewTokens = 512,
     sample: Sample = None,
     temperature: Temperature = None,
@@ -156,7 +161,9 @@ def chat(
     )
     with err.status(f"loading {model}"):
         import_backend(backend)
-        pipe = pipeline("text-generation", model, backend=backend, dtype=dtype, device=device, revision=revision)
+        pipe = pipeline(
+            "text-generation", model, backend=backend, dtype=dtype, device=device, revision=revision, adapter=adapter
+        )
     if "default" not in pipe.tokenizer.chat_templates:
         # A made-up format would look like a chat, and the model was never trained on it.
         raise InputError(

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from olmozoo.cli.checkpoint import show_diff
-from olmozoo.cli.common import LISTED, Device, Model, Revision, err, import_backend, out, printable, show
+from olmozoo.cli.common import LISTED, Adapter, Device, Model, Revision, err, import_backend, out, printable, show
 from olmozoo.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def verify(
     html: Annotated[Path | None, typer.Option(help="Write the whole report, with plots, into this web page.")] = None,
     device: Device = None,
     revision: Revision = None,
+    adapter: Adapter = None,
     against_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the second.")] = None,
 ) -> None:
     """Run one left-padded batch through the backends and compare every layer. Exit code 1 where a bound is broken."""
@@ -64,6 +65,7 @@ def verify(
             device=device,
             progress=lambda text: status.update(escape(printable(text))),
             revision=revision,
+            adapter=adapter,
             against_revision=against_revision,
         )
         if plot is not None:

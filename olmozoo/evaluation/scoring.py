@@ -16,8 +16,8 @@ from typing import Any, Unpack
 import numpy as np
 
 from olmozoo.backends import Backend, backend_class, load
+from olmozoo.checkpoint.adapters import locate
 from olmozoo.errors import CheckpointError, InputError
-from olmozoo.hub import resolve
 from olmozoo.text.tokenizer import Tokenizer, pad_left
 from olmozoo.typing import Array, HubOptions, StrPath
 
@@ -118,6 +118,7 @@ def evaluate(
     stride: int | None = None,
     batch_size: int = 4,
     progress: Progress = lambda done, total: None,
+    adapter: StrPath | None = None,
     **hub: Unpack[HubOptions],
 ) -> Perplexity | MultipleChoice:
     """Perplexity of texts, or accuracy on multiple-choice questions; see `perplexity` and `multiple_choice`.
@@ -131,6 +132,7 @@ def evaluate(
         window, stride: of `perplexity`.
         batch_size: rows that run at once.
         progress: called with the number of rows scored and the number of all rows.
+        adapter: a folder or a repository with a LoRA adapter of PEFT; default one in the model's folder.
         **hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
@@ -141,9 +143,9 @@ def evaluate(
     if questions and (window is not None or stride is not None):
         raise InputError("window and stride are for texts, and these are multiple-choice questions")
     backend_class(backend).module()  # before anything is downloaded
-    folder = resolve(path_or_repo, need="model", **hub)
-    tokenizer = Tokenizer.from_pretrained(folder)
-    loaded = load(folder, backend, dtype, device)
+    source = locate(path_or_repo, need="model", adapter=adapter, **hub)
+    tokenizer = Tokenizer.from_pretrained(source.tokenizer)
+    loaded = load(source.folder, backend, dtype, device, source.adapter)
     if questions:
         return multiple_choice(loaded, tokenizer, questions, batch_size=batch_size, progress=progress)
     texts = [entry for entry in content if isinstance(entry, str)]

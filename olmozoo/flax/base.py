@@ -13,8 +13,9 @@ from flax import linen as nn
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from olmozoo.checkpoint.adapters import locate, open_merged
 from olmozoo.checkpoint.matching import load_weights
-from olmozoo.checkpoint.reader import OpenCheckpoint, open_checkpoint
+from olmozoo.checkpoint.reader import OpenCheckpoint
 from olmozoo.checkpoint.tensors import aligned_copy, check_shapes, dtype_of
 from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import ConfigError, InputError
@@ -23,7 +24,6 @@ from olmozoo.families.parameter import Kind, Parameter
 from olmozoo.flax.cache import KVCache
 from olmozoo.flax.layers import at_least_float32
 from olmozoo.generation.config import GenerationConfig
-from olmozoo.hub import resolve
 from olmozoo.modeling import ModelMixin, resized_config, split_options
 from olmozoo.outputs import OUTPUTS
 
@@ -180,6 +180,7 @@ class PreTrainedModel(ModelMixin):
         dtype: Any = None,
         ignore_mismatched_sizes: bool = False,
         _do_init: bool = True,
+        adapter: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self | tuple[Self, dict[str, Any]]:
         """A model with the weights of a checkpoint.
@@ -192,6 +193,8 @@ class PreTrainedModel(ModelMixin):
             dtype: of the parameters and of what is computed; default the checkpoint's own.
             ignore_mismatched_sizes: start tensors of a wrong shape anew, with a warning, rather than refuse.
             _do_init: False returns `(model, params)`, the model without parameters of its own.
+            adapter: a folder or a repository with a LoRA adapter of PEFT, which is merged into the weights; default one
+                that is in the model's folder. See `olmozoo.checkpoint.adapters`.
             **options: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only` say where on the hub to look
                 (see `olmozoo.hub.resolve`); all others are fields of the config to change.
 
@@ -202,8 +205,8 @@ class PreTrainedModel(ModelMixin):
             CheckpointError: the weights are broken or do not fit the config; every problem is named.
         """
         hub, overrides = split_options(options)
-        folder = resolve(path_or_repo, need="weights", **hub)
-        source = open_checkpoint(folder, cls.config_class, **overrides)
+        found = locate(path_or_repo, need="weights", adapter=adapter, **hub)
+        source = open_merged(found, cls.config_class, **overrides)
         return cls._from_checkpoint(
             source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, _do_init=_do_init
         )

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from olmozoo.checkpoint.adapters import locate, open_merged
 from olmozoo.checkpoint.matching import initial_weights, load_weights
-from olmozoo.checkpoint.reader import OpenCheckpoint, open_checkpoint
+from olmozoo.checkpoint.reader import OpenCheckpoint
 from olmozoo.checkpoint.tensors import check_shapes, dtype_of
 from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import InputError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.generation.config import GenerationConfig
-from olmozoo.hub import resolve
 from olmozoo.modeling import ModelMixin, resized_config, split_options
 from olmozoo.outputs import OUTPUTS
 from olmozoo.pt.cache import KVCache
@@ -66,6 +66,7 @@ class PreTrainedModel(ModelMixin, nn.Module):
         dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
         device: torch.device | str | None = None,
+        adapter: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
         """A model with the weights of a checkpoint, in evaluation mode.
@@ -78,6 +79,8 @@ class PreTrainedModel(ModelMixin, nn.Module):
             dtype: of the parameters; default the checkpoint's own.
             ignore_mismatched_sizes: start tensors of a wrong shape anew, with a warning, rather than refuse.
             device: where the parameters go; default torch's default device.
+            adapter: a folder or a repository with a LoRA adapter of PEFT, which is merged into the weights; default one
+                that is in the model's folder. See `olmozoo.checkpoint.adapters`.
             **options: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only` say where on the hub to look
                 (see `olmozoo.hub.resolve`); all others are fields of the config to change.
 
@@ -87,8 +90,8 @@ class PreTrainedModel(ModelMixin, nn.Module):
             CheckpointError: the weights are broken or do not fit the config; every problem is named.
         """
         hub, overrides = split_options(options)
-        folder = resolve(path_or_repo, need="weights", **hub)
-        source = open_checkpoint(folder, cls.config_class, **overrides)
+        found = locate(path_or_repo, need="weights", adapter=adapter, **hub)
+        source = open_merged(found, cls.config_class, **overrides)
         return cls._from_checkpoint(source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, device=device)
 
     @classmethod
@@ -190,6 +193,12 @@ class PreTrainedModel(ModelMixin, nn.Module):
             if parameter.tied_to is not None:
                 *path, leaf = self._parameter_path(parameter)
                 setattr(self.get_submodule(".".join(path)), leaf, self.get_parameter(parameter.tied_to))
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """The paths of tied parameters, and of what they are tied to; PEFT reads it."""
+        tied = [parameter for parameter in self.config.parameters(self.head) if parameter.tied_to is not None]
+        return {".".join(self._parameter_path(parameter)): str(parameter.tied_to) for parameter in tied}
 
     def init_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` positions; dtype by default the model's."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from olmozoo.backends import Backend, backend_class, load
+from olmozoo.checkpoint.adapters import locate
 from olmozoo.errors import InputError
-from olmozoo.hub import resolve
 from olmozoo.text.chat import Message
 from olmozoo.text.streaming import TextIteratorStreamer
 from olmozoo.text.tokenizer import Tokenizer, pad_left
@@ -289,6 +289,7 @@ def pipeline(
     backend: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    adapter: StrPath | None = None,
     **hub: Unpack[HubOptions],
 ) -> TextGenerationPipeline:
     """A pipeline for a task.
@@ -299,6 +300,7 @@ def pipeline(
         backend: "pt", "tf" or "flax"; default the first that is installed.
         dtype: name of the parameters' dtype; default the checkpoint's own.
         device: such as "cpu", "cuda", "cuda:1" or "mps"; default an accelerator if there is one, else the CPU.
+        adapter: a folder or a repository with a LoRA adapter of PEFT; default one in the model's folder.
         **hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
@@ -308,6 +310,6 @@ def pipeline(
     if task != "text-generation":
         raise InputError(f"task is {task!r}, expected 'text-generation'")
     backend_class(backend).module()  # before anything is downloaded
-    folder = resolve(model, need="model", **hub)
-    tokenizer = Tokenizer.from_pretrained(folder)
-    return TextGenerationPipeline(load(folder, backend, dtype, device), tokenizer)
+    source = locate(model, need="model", adapter=adapter, **hub)
+    tokenizer = Tokenizer.from_pretrained(source.tokenizer)
+    return TextGenerationPipeline(load(source.folder, backend, dtype, device, source.adapter), tokenizer)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Generic, TypeVar
 
-from olmozoo.checkpoint.reader import open_checkpoint
+from olmozoo.checkpoint.adapters import locate, open_merged
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Head
 from olmozoo.families.registry import model_class
-from olmozoo.hub import resolve
 from olmozoo.modeling import split_options
 from olmozoo.tf.base import PreTrainedModel
 from olmozoo.tf.decoder import Decoder
@@ -30,6 +29,7 @@ class AutoClass(Generic[Model]):
         *,
         dtype: Any = None,
         ignore_mismatched_sizes: bool = False,
+        adapter: StrPath | None = None,
         **options: Any,
     ) -> Model:
         """A model of the checkpoint's family with its weights.
@@ -40,8 +40,7 @@ class AutoClass(Generic[Model]):
             ConfigError: the family has no such head.
         """
         hub, overrides = split_options(options)
-        folder = resolve(path_or_repo, need="weights", **hub)
-        source = open_checkpoint(folder, **overrides)
+        source = open_merged(locate(path_or_repo, need="weights", adapter=adapter, **hub), **overrides)
         found: type[Model] = model_class("tf", source.config, cls.head)
         return found._from_checkpoint(source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes)
 

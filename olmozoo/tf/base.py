@@ -13,15 +13,15 @@ import numpy as np
 import optree
 import tensorflow as tf
 
+from olmozoo.checkpoint.adapters import locate, open_merged
 from olmozoo.checkpoint.matching import initial_weights, load_weights
-from olmozoo.checkpoint.reader import OpenCheckpoint, open_checkpoint
+from olmozoo.checkpoint.reader import OpenCheckpoint
 from olmozoo.checkpoint.tensors import aligned, check_shapes
 from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.generation.config import GenerationConfig
-from olmozoo.hub import resolve
 from olmozoo.modeling import ModelMixin, resized_config, split_options
 from olmozoo.outputs import OUTPUTS, ModelOutput
 from olmozoo.tf.cache import KVCache
@@ -93,6 +93,7 @@ class PreTrainedModel(ModelMixin, keras.Model):
         *,
         dtype: Any = None,
         ignore_mismatched_sizes: bool = False,
+        adapter: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
         """A model with the weights of a checkpoint.
@@ -105,6 +106,8 @@ class PreTrainedModel(ModelMixin, keras.Model):
             path_or_repo: a folder, or a repository on the hub.
             dtype: a dtype or a Keras dtype policy, such as "mixed_bfloat16"; default the checkpoint's own dtype.
             ignore_mismatched_sizes: start tensors of a wrong shape anew, with a warning, rather than refuse.
+            adapter: a folder or a repository with a LoRA adapter of PEFT, which is merged into the weights; default one
+                that is in the model's folder. See `olmozoo.checkpoint.adapters`.
             **options: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only` say where on the hub to look
                 (see `olmozoo.hub.resolve`); all others are fields of the config to change.
 
@@ -114,8 +117,8 @@ class PreTrainedModel(ModelMixin, keras.Model):
             CheckpointError: the weights are broken or do not fit the config; every problem is named.
         """
         hub, overrides = split_options(options)
-        folder = resolve(path_or_repo, need="weights", **hub)
-        source = open_checkpoint(folder, cls.config_class, **overrides)
+        found = locate(path_or_repo, need="weights", adapter=adapter, **hub)
+        source = open_merged(found, cls.config_class, **overrides)
         return cls._from_checkpoint(source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes)
 
     @classmethod

@@ -14,12 +14,12 @@ import ml_dtypes
 import numpy as np
 
 from olmozoo.backends import BACKENDS, installed
+from olmozoo.checkpoint.adapters import locate, open_merged
 from olmozoo.checkpoint.diff import diff_opened
-from olmozoo.checkpoint.reader import Checkpoint, OpenCheckpoint, open_checkpoint
+from olmozoo.checkpoint.reader import Checkpoint, OpenCheckpoint
 from olmozoo.checkpoint.tensors import dtype_of
 from olmozoo.errors import CheckpointError, InputError
 from olmozoo.families.config import ModelConfig
-from olmozoo.hub import resolve
 from olmozoo.text.tokenizer import Tokenizer, pad_left
 from olmozoo.typing import Array, HubOptions, StrPath
 from olmozoo.verify.html import write_html
@@ -81,6 +81,7 @@ def verify(
     device: str | None = None,
     against_revision: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    adapter: StrPath | None = None,
     **hub: Unpack[HubOptions],
 ) -> Report:
     """Run one left-padded batch through the backends, one after the other, and compare with the first of them.
@@ -102,19 +103,20 @@ def verify(
         device: such as "cpu", "cuda", "cuda:1" or "mps"; default an accelerator if there is one, else the CPU.
         against_revision: branch, tag or commit of the second, where it is a repository.
         progress: called with a text that says what is being done.
+        adapter: an adapter that is merged into the first; default one in its folder.
         **hub: `revision` (of the first), `subfolder`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
         InputError: too few backends, an unknown one, or an unknown dtype or device.
     """
     _check(backends, against, dtype)
-    folder = resolve(path_or_repo, need="model", **hub)
-    sides, weights = {"A": open_checkpoint(folder)}, None
+    found = locate(path_or_repo, need="model", adapter=adapter, **hub)
+    sides, weights = {"A": open_merged(found)}, None
     if against is not None:
         options: HubOptions = {**hub, "revision": against_revision}
-        sides["B"] = open_checkpoint(resolve(against, need="weights", **options))
-        found = diff_opened(sides["A"], sides["B"], progress)
-        weights = replace(found, a=os.fspath(path_or_repo), b=os.fspath(against))
+        sides["B"] = open_merged(locate(against, need="weights", **options))
+        difference = diff_opened(sides["A"], sides["B"], progress)
+        weights = replace(difference, a=os.fspath(path_or_repo), b=os.fspath(against))
     report = Report(
         f"A in {backends[0]}" if against is not None else backends[0],
         dtype,
@@ -134,7 +136,7 @@ def verify(
         names = dict.fromkeys(backends[1:] or backends)
         runs = [_Run(report.reference, sides["A"], backends[0])]
         runs += [_Run(f"B in {name}", sides["B"], name) for name in names]
-    tokenizer = _tokenizer(folder, prompts)
+    tokenizer = _tokenizer(found.tokenizer, prompts)
     vocabulary = min(source.config.vocab_size for source in sides.values())
     ids, mask = _batch(tokenizer, sides["A"].config, vocabulary, prompts)
     real = mask.astype(bool)
