@@ -18,7 +18,8 @@ import numpy as np
 from olmozoo.backends import Backend, backend_class, load
 from olmozoo.checkpoint.adapters import locate
 from olmozoo.errors import CheckpointError, InputError
-from olmozoo.text.tokenizer import Tokenizer, pad_left
+from olmozoo.text.encoding import pad_left
+from olmozoo.text.tokenizer import Tokenizer
 from olmozoo.typing import Array, HubOptions, StrPath
 
 Progress = Callable[[int, int], object]  # called with the number of rows scored and the number of all rows
@@ -293,6 +294,7 @@ def prefix(tokenizer: Tokenizer, where: str = "text") -> int:
     Raises:
         InputError: the tokenizer has neither.
     """
+    i: int
     for i in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if i is not None:
             return i

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ from olmozoo.errors import CheckpointError, InputError
 from olmozoo.hub import CHAT_TEMPLATES
 
 Message = Mapping[str, Any]
+DEPTH = 100  # of lists and objects in a message
 
 
 def chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
@@ -43,6 +41,11 @@ def _read(path: Path) -> str:
 
 
 def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """A copy of a chat out of plain values; keys that hold None are left out.
+
+    Raises:
+        InputError: a message is malformed.
+    """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise InputError(f"messages are {messages!r}, expected a list of at least one")
     checked = []
@@ -56,61 +59,83 @@ def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return checked
 
 
-def plain(value: Any, where: str) -> Any:
+def plain(value: Any, where: str, depth: int = 0) -> Any:
     """A copy out of JSON's types alone: the methods of anything else would be in the template's reach."""
+    if depth > DEPTH:
+        raise InputError(f"{where} is nested more than {DEPTH} deep")
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
-        return {plain(key, where): plain(item, where) for key, item in value.items()}
+        return {plain(key, where, depth + 1): plain(item, where, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item, where) for item in value]
+        return [plain(item, where, depth + 1) for item in value]
     raise InputError(f"{where} holds a value of type {type(value).__name__}, expected what JSON can say")
 
 
-@lru_cache
-def compile_template(text: str) -> Any:
-    import jinja2
+def render_chat(
+    source: str,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool | str = False,
+    variables: Mapping[str, Any],
+) -> tuple[str, list[tuple[int, int]]]:
+    """A chat as text, by a template.
 
+    Args:
+        source: the template.
+        messages: the chat so far.
+        add_generation_prompt: end with the words that open the assistant's answer.
+        continue_final_message: end with the last words of the last message; a text names the key that has them.
+        variables: further names for the template.
+
+    Returns:
+        The text, and the ranges of characters that the template marks as the assistant's.
+
+    Raises:
+        InputError: a message is malformed, or the template is no program, fails, or takes or makes too much.
+    """
+    from olmozoo.text.sandbox import compile_template, run_template
+
+    chat = checked(messages)
+    if continue_final_message and add_generation_prompt:
+        raise InputError("continue_final_message and add_generation_prompt exclude each other: choose one")
+    final = _mark_end(chat, continue_final_message) if continue_final_message else ""
     try:
-        return _environment().from_string(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"the chat template is not Jinja: line {error.lineno}: {error.message}") from error
-
-
-@lru_cache
-def _environment() -> Any:
-    """Jinja as Transformers sets it up for chat templates, which are written for that."""
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}...{% endgeneration %}` marks an answer's words, for training; they are rendered as is."""
-
-        tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson  # Jinja's own escapes HTML
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-def render(template: Any, messages: list[dict[str, Any]], prompt: bool, names: dict[str, Any]) -> str:
+        template = compile_template(source)
+    except Exception as error:  # Jinja's and Python's compilers fail in many ways
+        line, message = getattr(error, "lineno", None), getattr(error, "message", None)
+        where = "" if line is None else f"line {line}: "
+        reason = message or f"{type(error).__name__}: {error}"
+        raise InputError(f"the chat template is not Jinja: {where}{reason}") from error
+    names = {**plain(dict(variables), "template variable"), "messages": chat}
     try:
-        return str(template.render({**names, "messages": messages, "add_generation_prompt": prompt}))
+        text, spans = run_template(template, {**names, "add_generation_prompt": add_generation_prompt})
     except Exception as error:  # a template may fail in any way a program can
         raise InputError(f"the chat template failed: {type(error).__name__}: {error}") from error
+    return (_cut_at_mark(text, final) if continue_final_message else text), spans
+
+
+# Ends the words that an answer continues. Templates strip messages, so that the mark shows whether they did.
+_MARK = "\ue000 the message continues here\ue001 "
+
+
+def _mark_end(chat: list[dict[str, Any]], key: bool | str) -> str:
+    """Mark the end of the last message's words; returns these."""
+    name = key if isinstance(key, str) else "content"
+    words = chat[-1].get(name)
+    if isinstance(words, str):
+        chat[-1][name] = words + _MARK
+        return words
+    for block in reversed(words if isinstance(words, list) else []):
+        if isinstance(block, dict) and isinstance(text := block.get("text"), str):
+            block["text"] = text + _MARK
+            return text
+    raise InputError(f"the last message has no text as its {name} to continue")
+
+
+def _cut_at_mark(text: str, words: str) -> str:
+    at = text.rfind(_MARK.strip())
+    if at < 0 or words.strip() not in text:
+        raise InputError("the chat template leaves the last message out, or changes it: there is nothing to continue")
+    return text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()

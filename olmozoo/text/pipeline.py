@@ -15,8 +15,9 @@ from olmozoo.backends import Backend, backend_class, load
 from olmozoo.checkpoint.adapters import locate
 from olmozoo.errors import InputError
 from olmozoo.text.chat import Message
+from olmozoo.text.encoding import pad_left
 from olmozoo.text.streaming import TextIteratorStreamer
-from olmozoo.text.tokenizer import Tokenizer, pad_left
+from olmozoo.text.tokenizer import Tokenizer
 from olmozoo.typing import HubOptions, StrPath
 
 if TYPE_CHECKING:
@@ -175,6 +176,7 @@ class TextGenerationPipeline:
         Raises:
             InputError: this is neither, or the model lacks some of the tokens.
         """
+        ids: list[int]
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         elif _is_chat(prompt):

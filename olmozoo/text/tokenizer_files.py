@@ -1,28 +1,58 @@
-"""A repository's tokenizer files, read into a `tokenizers.Tokenizer`."""
+"""A repository's tokenizer files, read into a `tokenizers.Tokenizer`, and written."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from olmozoo.errors import CheckpointError
+from olmozoo.checkpoint.atomic import atomic_folder
+from olmozoo.errors import CheckpointError, OlmozooError
 from olmozoo.families.config import MOST, read_json
+from olmozoo.hub import CHAT_TEMPLATES, TOKENIZER_FILES
+from olmozoo.typing import StrPath
 
 # The attributes of a tokenizer that name a special token.
-SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Older files list further special tokens under the first name, newer ones under the second.
 EXTRA = ("additional_special_tokens", "extra_special_tokens")
+# A vocabulary may skip ids, but tables by id are in memory.
+SPREAD = 16
+# Keys of tokenizer_config.json that are in other files, or tell of the machine that wrote it.
+_NOT_WRITTEN = (
+    *("added_tokens_decoder", "chat_template", "add_bos_token", "add_eos_token", "tokenizer_file", "vocab_file"),
+    *("merges_file", "special_tokens_map_file", "name_or_path", "is_local", "local_files_only", "backend"),
+)
 
 
-def read_files(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, Any]]:
+@contextlib.contextmanager
+def library_errors(kind: type[OlmozooError], message: str) -> Iterator[None]:
+    """Raise what the tokenizers library raises as an error of ours.
+
+    Its exceptions have no class of their own, and a panic of its Rust code is a BaseException.
+    """
+    try:
+        yield
+    except OlmozooError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise kind(f"{message}: {error}") from error
+        raise
+
+
+def read_files(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], list[str], dict[str, Any]]:
     """What the files of a repository say.
 
     Returns:
-        The tokenizer itself, the texts of its special tokens by the names in `SPECIAL`, and the contents of
-        tokenizer_config.json.
+        The tokenizer itself, the texts of its special tokens by the names in `SPECIAL`, the texts of further special
+        tokens, and the contents of tokenizer_config.json.
 
     Raises:
         CheckpointError: there are no tokenizer files, or they are broken or contradict each other.
@@ -31,13 +61,57 @@ def read_files(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], dict
     settings, config = (_optional(folder / name) for name in ("tokenizer_config.json", "config.json"))
     names = _special_names(folder, settings)
     backend = _backend(folder, settings)
-    _add_tokens(backend, folder, settings, names)
-    special = _special_tokens(backend, names, config)
-    backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in special.values()])
-    is_opt = config.get("model_type") == "opt"
-    if is_opt or ("GPT2" in str(settings.get("tokenizer_class")) and settings.get("add_bos_token")):
+    with library_errors(CheckpointError, f"{folder}: the added tokens are not readable"):
+        extra = _add_tokens(backend, folder, settings, names)
+        special = _special_tokens(backend, names, config)
+        backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in special.values()])
+    vocabulary = backend.get_vocab()
+    token, highest = max(vocabulary.items(), key=lambda item: item[1], default=("", 0))
+    if highest >= SPREAD * len(vocabulary) + 1000:
+        raise CheckpointError(f"{folder}: token {token!r} has the id {highest}, in a vocabulary of {len(vocabulary)}")
+    # A tokenizer.json has its rules in it. Beside a vocabulary, OPT and its class begin every text with bos.
+    gpt2 = "GPT2" in str(settings.get("tokenizer_class"))
+    adds = settings.get("add_bos_token", config.get("model_type") == "opt")
+    if adds and (config.get("model_type") == "opt" or gpt2) and not (folder / "tokenizer.json").is_file():
         _lead_with(backend, special.get("bos_token"), folder)
-    return backend, special, settings
+    return backend, special, extra, settings
+
+
+def write_files(
+    folder: StrPath, backend: tokenizers.Tokenizer, settings: Mapping[str, Any], templates: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Write a tokenizer's files, as Transformers reads them too; those of an older tokenizer are replaced.
+
+    Args:
+        folder: made if need be; other files in it stay.
+        backend: written as tokenizer.json.
+        settings: of tokenizer_config.json; the special tokens in it are written to special_tokens_map.json too.
+        templates: chat templates by name.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        CheckpointError: the folder could not be written and is as it was before, or the name of a template is no
+            file name.
+    """
+    kept = {name: value for name, value in settings.items() if name not in _NOT_WRITTEN}
+    special = {name: settings[name] for name in SPECIAL if settings.get(name) is not None}
+    files = {
+        "tokenizer.json": backend.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
+    }
+    for name, template in templates.items():
+        if not re.fullmatch(r"[\w. -]+", name) or name.startswith("."):
+            raise CheckpointError(f"chat template {name!r} cannot be saved: its name is no file name")
+        files["chat_template.jinja" if name == "default" else f"{CHAT_TEMPLATES}/{name}.jinja"] = template
+    older = re.compile(rf"({'|'.join(map(re.escape, (CHAT_TEMPLATES, *TOKENIZER_FILES)))})\Z")
+    with atomic_folder(folder, older) as staging:
+        for name, content in files.items():
+            (staging / name).parent.mkdir(exist_ok=True)
+            (staging / name).write_text(content, encoding="utf-8")
+    return tuple(os.path.join(folder, name) for name in files)
 
 
 def _optional(file: Path) -> dict[str, Any]:
@@ -50,7 +124,7 @@ def _backend(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     if not whole.is_file() and not (vocab.is_file() and merges.is_file()):
         others = ", ".join(sorted(os.listdir(folder)))
         raise CheckpointError(f"{folder} has no tokenizer.json, nor vocab.json with merges.txt; it holds {others}")
-    try:
+    with library_errors(CheckpointError, f"{files} is not a readable tokenizer"):
         if whole.is_file():
             backend = tokenizers.Tokenizer.from_file(str(whole))
         else:
@@ -58,8 +132,7 @@ def _backend(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
             prefix = bool(settings.get("add_prefix_space", False))
             backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
             backend.decoder = tokenizers.decoders.ByteLevel()
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{files} is not a readable tokenizer: {error}") from error
+        backend.encode("")
     backend.no_padding()
     backend.no_truncation()
     return backend
@@ -89,9 +162,16 @@ def _added_token(value: Any, file: str, special: bool = True) -> tokenizers.Adde
         raise CheckpointError(f"{file} has the token {value['content']!r}, which is not valid Unicode") from error
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, settings: dict[str, Any], names: dict[str, Any]) -> None:
-    """Add the tokens that the files beside the vocabulary list; the vocabulary's own keep what it says of them."""
+def _add_tokens(
+    backend: tokenizers.Tokenizer, folder: Path, settings: dict[str, Any], names: dict[str, Any]
+) -> list[str]:
+    """Add the tokens that the files beside the vocabulary list; the vocabulary's own keep what it says of them.
+
+    Returns:
+        The texts of the special tokens without a name.
+    """
     listed = [names[name] for name in SPECIAL if names.get(name) is not None]
+    unnamed = len(listed)
     for name in EXTRA:
         more = names.get(name) or []
         if not isinstance(more, list | dict):
@@ -120,6 +200,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, settings: dict[str,
                 f"{folder / where} gives the token {token.content!r} the id {i}, but the vocabulary makes it {found}"
             )
     backend.add_special_tokens(named)
+    return list(dict.fromkeys(token.content for token in named[unnamed:]))
 
 
 def _special_tokens(backend: tokenizers.Tokenizer, names: dict[str, Any], config: dict[str, Any]) -> dict[str, str]:
@@ -129,12 +210,14 @@ def _special_tokens(backend: tokenizers.Tokenizer, names: dict[str, Any], config
         if name in names:
             value = names[name]
             text = value["content"] if isinstance(value, dict) else value
-        else:
+        elif not names:
             # OPT's own class knows these where its config.json leaves them out.
             known = {"bos_token": 2, "eos_token": 2, "pad_token": 1} if config.get("model_type") == "opt" else {}
             ids = config.get(f"{name}_id", known.get(name))
             first = ids[0] if isinstance(ids, list) and ids else ids
             text = backend.id_to_token(first) if isinstance(first, int) and 0 <= first <= MOST else None
+        else:
+            text = None
         if text is not None:
             special[name] = text
     return special
@@ -148,7 +231,7 @@ def _lead_with(backend: tokenizers.Tokenizer, bos: str | None, folder: Path) -> 
     if backend.encode("").ids[:1] == [i]:
         return
     lead = tokenizers.processors.TemplateProcessing(
-        single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, i)]
+        single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, i)]
     )
     own = backend.post_processor
     backend.post_processor = lead if own is None else tokenizers.processors.Sequence([own, lead])

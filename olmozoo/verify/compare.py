@@ -20,7 +20,8 @@ from olmozoo.checkpoint.reader import Checkpoint, OpenCheckpoint
 from olmozoo.checkpoint.tensors import dtype_of
 from olmozoo.errors import CheckpointError, InputError
 from olmozoo.families.config import ModelConfig
-from olmozoo.text.tokenizer import Tokenizer, pad_left
+from olmozoo.text.encoding import pad_left
+from olmozoo.text.tokenizer import Tokenizer
 from olmozoo.typing import Array, HubOptions, StrPath
 from olmozoo.verify.html import write_html
 from olmozoo.verify.plots import plot

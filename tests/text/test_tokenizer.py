@@ -140,7 +140,20 @@ def opt(folder: Path, **settings) -> Path:
     return folder
 
 
-LAYOUTS = {"olmo": olmo, "olmo2": olmo2, "opt": opt}
+def galactica(folder: Path) -> Path:
+    """Of `model_type` opt, in a tokenizer.json of its own: digits apart, and nothing added to a text."""
+    digits = pre_tokenizers.Split(Regex(r"\d"), "isolated")
+    parts = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    special = ["<s>", "<pad>", "</s>", "<unk>", "[START_REF]"]
+    rule = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    tokenizer = train(special=special, pre_tokenizer=parts, post_processor=rule)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>"}
+    write(folder, config={"model_type": "opt", "bos_token_id": 0, "eos_token_id": 2}, tokenizer_config=config)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+LAYOUTS = {"olmo": olmo, "olmo2": olmo2, "opt": opt, "galactica": galactica}
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +183,8 @@ def test_ids_and_texts_are_those_of_transformers(folders, oracles, layout):
     for _ in range(300):  # any ids at all, so that most byte sequences are not UTF-8
         ids = [draw.randrange(len(theirs)) for _ in range(draw.randrange(12))]
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), ids
-    assert len(theirs) == ours.vocab_size
+    assert len(theirs) == len(ours)
+    assert theirs.vocab_size == ours.vocab_size
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -193,25 +207,36 @@ def test_every_text_of_opt_starts_with_its_bos_once(tmp_path):
     assert tokenizer.decode(ids) == "I like you."
     assert tokenizer.decode(ids, skip_special_tokens=False) == "</s>I like you."
 
-    # A tokenizer.json without the rule gets it, beside the rules it has; one with the rule keeps it as it is.
-    bare = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    for rule in (None, processors.ByteLevel(trim_offsets=False), tokenizer.backend.post_processor):
-        bare.post_processor = rule
-        fast = write(tmp_path / "fast", config={"model_type": "opt", "bos_token_id": 2})
-        bare.save(str(fast / "tokenizer.json"))
-        assert Tokenizer.from_pretrained(fast).encode("I like you.") == ids
-
-    # So does one that only its tokenizer_config.json tells to be OPT's. Another model's is left alone.
-    bare.post_processor = None
-    bare.save(str(fast / "tokenizer.json"))
-    settings = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "bos_token": "</s>"}
-    (fast / "config.json").unlink()
-    assert Tokenizer.from_pretrained(write(fast, tokenizer_config=settings)).encode("I like you.") == ids
-    write(fast, tokenizer_config={**settings, "add_bos_token": False})
-    assert Tokenizer.from_pretrained(fast).encode("I like you.") == ids[1:]
-    write(fast, tokenizer_config={**settings, "bos_token": None})
+    # An explicit false is obeyed, in either family's files.
+    quiet = Tokenizer.from_pretrained(opt(tmp_path / "quiet", add_bos_token=False))
+    assert quiet.encode("I like you.") == ids[1:]
+    (tmp_path / "quiet" / "config.json").unlink()
+    assert Tokenizer.from_pretrained(tmp_path / "quiet").encode("I like you.") == ids[1:]
+    # Another model's vocabulary adds bos if its tokenizer_config.json says so.
+    (folder / "config.json").unlink()
+    assert Tokenizer.from_pretrained(folder).encode("I like you.") == ids
+    write(folder, tokenizer_config={"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "bos_token": None})
+    (folder / "special_tokens_map.json").unlink()
     with pytest.raises(CheckpointError, match="none of its files names that"):
-        Tokenizer.from_pretrained(fast)
+        Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("config", [None, True, False])
+def test_a_tokenizer_json_of_opt_keeps_its_own_rules(tmp_path, config):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = Tokenizer.from_pretrained(opt(tmp_path / "slow"))
+    ids = tokenizer.encode("I like you.")
+    bare = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "</s>"}
+    settings |= {} if config is None else {"add_bos_token": config}
+    folder = write(tmp_path / "fast", config={"model_type": "opt", "bos_token_id": 2}, tokenizer_config=settings)
+    own = tokenizer.backend.post_processor
+    for rule in (None, processors.ByteLevel(trim_offsets=False), own):
+        bare.post_processor = rule
+        bare.save(str(folder / "tokenizer.json"))
+        found = Tokenizer.from_pretrained(folder).encode("I like you.")
+        assert found == transformers.AutoTokenizer.from_pretrained(folder).encode("I like you.")
+        assert found == (ids if rule is own else ids[1:])
 
 
 def test_opt_needs_no_more_than_vocabulary_and_config(tmp_path):
@@ -297,15 +322,15 @@ def test_what_is_not_text_or_not_an_id_is_refused(folders):
         tokenizer.encode("half \ud83c")
     with pytest.raises(InputError, match="id -100 is negative"):
         tokenizer.decode([5, -100])
-    assert tokenizer.decode(np.array([[tokenizer.vocab_size, 10**6]])) == ""
+    assert tokenizer.decode(np.array([[len(tokenizer), 10**6]])) == [""]
     assert tokenizer.decode(tokenizer.encode("é")[0]) == "\ufffd"
 
 
 def test_a_model_with_fewer_rows_than_the_tokenizer_has_tokens(folders):
     tokenizer = Tokenizer.from_pretrained(folders["olmo2"])
     ids = tokenizer.encode("hi<|user|>")
-    tokenizer.check_ids(ids, tokenizer.vocab_size)
-    tokenizer.check_ids(np.array(ids), tokenizer.vocab_size + 90)
+    tokenizer.check_ids(ids, len(tokenizer))
+    tokenizer.check_ids(np.array(ids), len(tokenizer) + 90)
     with pytest.raises(InputError, match=rf"'<\|user\|>' has the id {ids[-1]}, and the model's vocab_size is 300"):
         tokenizer.check_ids(np.array(ids), 300)
 
@@ -329,7 +354,7 @@ def test_the_bytes_of_tokens_put_together_are_the_text(folders, layout):
     tokenizer = Tokenizer.from_pretrained(folders[layout])
     table = tokenizer.token_bytes()
     assert table is tokenizer.token_bytes()
-    assert len(table) == tokenizer.vocab_size
+    assert len(table) == len(tokenizer)
     single = {value for value in table if len(value) == 1}
     assert len(single) == 256
     for text in TEXTS:
@@ -387,7 +412,7 @@ def test_streamed_pieces_are_whole_characters_and_add_up_to_the_text(folders, la
         assert not any("\ufffd" in piece for piece in pieces)
     draw = random.Random(1)
     for _ in range(300):
-        ids = [draw.randrange(tokenizer.vocab_size) for _ in range(draw.randrange(12))]
+        ids = [draw.randrange(len(tokenizer)) for _ in range(draw.randrange(12))]
         assert "".join([*map(decoder.put, ids), decoder.end()]) == tokenizer.decode(ids)
 
 
@@ -596,3 +621,37 @@ def test_a_tokenizer_without_a_template_says_so(folders):
         tokenizer.apply_chat_template(CHAT)
     ids = tokenizer.apply_chat_template(CHAT[3:], chat_template="{{ bos_token }}{{ messages[0].content }}")
     assert ids == tokenizer.encode("The quick 🎈")  # its own bos, and none added
+
+
+# --------------------------------------------------------------------------------------------------- errors not ours
+
+
+def test_errors_of_the_library_are_ours(tmp_path):
+    folder = olmo2(tmp_path)
+    data = json.loads((folder / "tokenizer.json").read_text())
+    for broken in (
+        {"added_tokens": [{**data["added_tokens"][0], "id": -1}]},
+        {"model": {**data["model"], "vocab": {**data["model"]["vocab"], "far": 10**8}}},
+        {"model": {**data["model"], "merges": [["no", "such"]]}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}},
+        {"post_processor": {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {"x": {}}}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    ):
+        (folder / "tokenizer.json").write_text(json.dumps({**data, **broken}))
+        with pytest.raises(CheckpointError, match=f"{folder}.*"):
+            Tokenizer.from_pretrained(folder)
+
+
+def test_a_panic_while_encoding_is_an_input_error(folders):
+    from olmozoo.text.tokenizer_files import library_errors
+
+    class PanicException(BaseException):
+        """As the library's, which has no importable name."""
+
+    with (
+        pytest.raises(InputError, match="the text is not encoded: overflow"),
+        library_errors(InputError, "the text is not encoded"),
+    ):
+        raise PanicException("overflow")
+    with pytest.raises(KeyboardInterrupt), library_errors(InputError, "the text is not encoded"):
+        raise KeyboardInterrupt
