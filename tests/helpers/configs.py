@@ -69,3 +69,7 @@ OTHERS = [  # each is compared with the reference, so that it needs both
     for param in WINGS
     if param.values[0] != REFERENCE
 ]
+# One of each family that never ends by itself, for what a wing does beyond the numbers.
+SMALL_OLMO2 = CONFIGS["olmo2"].replace(max_position_embeddings=4096, eos_token_id=None)
+SMALL_OLMO = CONFIGS["olmo-bias"].replace(max_position_embeddings=4096, eos_token_id=None, tie_word_embeddings=True)
+SMALL_OPT = CONFIGS["opt-projected-post-norm"].replace(eos_token_id=None)

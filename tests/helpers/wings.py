@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,12 @@ def several(test):
     for name in BACKENDS:
         test = getattr(pytest.mark, name)(test)
     return pytest.mark.skipif(len(PRESENT) < 2, reason="fewer than two frameworks are installed")(test)
+
+
+def model_class(wing: str, name: str, head: str) -> type:
+    """The class of a family and a head by the end of its name, as "OPT" and "ForCausalLM"."""
+    prefix = {"pt": "", "tf": "TF", "flax": "Flax"}[wing]
+    return getattr(import_module(f"olmozoo.{wing}"), f"{prefix}{name}{head}")
 
 
 def scope(wing: str):

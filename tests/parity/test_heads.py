@@ -10,7 +10,7 @@ from olmozoo.backends import load
 from olmozoo.families.parameter import ARCHITECTURES
 from tests.helpers.checkpoints import left_padded, random_values, write_checkpoint
 from tests.helpers.configs import CONFIGS, GRADIENT_BOUND, OTHERS, REFERENCE
-from tests.helpers.wings import WINGS, call, gradients, scope
+from tests.helpers.wings import WINGS, call, gradients, model_class, scope
 
 BOUND = 1e-9
 CLASSIFIERS = ["olmo2-mqa-bias-tied", "olmo-clip-tied", "opt-projected-post-norm"]
@@ -19,11 +19,6 @@ LABELS = {
     "multi_label_classification": np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]),
     "regression": np.array([0.3, -1.2, 2.0]),
 }
-
-
-def model_class(wing, name, head):
-    prefix = {"pt": "", "tf": "TF", "flax": "Flax"}[wing]
-    return getattr(import_module(f"olmozoo.{wing}"), f"{prefix}{name}{head}")
 
 
 def reference_answers(config, folder, ids, mask, **labels):

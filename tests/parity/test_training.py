@@ -12,8 +12,7 @@ import pytest
 
 from tests.helpers.checkpoints import left_padded
 from tests.helpers.configs import CONFIGS
-from tests.helpers.wings import PRESENT, several
-from tests.parity.test_heads import model_class
+from tests.helpers.wings import PRESENT, model_class, several
 
 STEPS = 20
 SETTINGS = {"learning_rate": 3e-4, "beta_1": 0.9, "beta_2": 0.95, "epsilon": 5e-12, "weight_decay": 0.1}
