@@ -133,9 +133,10 @@ class Tokenizer:
         """The tokenizer of a folder or of a repository on the hub.
 
         It is read from tokenizer.json, which keeps its own rules, or from vocab.json and merges.txt (GPT-2's byte-level
-        BPE, which OPT uses). With the latter OPT begins every text with its bos token, unless tokenizer_config.json has
-        `"add_bos_token": false`. Special tokens are named by tokenizer_config.json and special_tokens_map.json, and
-        where those name none, by the ids in config.json.
+        BPE, which OPT uses). With the latter, and with a tokenizer.json that is alone and has no rules, OPT begins
+        every text with its bos token, unless tokenizer_config.json has `"add_bos_token": false`. Special tokens are
+        named by tokenizer_config.json and special_tokens_map.json, and where those name none, by the ids in
+        config.json.
 
         Args:
             path_or_repo: the folder or the repository.

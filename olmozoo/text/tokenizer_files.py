@@ -69,10 +69,11 @@ def read_files(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], list
     token, highest = max(vocabulary.items(), key=lambda item: item[1], default=("", 0))
     if highest >= SPREAD * len(vocabulary) + 1000:
         raise CheckpointError(f"{folder}: token {token!r} has the id {highest}, in a vocabulary of {len(vocabulary)}")
-    # A tokenizer.json has its rules in it. Beside a vocabulary, OPT and its class begin every text with bos.
+    # A tokenizer.json has its rules in it. Beside a vocabulary, and where the files say nothing, OPT begins with bos.
     gpt2 = "GPT2" in str(settings.get("tokenizer_class"))
     adds = settings.get("add_bos_token", config.get("model_type") == "opt")
-    if adds and (config.get("model_type") == "opt" or gpt2) and not (folder / "tokenizer.json").is_file():
+    silent = not (folder / "tokenizer.json").is_file() or (backend.post_processor is None and not settings)
+    if adds and silent and (config.get("model_type") == "opt" or gpt2):
         _lead_with(backend, special.get("bos_token"), folder)
     return backend, special, extra, settings
 

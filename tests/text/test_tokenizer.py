@@ -237,6 +237,10 @@ def test_a_tokenizer_json_of_opt_keeps_its_own_rules(tmp_path, config):
         found = Tokenizer.from_pretrained(folder).encode("I like you.")
         assert found == transformers.AutoTokenizer.from_pretrained(folder).encode("I like you.")
         assert found == (ids if rule is own else ids[1:])
+    bare.post_processor = None
+    bare.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").unlink()
+    assert Tokenizer.from_pretrained(folder).encode("I like you.") == ids  # nothing says otherwise
 
 
 def test_opt_needs_no_more_than_vocabulary_and_config(tmp_path):
