@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-pt test-tf test-flax lint docs dist dist-check clean
+.PHONY: demo test test-pt test-tf test-flax fuzz lint docs dist dist-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,11 @@ test-tf: $(INSTALLED)
 
 test-flax: $(INSTALLED)
 	$(PYTEST) -m "not pt and not tf"
+
+# Malformed files of every kind, other ones at each run: make fuzz EXAMPLES=100000 runs for as long as that takes.
+EXAMPLES ?= 2000
+fuzz: $(INSTALLED)
+	FUZZ_EXAMPLES=$(EXAMPLES) $(PYTEST) --dist load tests/test_fuzz.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

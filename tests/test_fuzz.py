@@ -5,8 +5,10 @@ Nothing else means: no other exception, no hang, no memory beyond what the files
 
 import base64
 import contextlib
+import importlib
 import io
 import json
+import os
 import pickle
 import re
 import resource
@@ -41,12 +43,14 @@ CONFIG = Olmo2Config(
 SECONDS = 10  # of any one file
 MEMORY = 2 << 30  # bytes more than the process has before
 
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))  # of each test, other ones each time; see `make fuzz`
+
 settings.register_profile(
     "fuzz",
-    derandomize=True,
+    derandomize=not EXAMPLES,
     database=None,
     deadline=None,  # `limits` sees to that
-    max_examples=150,
+    max_examples=EXAMPLES or 60,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )
 fuzz = settings.get_profile("fuzz")
@@ -55,6 +59,9 @@ fuzz = settings.get_profile("fuzz")
 @pytest.fixture(autouse=True, scope="module")
 def limits():
     """A limit on memory for this file's tests; what was there already, such as loaded frameworks, does not count."""
+    for library in ("torch", "h5py"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, hard))
@@ -161,11 +168,11 @@ def test_safetensors_headers(tmp_path_factory, data):
         (b'{"a":{"dtype":"F32","shape":[0,2305843009213693952,4],"data_offsets":[0,0]}}', "too large"),
         (dump({"a": {"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]}}), "in 65 dimensions"),
         (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
-         "'a' is there twice"),
-        (b'{"a":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}}', "dtype"),
-        (b'{"a":{"dtype":"F32","shape":[1.0],"data_offsets":[0,4]}}', "the header entry of a"),
-        (b'{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}', "the header entry of a"),
-        (b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', "the header entry of a"),
+         "has 'a' twice"),
+        (b'{"a":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}}', "not a whole safetensors file"),
+        (b'{"a":{"dtype":"F32","shape":[1.0],"data_offsets":[0,4]}}', "not a whole safetensors file"),
+        (b'{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}', "not a whole safetensors file"),
+        (b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', "not a whole safetensors file"),
     ],
     ids=["empty but huge", "dimensions", "twice", "dtype", "float", "true", "nan"],
 )  # fmt: skip
@@ -300,7 +307,7 @@ def use(config: ModelConfig) -> None:
     GenerationConfig.from_model(config).check()
 
 
-@settings(fuzz, max_examples=600)
+@settings(fuzz, max_examples=EXAMPLES or 150)
 @given(configs())
 def test_configs(tmp_path_factory, data):
     target = tmp_path_factory.getbasetemp() / "config"
@@ -334,7 +341,7 @@ def test_each_field_of_a_config(model_type, value):
         ("id2label", {"0": "a", "00": "b"}, "id2label"),
         ("model_type", ["olmo2"], "model_type"),
         ("rope_theta", 10**400, "rope_theta"),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 2.0, "beta_slow": 0}, "give no frequencies"),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 2.0, "beta_slow": 0}, "no finite frequencies"),
         ("rope_scaling", {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1, "high_freq_factor": 10**400},
          "high_freq_factor"),
     ],
@@ -344,7 +351,7 @@ def test_configs_that_ask_for_too_much_are_refused_by_name(field, value, named):
         ModelConfig.from_dict({**FAMILIES["olmo2"], field: value})
 
 
-@settings(fuzz, max_examples=400)
+@settings(fuzz, max_examples=EXAMPLES or 150)
 @given(ropes, st.sampled_from([2, 4, 6, 128]), st.sampled_from([1, 7, 2048, 2**31 - 1]), numbers)
 def test_rope_scaling(scaling, head_dim, positions, theta):
     data = FAMILIES["olmo2"] | {"hidden_size": 4 * head_dim, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -360,7 +367,7 @@ def test_rope_scaling(scaling, head_dim, positions, theta):
 SETTINGS = (*(name for name in GenerationConfig().__dict__ if name != "extra"), "extra", "transformers_version")
 
 
-@settings(fuzz, max_examples=300)
+@settings(fuzz, max_examples=EXAMPLES or 150)
 @given(st.dictionaries(st.sampled_from(SETTINGS) | texts, values, max_size=5) | values)
 def test_generation_configs(tmp_path_factory, data):
     target = tmp_path_factory.getbasetemp() / "generation"
@@ -437,7 +444,7 @@ side_files = {
 }
 
 
-@settings(fuzz, max_examples=400)
+@settings(fuzz, max_examples=EXAMPLES or 150)
 @given(st.fixed_dictionaries({}, optional=side_files))
 @example({"added_tokens.json": {"x": float("inf")}})
 @example({"added_tokens.json": {"\ud800": 298}})
@@ -516,7 +523,7 @@ def planted(draw, data: bytes, trace: Path):
     return draw(st.sampled_from([attack, data[:place] + body + data[place:], draw(soups) + body + draw(soups) + b"."]))
 
 
-@settings(fuzz, max_examples=400)
+@settings(fuzz, max_examples=EXAMPLES or 150)
 @given(st.data())
 def test_pickles(trace, data):
     from conversion import pickles
@@ -528,7 +535,7 @@ def test_pickles(trace, data):
     assert not trace.exists()
 
 
-@settings(fuzz, max_examples=300)
+@settings(fuzz, max_examples=EXAMPLES or 150)
 @given(st.data())
 def test_encoded_keys(trace, data):
     from conversion import pickles
@@ -541,7 +548,7 @@ def test_encoded_keys(trace, data):
     assert not trace.exists()
 
 
-@settings(fuzz, max_examples=200)
+@settings(fuzz, max_examples=EXAMPLES or 100)
 @given(st.data())
 def test_archives(trace, data):
     from conversion import archives
@@ -557,7 +564,7 @@ def test_archives(trace, data):
     assert not trace.exists()
 
 
-@settings(fuzz, max_examples=200)
+@settings(fuzz, max_examples=EXAMPLES or 100)
 @given(st.data())
 def test_metadata_of_distributed_checkpoints(trace, data):
     from conversion import sharded
@@ -585,7 +592,7 @@ def bin_files():
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@settings(fuzz, max_examples=100)
+@settings(fuzz, max_examples=EXAMPLES or 50)
 @given(st.data(), st.integers(0, 1))
 def test_bin_files(bin_files, trace, data, kind):
     folder = trace.with_name("bin")

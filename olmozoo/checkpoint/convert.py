@@ -186,7 +186,8 @@ def settings_files(folder: Path, tokenizer: Path | None = None) -> dict[str, byt
     """A folder's generation_config.json, and the files of its tokenizer or of another folder's: name -> content."""
     tokenizer = folder if tokenizer is None else tokenizer
     names = [name for name in hub.TOKENIZER_FILES if (tokenizer / name).is_file()]
-    names += [f"{hub.CHAT_TEMPLATES}/{path.name}" for path in sorted((tokenizer / hub.CHAT_TEMPLATES).glob("*.jinja"))]
+    templates = [path for path in sorted((tokenizer / hub.CHAT_TEMPLATES).glob("*.jinja")) if path.is_file()]
+    names += [f"{hub.CHAT_TEMPLATES}/{path.name}" for path in templates]
     settings = [folder / GENERATION_CONFIG] if (folder / GENERATION_CONFIG).is_file() else []
     return {path.name: path.read_bytes() for path in settings} | {n: (tokenizer / n).read_bytes() for n in names}
 

@@ -19,6 +19,8 @@ from olmozoo.families.config import ModelConfig, read_json
 from olmozoo.typing import Array, StrPath
 
 IGNORED = "rotary_emb.inv_freq"  # the end of names of a table that older programs saved; it is made from the config
+# The most bytes of tensors for each byte of their file; tied and overlapping ones are stored once.
+MAX_RATIO = 4
 TRIES = 20  # readings of a folder that other processes keep replacing
 
 Result = TypeVar("Result")
@@ -48,11 +50,17 @@ class Checkpoint:
         problems: list[str] = []
         format, files = self._files(problems)
         for file, names in files.items():
+            if file.exists() and not (file.is_file() or file.is_dir()):
+                problems.append(f"{file} is not a regular file")
+                continue
             try:
                 found = format.read(file)
             except (CheckpointError, OSError) as error:
                 problems.append(str(error) if file.name in str(error) else f"{file}: {error}")
                 continue
+            total = sum(tensor.nbytes for tensor in found.values())
+            if file.is_file() and total > MAX_RATIO * file.stat().st_size:
+                problems.append(f"{file.name} has {file.stat().st_size:,} bytes, its tensors {total:,}: they overlap")
             for name in sorted(found.keys() & self.tensors.keys()):
                 problems.append(f"{name} is in both {Path(self.tensors[name].file).name} and {file.name}")
             if names is not None:

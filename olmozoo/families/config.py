@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 # Limits that no model comes near. Without them, a config.json could ask for any amount of time or memory.
 MOST = 2**31 - 1
 MOST_LAYERS, MOST_LABELS, MOST_HEAD_DIM = 10_000, 1_000_000, 1 << 16
+MOST_JSON = 1 << 26  # bytes of a JSON file; the largest, a tokenizer.json, has some 30 MB
 CALL_DEFAULTS = ("output_attentions", "output_hidden_states", "return_dict")  # a config.json may set them for each call
 
 
@@ -357,10 +359,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ConfigError: the file is absent, is not JSON, or is something other than an object.
+        ConfigError: the file is absent, is not JSON, is larger than `MOST_JSON`, or is something other than an object.
     """
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
+            raise ConfigError(f"{path} is not a regular file")
+        if status.st_size > MOST_JSON:
+            raise ConfigError(f"{path} has {status.st_size:,} bytes, expected at most {MOST_JSON:,}")
         data = json.loads(path.read_text(encoding="utf-8"))
+    except ConfigError:
+        raise
     except FileNotFoundError as error:
         raise ConfigError(f"{path} is not there") from error
     except (OSError, ValueError, RecursionError) as error:

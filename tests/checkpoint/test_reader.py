@@ -1,9 +1,11 @@
 """Reading checkpoint folders."""
 
+import os
+
 import pytest
 
-from olmozoo import CheckpointError
-from olmozoo.checkpoint.reader import Checkpoint
+from olmozoo import CheckpointError, OlmozooError
+from olmozoo.checkpoint.reader import Checkpoint, open_checkpoint
 from olmozoo.checkpoint.tensors import dtype_of
 from tests.helpers.checkpoints import random_values, write_checkpoint
 from tests.helpers.reading import CONFIG, load
@@ -36,3 +38,23 @@ def test_what_cannot_be_opened_is_named(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(CheckpointError, match=rf"is broken: 1 problem\(s\)\n.*{name}"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes of a name here")
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors", "model.weights.h5"])
+@pytest.mark.parametrize("device", [False, True])
+def test_pipes_and_devices_are_refused_and_not_read(tmp_path, name, device):
+    write_checkpoint(tmp_path, CONFIG)
+    if name.startswith("model."):
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("/dev/zero") if device else os.mkfifo(tmp_path / name)
+    with pytest.raises(OlmozooError, match=f"{name} is not a regular file"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_config_beyond_the_bound_is_refused_and_not_read(tmp_path):
+    with (tmp_path / "config.json").open("wb") as stream:
+        stream.truncate(1 << 40)  # which takes no room on the disk
+    with pytest.raises(OlmozooError, match="has 1,099,511,627,776 bytes, expected at most"):
+        open_checkpoint(tmp_path)

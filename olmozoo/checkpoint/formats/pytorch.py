@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import math
+import mmap
+import pickletools
+import re
 import zipfile
 from collections.abc import Mapping
 from functools import partial
@@ -14,6 +19,16 @@ from olmozoo.errors import CheckpointError, raise_problems
 from olmozoo.typing import Array
 
 FILE = "pytorch_model.bin"
+# Everything that the pickle of a state dict names. PyTorch allows more, with which a few bytes allocate any amount.
+NAMES = re.compile(
+    r"collections OrderedDict|torch(\.storage)? \w+Storage|torch (Size|device|[a-z]\w*)|torch\.nn\.parameter Parameter"
+    r"|torch\.serialization _get_layout|torch\._tensor _rebuild_from_type_v2"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter|parameter_with_state|sparse_tensor|meta_tensor_no_storage)"
+)
+INTEGERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4")
+OLD_MAGIC = 0x1950A86A20F9469CFC6C  # the first integer of a file in the old format
+OLD_PICKLES = 5  # magic number, version, sizes of types, tensors, keys of storages
+SMALLEST_BOUND = 1 << 16  # of integers, whatever the size of the file: versions and type sizes are among them
 
 
 def read(path: Path) -> dict[str, LazyTensor]:
@@ -30,6 +45,10 @@ def read(path: Path) -> dict[str, LazyTensor]:
         is_archive = zipfile.is_zipfile(path)  # the old format is not, and cannot be mapped
         if is_archive:
             _check_records(path)
+        else:
+            with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                for _ in range(OLD_PICKLES):
+                    _check_pickle(content, len(content))
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:  # of many kinds
         raise CheckpointError(f"{path} is not a readable state dict: {error}") from error
@@ -40,6 +59,14 @@ def read(path: Path) -> dict[str, LazyTensor]:
     raise_problems(
         f"{path} has tensors that are not dense",
         (f"{name}: {t.layout} on {t.device}" for name, t in state.items() if t.layout != torch.strided or t.is_meta),
+    )
+    raise_problems(
+        f"{path} has tensors that are larger than what is stored of them",
+        (
+            f"{name}: {list(t.shape)} {t.dtype}, stored are {t.untyped_storage().nbytes():,} bytes"
+            for name, t in state.items()
+            if math.prod(t.shape) * t.element_size() > t.untyped_storage().nbytes()
+        ),
     )
     return {
         name: LazyTensor(name, dtype_of(tensor.dtype), tuple(tensor.shape), partial(_values, tensor), path)
@@ -59,12 +86,24 @@ def _values(tensor: Any) -> Array:
 
 
 def _check_records(path: Path) -> None:
-    """Check that each record of an archive begins where its directory says: PyTorch maps what is there."""
+    """Check that each record of an archive begins where its directory says, where PyTorch maps it, and its pickles."""
+    size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             archive.open(entry).close()  # compares the name in the record's own header
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(f"{entry.filename} is compressed, expected it stored")
+            if entry.filename.lower().endswith("data.pkl"):  # PyTorch ignores the case
+                _check_pickle(io.BytesIO(archive.read(entry)), size)
+
+
+def _check_pickle(stream: io.BytesIO | mmap.mmap, size: int) -> None:
+    """Check one pickle before it is run: nothing in it may allocate more than the file, of `size` bytes, explains."""
+    for opcode, argument, _ in pickletools.genops(stream):  # type: ignore[arg-type]  # it reads and tells, no more
+        if opcode.name == "GLOBAL" and not NAMES.fullmatch(str(argument)):
+            raise CheckpointError(f"it names {argument!r}, which no state dict needs")
+        if opcode.name in INTEGERS and argument != OLD_MAGIC and int(argument or 0) > max(size, SMALLEST_BOUND):
+            raise CheckpointError(f"it has an integer beyond the size of the file, {size:,} bytes")
 
 
 def write(path: Path, tensors: list[LazyTensor]) -> None:

@@ -44,6 +44,7 @@ def read(folder: Path) -> dict[str, LazyTensor]:
             if not name.endswith("seed_generator_state"):
                 # Where a model was tracked by Keras's `ExportArchive`, each variable is there twice.
                 keys.setdefault(flax_name(name)[0], (name, attribute.checkpoint_key))
+        total = 0
         for name, key in keys.values():
             dtype = np.dtype(dtypes[key].as_numpy_dtype)
             tensor = LazyTensor(
@@ -55,8 +56,9 @@ def read(folder: Path) -> dict[str, LazyTensor]:
             )
             if dtype not in DTYPE_NAMES.values():
                 raise CheckpointError(f"{name} has dtype {dtype}, expected one of {', '.join(DTYPE_NAMES)}")
-            if tensor.nbytes > size:
-                raise CheckpointError(f"{name} has {tensor.nbytes:,} bytes, the files of values {size:,}")
+            total += tensor.nbytes
+            if total > size:
+                raise CheckpointError(f"the tensors up to {name} have {total:,} bytes, the files of values {size:,}")
             yield canonical(guarded(tensor), flax_name(name))
 
     try:

@@ -1,5 +1,6 @@
 """PyTorch's `.bin`, read as tensors alone and written."""
 
+import io
 import json
 import zipfile
 from pathlib import Path
@@ -111,3 +112,45 @@ def test_torch_maps_what_we_write_and_takes_it_as_tensors_alone(tmp_path):
         assert tensor.dtype == torch.bfloat16
         assert tensor.data_ptr() % 64 == 0
         assert tensor.view(torch.int16).numpy().tobytes() == checkpoint[name].tobytes()
+
+
+def bin_of(code: bytes, **records: bytes) -> bytes:
+    """A `.bin` with this pickle, and these records of values."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("archive/data.pkl", code)
+        for name, content in {"version": b"3\n", "byteorder": b"little", **records}.items():
+            archive.writestr(f"archive/{name.replace('_', '/')}", content)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("code", "named"),
+    [
+        (b"\x80\x02}X\1\0\0\0acbuiltins\nbytearray\nJ\0\0\0\x7f\x85Rs.", "names 'builtins bytearray'"),
+        (b"\x80\x02}X\1\0\0\0ac__builtin__\nbytearray\nJ\0\0\0\x7f\x85Rs.", "names '__builtin__ bytearray'"),
+        (b"\x80\x02}X\1\0\0\0actorch\nFloatTensor\nJ\0\0\0\x7f\x85Rs.", "names 'torch FloatTensor'"),
+        (b"\x80\x02}X\1\0\0\0aJ\0\0\0\x7fs.", "an integer beyond the size of the file"),
+        (b"\x80\x02}X\xff\xff\xff\x7fas.", "is not a readable state dict"),
+    ],
+)
+def test_a_pickle_that_would_allocate_more_than_the_file_explains_is_not_run(tmp_path, monkeypatch, code, named):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("it was run"))
+    for content in (bin_of(code), code):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(CheckpointError, match=named):
+            Checkpoint(tmp_path)
+
+
+def test_tensors_that_are_larger_than_what_is_stored_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": torch.zeros(1).expand(40_000, 40_000)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"larger than what is stored of them.*\n.*a: \[40000, 40000\]"):
+        Checkpoint(tmp_path)
+    whole = torch.zeros(1000, 100)
+    torch.save({str(i): whole[:] for i in range(1000)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="they overlap"):
+        Checkpoint(tmp_path)
+    torch.save({"a": whole, "b": whole}, tmp_path / "pytorch_model.bin")  # tied
+    assert list(Checkpoint(tmp_path).tensors) == ["a", "b"]
