@@ -24,6 +24,7 @@ from olmozoo.checkpoint.formats import SHARDED_WEIGHTS
 from olmozoo.checkpoint.reader import Checkpoint
 from olmozoo.checkpoint.tensors import LazyTensor, same_bits
 from olmozoo.checkpoint.writer import write_config, write_weights
+from olmozoo.cli.common import printable
 from olmozoo.errors import CheckpointError, InputError, OlmozooError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
@@ -51,7 +52,7 @@ def run(main: Callable[..., None]) -> None:
     try:
         app()
     except (OlmozooError, OSError) as error:
-        err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        err.print("error: " + printable(error, "\n"), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

@@ -146,6 +146,8 @@ def read_config(src: Path) -> dict[str, Any]:
     if not isinstance(model, dict):
         raise ConfigError(f"{file} has no section 'model'")
     found = {**DEFAULTS, **model}
+    large = [name for name in FIELDS if isinstance(found.get(name), int) and found[name].bit_length() > 64]
+    raise_problems(f"{file} has integers that no model has", large, ConfigError)
     problems = []
     for name, kind in FIELDS.items():
         value = found[name]

@@ -74,8 +74,8 @@ def resolve(path_or_repo: StrPath, *, need: Need, **hub: Unpack[HubOptions]) -> 
     inside = PurePosixPath(subfolder or "")
     if inside.is_absolute() or ".." in inside.parts:
         raise InputError(f"subfolder {subfolder!r} leads out of {text!r}: expected a relative folder inside it")
-    if text and folder.is_dir():
-        if not (folder / inside).is_dir():
+    if text and os.path.isdir(folder):  # False, too, for what no path can be
+        if not os.path.isdir(folder / inside):
             raise HubError(f"{folder} has no subfolder {subfolder!r}")
         return folder / inside
     _check_repo_id(path_or_repo, folder)
@@ -103,7 +103,7 @@ def _check_repo_id(path_or_repo: StrPath, folder: Path) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in an __all__
 
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise HubError(f"{folder} is a file: expected the checkpoint folder that holds it")
     if not isinstance(path_or_repo, str):
         raise HubError(f"no such folder: {folder}")

@@ -44,11 +44,13 @@ def atomic_folder(folder: StrPath, replaced: re.Pattern[str]) -> Iterator[Path]:
         CheckpointError: something other than a folder is there, or it contains the current folder; or the disk is full
             or not writable.
     """
+    if "\0" in os.fspath(folder):
+        raise CheckpointError(f"{os.fspath(folder)!r} is not a path: it has a null character")
     target = Path(os.path.realpath(folder))
     with contextlib.suppress(FileNotFoundError):  # the current folder may have been deleted
         if Path.cwd().is_relative_to(target):
             raise CheckpointError(f"{target} contains the current folder, which would be replaced: choose another")
-    if target.exists() and not target.is_dir():
+    if os.path.exists(target) and not target.is_dir():  # a name that is too long is an error of the first step below
         raise CheckpointError(f"{target} is not a folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -68,6 +68,8 @@ def parse_size(size: int | str) -> int:
     Raises:
         CheckpointError: it is neither.
     """
+    if isinstance(size, int) and size.bit_length() > 64:
+        raise CheckpointError(f"max_shard_size is an integer of {size.bit_length()} bits, expected at most 64")
     units = {"": 1, "B": 1} | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
     units |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
     match = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*([A-Z]*)", str(size).strip().upper())

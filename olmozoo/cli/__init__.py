@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from olmozoo.cli import checkpoint, evaluate, generate, verify
-from olmozoo.cli.common import err, write
+from olmozoo.cli.common import err, printable, write
 from olmozoo.errors import OlmozooError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -65,7 +65,7 @@ def main() -> None:
     try:
         app()
     except (OlmozooError, ImportError, OSError) as error:
-        message = f"olmozoo: {in_options(str(error))}"
+        message = "olmozoo: " + printable(in_options(str(error)), "\n")
         err.print(message, style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 

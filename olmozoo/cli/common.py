@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from rich.table import Table
 
 out = Console()
 err = Console(stderr=True)
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LISTED = 30  # tensors that `diff` and `verify` list by default
 
 MODEL, SAMPLING, BEAMS, OUTPUT = "Model", "Sampling", "Beam search", "Output"  # the panels of --help
@@ -89,14 +91,17 @@ def import_backend(name: str | None) -> None:
 
 
 def write(text: str) -> None:
-    """Write to standard output at once."""
-    sys.stdout.write(text)
+    """Write to standard output at once; on a terminal, control characters are escaped."""
+    sys.stdout.write(printable(text, "\n\t") if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
-def printable(value: Any) -> str:
-    """The text of a value from a file; half a surrogate pair, which no terminal takes, is spelled out."""
-    return str(value).encode("utf-8", "backslashreplace").decode()
+def printable(value: Any, kept: str = "") -> str:
+    """The text of a value from a file, with what a terminal would obey or cannot show escaped as in Python.
+
+    Those are control characters, except those in `kept`, marks that reverse text, and halves of surrogate pairs.
+    """
+    return CONTROL.sub(lambda found: found[0] if found[0] in kept else ascii(found[0])[1:-1], str(value))
 
 
 def show(
@@ -117,7 +122,7 @@ def show(
     table = Table(title=escape(printable(title)))
     for n, heading in enumerate(columns):
         longest = max((cell_len(printable(row[n])) for row in rows), default=0) if n == 0 else None
-        table.add_column(escape(heading), justify="left" if n < texts else "right", min_width=longest)
+        table.add_column(escape(printable(heading)), justify="left" if n < texts else "right", min_width=longest)
     for n, row in enumerate(rows):
         table.add_row(*(escape(printable(value)) for value in row), style=None if ok is None or ok[n] else bad)
     needed = Console(width=10_000).measure(table)

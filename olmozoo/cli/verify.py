@@ -93,5 +93,5 @@ def _show_report(report: Report) -> None:
     for name in report.bad_weights:
         out.print(f"[bold red]not finite:[/] {escape(printable(name))} holds NaN or infinity")
     for note in report.notes:
-        out.print(f"[bold red]not alike:[/] {escape(note)}")
+        out.print(f"[bold red]not alike:[/] {escape(printable(note))}")
     out.print(f"[green]{report.verdict}[/]" if report.ok else f"[bold red]{report.verdict}[/]")

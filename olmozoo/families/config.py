@@ -27,6 +27,7 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 MOST = 2**31 - 1
 MOST_LAYERS, MOST_LABELS, MOST_HEAD_DIM = 10_000, 1_000_000, 1 << 16
 MOST_JSON = 1 << 26  # bytes of a JSON file; the largest, a tokenizer.json, has some 30 MB
+MOST_DEPTH = 100  # levels of a JSON file; what copies and compares values takes a few calls for each
 CALL_DEFAULTS = ("output_attentions", "output_hidden_states", "return_dict")  # a config.json may set them for each call
 
 
@@ -374,9 +375,23 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not there") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not readable JSON: {error}") from error
+    if _depth_exceeds(data, MOST_DEPTH):
+        raise ConfigError(f"{path} is nested deeper than {MOST_DEPTH} levels")
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is a JSON {type(data).__name__}, expected an object")
     return data
+
+
+def _depth_exceeds(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def infer_problem_type(num_labels: int, integers: bool) -> str:

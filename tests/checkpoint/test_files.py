@@ -1,13 +1,16 @@
 """Index files and sizes."""
 
 import json
+import re
 import shutil
 
 import pytest
 
-from olmozoo import CheckpointError
+from olmozoo import CheckpointError, HubError
+from olmozoo.checkpoint.atomic import atomic_folder
 from olmozoo.checkpoint.files import parse_size
 from olmozoo.checkpoint.reader import Checkpoint
+from olmozoo.hub import resolve
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.reading import CONFIG
 
@@ -59,3 +62,22 @@ def test_sizes(text, size):
 def test_bad_sizes(text):
     with pytest.raises(CheckpointError, match="max_shard_size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_names_that_no_file_system_takes_are_errors_of_ours(tmp_path, name):
+    with (
+        pytest.raises(CheckpointError, match=r"too long|null character"),
+        atomic_folder(tmp_path / name, re.compile("")),
+    ):
+        pass
+    with pytest.raises(HubError):
+        resolve(str(tmp_path / name), need="config", local_files_only=True)
+    with pytest.raises(HubError, match="has no subfolder"):
+        resolve(tmp_path, need="config", subfolder=name)
+
+
+@pytest.mark.parametrize("size", [10**5000, "9" * 400], ids=["integer", "text"])
+def test_sizes_of_many_digits_are_refused(size):
+    with pytest.raises(CheckpointError, match="max_shard_size is"):
+        parse_size(size)

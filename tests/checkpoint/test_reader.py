@@ -1,5 +1,6 @@
 """Reading checkpoint folders."""
 
+import json
 import os
 
 import pytest
@@ -57,4 +58,13 @@ def test_a_config_beyond_the_bound_is_refused_and_not_read(tmp_path):
     with (tmp_path / "config.json").open("wb") as stream:
         stream.truncate(1 << 40)  # which takes no room on the disk
     with pytest.raises(OlmozooError, match="has 1,099,511,627,776 bytes, expected at most"):
+        open_checkpoint(tmp_path)
+
+
+def test_values_nested_too_deep_are_refused_by_the_file(tmp_path):
+    write_checkpoint(tmp_path, CONFIG)
+    data = json.loads((tmp_path / "config.json").read_text())
+    data["deep"] = json.loads("[" * 900 + "]" * 900)
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with pytest.raises(OlmozooError, match=r"config\.json is nested deeper than 100 levels"):
         open_checkpoint(tmp_path)

@@ -186,3 +186,28 @@ def test_help_is_in_panels(command):
     assert [name for name in ("Model", "Output", "Sampling", "Beam search") if f"─ {name} ─" in text] == [
         "Model", "Output", "Sampling", "Beam search",
     ]  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_control_characters_are_escaped_where_a_person_reads_them(monkeypatch):
+    text = "a\x1b[2J\x9b\x7f\r\u202e\ud800 é中\tb\n"
+    terminal, pipe = Terminal(), io.StringIO()
+    for stream in (terminal, pipe):
+        monkeypatch.setattr(sys, "stdout", stream)
+        common.write(text)
+    assert terminal.getvalue() == "a\\x1b[2J\\x9b\\x7f\\r\\u202e\\ud800 é中\tb\n"
+    assert pipe.getvalue() == text
+
+
+def test_tables_and_errors_escape_control_characters(command, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({**Olmo2Config().to_dict(), "x\x1b[2J": "y\x1b[2J\n"}))
+    written = command("info", tmp_path)
+    assert "\x1b" not in written
+    assert "x\\x1b[2J" in written
+    assert "y\\x1b[2J\\n" in written
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "\x1b[2J"}))
+    assert "\x1b" not in command("info", tmp_path, code=2)
