@@ -11,6 +11,7 @@ import json
 import math
 import os
 import stat
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -276,9 +277,10 @@ class ModelConfig(ABC):
         """Write config.json into `folder`, which is made if need be; an existing file is replaced in one step."""
         path = Path(folder) / "config.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
         try:
-            part.write_text(self.to_json(), encoding="utf-8")
+            with part.open("x", encoding="utf-8") as stream:
+                stream.write(self.to_json())
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

@@ -5,8 +5,10 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -234,6 +236,43 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_old_checkpoint(tmp_path):
 def test_a_file_size_limit_is_a_clear_error_and_leaves_the_old_checkpoint(tmp_path):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20))"
     run_full(tmp_path, limit, "is unchanged: File too large")
+
+
+READ_ONLY = """
+import sys
+sys.path.insert(0, {tests!r})
+from tests.checkpoint.test_atomic import save
+for number in range(2, 5):
+    save({folder!r}, number)
+"""
+
+
+def test_a_folder_that_is_not_writable_is_replaced_and_leaves_nothing_behind(tmp_path):
+    """By a user for whom permissions count, which is not root."""
+    prefix = []
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("there is no setpriv to drop root with")
+        prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    with tempfile.TemporaryDirectory() as root:  # pytest's own folders are closed to other users
+        folder = Path(root, "there")
+        save(folder, 1)
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("stays")
+        if prefix:
+            for path in (Path(root), folder, *folder.rglob("*")):
+                os.chown(path, 65534, 65534)
+        (folder / "inner").chmod(0o555)
+        folder.chmod(0o555)
+        code = READ_ONLY.format(tests=str(Path(__file__).parents[2]), folder=str(folder))
+        done = subprocess.run([*prefix, sys.executable, "-c", code], capture_output=True, text=True)
+        if "Permission denied" in done.stderr and "olmozoo" not in done.stderr:
+            pytest.skip("that user cannot run this Python")
+        assert done.returncode == 0, done.stderr
+        assert number_of(folder) == 4
+        assert (folder / "inner" / "file").read_text() == "stays"
+        assert folder.stat().st_mode & 0o777 == 0o555
+        assert os.listdir(root) == ["there"]
 
 
 if __name__ == "__main__":

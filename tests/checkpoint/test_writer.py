@@ -1,6 +1,7 @@
 """Saving into a folder: whole or not at all, and nothing else is touched."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from olmozoo import CheckpointError
+from olmozoo import CheckpointError, Tokenizer
 from olmozoo.checkpoint.atomic import atomic_folder
-from olmozoo.checkpoint.formats import SHARDED_WEIGHTS
+from olmozoo.checkpoint.convert import convert_checkpoint
+from olmozoo.checkpoint.formats import FORMATS, SHARDED_WEIGHTS
 from olmozoo.checkpoint.writer import save_checkpoint
-from tests.helpers.checkpoints import random_values, write_checkpoint
+from olmozoo.hub import CHAT_TEMPLATES, TOKENIZER_FILES
+from tests.helpers.checkpoints import random_values, train_tokenizer, write_checkpoint
 from tests.helpers.reading import CONFIG, load
 
 
@@ -149,3 +152,36 @@ def test_an_old_folder_put_aside_by_a_killed_save_comes_back(tmp_path, monkeypat
     for name, array in load(folder).items():
         assert np.array_equal(array, expected[name])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_no_writer_follows_a_link_in_the_target(tmp_path):
+    outside, target = tmp_path / "outside", tmp_path / "there"
+    source = write_checkpoint(tmp_path / "source", CONFIG, dtype="float32")
+    train_tokenizer(source, "The quick brown fox. " * 10)
+    (source / CHAT_TEMPLATES).mkdir()
+    (source / CHAT_TEMPLATES / "tools.jinja").write_text("new")
+    files = [*TOKENIZER_FILES, "config.json", "generation_config.json", "config.yaml", "model.pt"]
+    files += [format.file for format in FORMATS] + [f"{format.file}.index.json" for format in FORMATS]
+
+    def make() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(outside, ignore_errors=True)
+        (outside / CHAT_TEMPLATES).mkdir(parents=True)
+        target.mkdir()
+        for name in files:
+            (outside / name).write_text("outside")
+            (target / name).symlink_to(outside / name)
+        (outside / CHAT_TEMPLATES / "tools.jinja").write_text("outside")
+        (target / CHAT_TEMPLATES).symlink_to(outside / CHAT_TEMPLATES)
+
+    writers = [lambda to=to: convert_checkpoint(source, target, to=to) for to in ("safetensors", "flax-msgpack")]
+    writers += [
+        lambda: write_checkpoint(target, CONFIG),
+        lambda: Tokenizer.from_pretrained(source).save_pretrained(target),
+    ]
+    writers += [lambda: CONFIG.save_pretrained(target)]
+    for write in writers:
+        make()
+        write()
+        assert {path.read_text() for path in outside.rglob("*") if path.is_file()} == {"outside"}
+        assert len(list(outside.rglob("*"))) == len(files) + 2
