@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Self, Unpack
 
 import numpy as np
 
@@ -51,6 +51,19 @@ class Backend(ABC):
         cls = self.model_class(source.config, "causal_lm")
         self.device = self.choose_device(dtype or source.checkpoint.dtype.name, device)
         self.model = self.load(cls, source, dtype)
+
+    @classmethod
+    def of(cls, model: Any) -> Self:
+        """The backend of a live model of this wing, which stays on its device."""
+        backend = cls.__new__(cls)
+        backend.model = model
+        backend.device = cls.device_of(model)
+        return backend
+
+    @classmethod
+    def device_of(cls, model: Any) -> Any:
+        """The device of a live model; None where the framework chooses."""
+        return None
 
     @property
     def config(self) -> ModelConfig:
@@ -141,6 +154,11 @@ class PyTorch(Backend):
         import olmozoo.pt
 
         return olmozoo.pt
+
+    @classmethod
+    def device_of(cls, model: Any) -> Any:
+        """The device of the model's parameters."""
+        return next(model.parameters()).device
 
     def choose_device(self, dtype: str, device: str | None) -> Any:
         """The one asked for; by default CUDA or another accelerator if there is one (MPS not for float64)."""
@@ -285,6 +303,21 @@ def backend_class(name: str | None = None) -> type[Backend]:
     if name not in BACKENDS:
         raise InputError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)} (PyTorch, Keras, JAX)")
     return BACKENDS[name]
+
+
+def backend_of(model: Any) -> Backend:
+    """The backend of a live causal language model.
+
+    Raises:
+        InputError: the model is none of olmozoo's, or has no language-model head.
+    """
+    modules = {base.__module__ for base in type(model).__mro__}
+    for name, cls in BACKENDS.items():
+        if any(module.startswith(f"olmozoo.{name}.") for module in modules) and hasattr(model, "head"):
+            if model.head != "causal_lm":
+                raise InputError(f"the model is a {type(model).__name__}, expected one for causal language modeling")
+            return cls.of(model)
+    raise InputError(f"a {type(model).__name__} is no model of olmozoo.pt, olmozoo.tf or olmozoo.flax")
 
 
 def load(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from olmozoo.backends import Backend, backend_class, load
+from olmozoo.backends import Backend, backend_class, backend_of, load
 from olmozoo.checkpoint.adapters import locate
 from olmozoo.errors import InputError
 from olmozoo.text.chat import Message
@@ -170,6 +171,15 @@ class TextGenerationPipeline:
             streamer.stopped.set()
             thread.join()
 
+    def save_pretrained(self, folder: StrPath) -> None:
+        """Write the model and its tokenizer into a folder, from which `pipeline` and the commands load both.
+
+        Raises:
+            CheckpointError: the folder could not be written.
+        """
+        self.backend.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids of a text, or of a chat by the chat template, up to where the assistant's answer begins.
 
@@ -286,7 +296,8 @@ class _Stoppable(TextIteratorStreamer):
 
 def pipeline(
     task: str,
-    model: StrPath,
+    model: Any,
+    tokenizer: Tokenizer | StrPath | None = None,
     *,
     backend: str | None = None,
     dtype: str | None = None,
@@ -298,7 +309,8 @@ def pipeline(
 
     Args:
         task: "text-generation".
-        model: a folder, or a repository on the hub.
+        model: a folder, a repository on the hub, or a live causal language model of any wing, used as it is.
+        tokenizer: a `Tokenizer`, a folder or a repository; default the model's folder. A live model needs one.
         backend: "pt", "tf" or "flax"; default the first that is installed.
         dtype: name of the parameters' dtype; default the checkpoint's own.
         device: such as "cpu", "cuda", "cuda:1" or "mps"; default an accelerator if there is one, else the CPU.
@@ -306,12 +318,21 @@ def pipeline(
         **hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
-        InputError: there is no such task, backend or device.
+        InputError: there is no such task, backend or device; or options of loading are given with a live model.
         MissingBackendError: the backend's framework is not installed.
     """
     if task != "text-generation":
         raise InputError(f"task is {task!r}, expected 'text-generation'")
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.from_pretrained(tokenizer)
+    if not isinstance(model, (str, os.PathLike)):
+        given = {"backend": backend, "dtype": dtype, "device": device, "adapter": adapter, **hub}
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise InputError(f"{', '.join(wrong)} given with a {type(model).__name__}, which is loaded already")
+        if tokenizer is None:
+            raise InputError(f"a {type(model).__name__} needs a tokenizer: pipeline(task, model, tokenizer)")
+        return TextGenerationPipeline(backend_of(model), tokenizer)
     backend_class(backend).module()  # before anything is downloaded
-    source = locate(model, need="model", adapter=adapter, **hub)
-    tokenizer = Tokenizer.from_pretrained(source.tokenizer)
+    source = locate(model, need="model" if tokenizer is None else "weights", adapter=adapter, **hub)
+    tokenizer = tokenizer or Tokenizer.from_pretrained(source.tokenizer)
     return TextGenerationPipeline(load(source.folder, backend, dtype, device, source.adapter), tokenizer)

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from olmozoo import InputError, Olmo2Config, Tokenizer, cli
 from olmozoo.generation.config import GenerationConfig
@@ -118,6 +119,36 @@ def test_a_stream_that_is_closed_stops_the_model(write):
     assert time.perf_counter() - started < 2  # 6,000 tokens take many seconds
     assert not thread.is_alive()
     assert write("The quick", max_new_tokens=5) == "".join(write.stream("The quick", max_new_tokens=5))
+
+
+# ------------------------------------------------------------------------------------------------ live models, saving
+
+
+def test_a_live_model_and_its_folder(write, folder, tmp_path):
+    model, tokenizer = write.backend.model, Tokenizer.from_pretrained(folder)
+    expected = write(TEXTS, max_new_tokens=6)
+    live = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    assert live.backend.model is model
+    assert live(TEXTS, max_new_tokens=6) == expected
+    assert pipeline("text-generation", model, folder)(TEXTS[0], max_new_tokens=6) == expected[0]
+    assert pipeline("text-generation", folder, tokenizer, backend=write.backend.wing).tokenizer is tokenizer
+    live.save_pretrained(tmp_path / "whole")
+    again = pipeline("text-generation", tmp_path / "whole", backend=write.backend.wing)
+    assert again(TEXTS, max_new_tokens=6) == expected
+    assert again(CHAT, max_new_tokens=6) == write(CHAT, max_new_tokens=6)
+    model.save_pretrained(tmp_path / "ft")
+    tokenizer.save_pretrained(tmp_path / "ft")
+    runner = CliRunner()
+    done = runner.invoke(cli.app, ["generate", str(tmp_path / "ft"), TEXTS[0], "--backend", write.backend.wing])
+    assert done.exit_code == 0, done.output
+    for options, reason in (
+        ({}, "needs a tokenizer"),
+        ({"tokenizer": tokenizer, "dtype": "float32"}, "dtype given with a .*, which is loaded already"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            pipeline("text-generation", model, **options)
+    with pytest.raises(InputError, match="a object is no model of"):
+        pipeline("text-generation", object(), tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------- what the model is asked
