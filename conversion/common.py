@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -315,7 +316,9 @@ def show(rows: Iterable[tuple[str, LazyTensor, Link]]) -> None:
     table = Table("foreign tensor", "rows", "canonical parameter", "shape", "dtype")
     for foreign, source, link in rows:
         span = f"{link.start}:{link.stop}"
-        table.add_row(foreign, span, link.parameter.name, str(list(link.parameter.shape)), source.dtype.name)
+        table.add_row(
+            escape(printable(foreign)), span, link.parameter.name, str(list(link.parameter.shape)), source.dtype.name
+        )
     wide = Console(width=max(out.width, 140))  # names are for reading and for grep: whole, whatever the terminal
     wide.print(table, f"dry run: {table.row_count} parameters, nothing was written")
 

@@ -9,6 +9,7 @@ them); llama.cpp's own `llama-quantize` makes smaller ones of it. llama.cpp has 
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -200,7 +201,7 @@ def pre_tokenizer(data: Any, where: Path) -> str:
 
 def write(file: Path, config: OlmoConfig | Olmo2Config, tensors: list[LazyTensor], src: Path, verify: bool) -> None:
     """Write a temporary file, one tensor in memory at a time, and rename it when it is complete and checked."""
-    part = file.with_name(f".{file.name}.part")
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.part")  # no link, and no other process, has this name
     file.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(part, gguf.MODEL_ARCH_NAMES[arch_of(config)])
     try:
