@@ -135,7 +135,7 @@ def diff(
     """
     given = ((a, revision_a), (b, revision_b))
     sides = [open_merged(locate(path, need="weights", revision=revision, **hub)) for path, revision in given]
-    found = diff_opened(*sides, progress)
+    found = diff_opened(sides[0], sides[1], progress)
     return replace(found, a=os.fspath(a), b=os.fspath(b))
 
 
