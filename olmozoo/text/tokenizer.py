@@ -122,8 +122,9 @@ class Tokenizer:
         self.name_or_path = name_or_path
         self._special = dict(special_tokens or {})
         self._settings = dict(settings or {})
-        longest = self._settings.get("model_max_length")
-        self.model_max_length = int(longest) if isinstance(longest, (int, float)) and longest > 0 else UNLIMITED
+        longest: Any = self._settings.get("model_max_length")
+        known = isinstance(longest, (int, float)) and longest > 0
+        self.model_max_length = int(min(longest, UNLIMITED)) if known else UNLIMITED
         self.padding_side = self._settings.get("padding_side", "left")
         self.truncation_side = self._settings.get("truncation_side", "right")
         self.model_input_names = ["input_ids", "attention_mask"]

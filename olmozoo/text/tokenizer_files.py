@@ -93,8 +93,8 @@ def write_files(
         The paths of the files.
 
     Raises:
-        CheckpointError: the folder could not be written and is as it was before, or the name of a template is no
-            file name.
+        CheckpointError: the folder could not be written and is as it was before, the name of a template is no file
+            name, or a text is not valid Unicode.
     """
     kept = {name: value for name, value in settings.items() if name not in _NOT_WRITTEN}
     special = {name: settings[name] for name in SPECIAL if settings.get(name) is not None}
@@ -108,10 +108,14 @@ def write_files(
             raise CheckpointError(f"chat template {name!r} cannot be saved: its name is no file name")
         files["chat_template.jinja" if name == "default" else f"{CHAT_TEMPLATES}/{name}.jinja"] = template
     older = re.compile(rf"({'|'.join(map(re.escape, (CHAT_TEMPLATES, *TOKENIZER_FILES)))})\Z")
+    try:
+        encoded = {name: content.encode() for name, content in files.items()}
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"the tokenizer cannot be saved: its files are not valid Unicode: {error}") from error
     with atomic_folder(folder, older) as staging:
-        for name, content in files.items():
+        for name, content in encoded.items():
             (staging / name).parent.mkdir(exist_ok=True)
-            (staging / name).write_text(content, encoding="utf-8")
+            (staging / name).write_bytes(content)
     return tuple(os.path.join(folder, name) for name in files)
 
 

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from olmozoo import InputError, Tokenizer
+from olmozoo import CheckpointError, InputError, Tokenizer
 from tests.helpers.wings import PRESENT
 from tests.text.test_tokenizer import CHAT, LAYOUTS, TEXTS, olmo2
 
@@ -341,6 +341,20 @@ def test_saving_replaces_an_older_tokenizer_and_nothing_else(tmp_path):
     again = Tokenizer.from_pretrained(target)
     assert again.padding_side == "right"
     assert again.encode(LONG) == tokenizer.encode(LONG)
+
+
+def test_what_cannot_be_saved_or_limits_nothing(tmp_path):
+    tokenizer = Tokenizer.from_pretrained(olmo2(tmp_path / "source"))
+    for templates, reason in (
+        ({"../up": "x"}, "its name is no file name"),
+        ({"default": "\ud800"}, "not valid Unicode"),
+    ):
+        tokenizer.chat_template = templates
+        with pytest.raises(CheckpointError, match=reason):
+            tokenizer.save_pretrained(tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+    for limit in (float("inf"), float("nan"), 10**40, -1, "x", None):
+        assert Tokenizer(tokenizer.backend, settings={"model_max_length": limit}).model_max_length == int(1e30)
 
 
 # -------------------------------------------------------------------------------------------------------------- chats
