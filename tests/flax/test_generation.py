@@ -9,7 +9,6 @@ from olmozoo import InputError
 from tests.helpers.checkpoints import left_padded
 from tests.helpers.flax_models import (
     by_hand,
-    each_causal,
     make,
 )
 
@@ -76,9 +75,8 @@ def test_generate_refuses_what_it_cannot_do(model, batch, settings, named):
         jax.jit(model.generate)(batch[0])
 
 
-@each_causal
-def test_generate_continues_prompts_of_embeddings(cls):
-    model = make(cls)
+def test_generate_continues_prompts_of_embeddings():
+    model = make(flax.FlaxOPTForCausalLM)  # positions that are learned: a wrong one shows
     ids, mask = left_padded(model.config)
     expected = by_hand(model, ids.copy(), mask, 6)
     embeds = np.asarray(model.get_input_embeddings()[ids])

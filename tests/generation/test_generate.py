@@ -223,6 +223,14 @@ def test_a_seed_and_a_stream_give_a_row_whatever_the_batch_and_the_framework(fol
             answer = np.asarray(alone)[0, LENGTH - 2 * row :]
             assert np.array_equal(together[row, LENGTH : LENGTH + len(answer)], answer)
             assert (together[row, LENGTH + len(answer) :] == 1).all()
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_streams_follow_rows_and_answers(small, wing):
+    ids, mask = prompts(config_of("olmo2"))
+    model = load(small, wing).model
+    options = {"do_sample": True, "seed": 7, **SAMPLES["top_p"]}
+    together = np.asarray(generate(wing, model, ids, mask, **options).sequences)
     swapped = generate(wing, model, ids[::-1], mask[::-1], stream_index=[2, 1, 0], **options).sequences
     assert np.array_equal(np.asarray(swapped)[::-1], together)
     twice = np.asarray(generate(wing, model, ids, mask, num_return_sequences=2, **options).sequences)
@@ -276,6 +284,12 @@ def test_streams_chunks_and_guesses_change_nothing(folder, name, wing):
         assert streamer.ended
         assert np.array_equal(np.concatenate(streamer.shown, 1), expected), settings
         assert len(streamer.shown) == 1 + expected.shape[1] - LENGTH
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_guesses_keep_to_the_rules(small, wing):
+    ids, mask = prompts(config_of("olmo2"))
+    model = load(small, wing).model
     rules = {"repetition_penalty": 1.5, "min_new_tokens": 3, "no_repeat_ngram_size": 2}
     plain = generate(wing, model, ids, mask, **rules)
     guessed = generate(wing, model, ids, mask, prompt_lookup_num_tokens=4, **rules)

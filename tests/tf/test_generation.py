@@ -6,7 +6,6 @@ import pytest
 from olmozoo.generation.prepare import prepare
 from tests.helpers.keras_models import (
     BIASED_OLMO2,
-    FAMILIES,
     IDS,
     MASK,
     greedy,
@@ -76,9 +75,8 @@ def test_generate_writes_the_cache_in_place(model):
     assert not [line for line in loops[0].split("\n") if " copy(" in line and "f64[" in line]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_generate_from_embeddings(family):
-    model = make(family, dtype="float64")
+def test_generate_from_embeddings():
+    model = make("OPT", dtype="float64")  # positions that are learned: a wrong one shows
     table = model.get_input_embeddings()
     for ids, mask in ((IDS, MASK), (IDS[:, 4:], MASK[:, 4:]), (np.tile(IDS[:, 8:], 30), None)):
         given = np.ones_like(ids) if mask is None else mask

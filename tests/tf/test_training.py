@@ -237,7 +237,7 @@ from tests.helpers.keras_models import CONFIGS, IDS, dataset, make
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 assert strategy.num_replicas_in_sync == 2
 found = {}
-for family in CONFIGS:
+for family in ("Olmo2", "OPT"):  # rotary positions and learned ones
     runs = []
     for scope in (contextlib.nullcontext(), strategy.scope()):
         with scope:
@@ -262,7 +262,7 @@ def test_mirrored_devices_learn_as_one_does():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert np.isfinite(found.pop("dropping")).all()
-    assert set(found) == set(FAMILIES)
+    assert set(found) == {"Olmo2", "OPT"}
     for one, two in found.values():
         np.testing.assert_allclose(one, two, rtol=1e-4)
         assert one[-1] < one[0] - 0.05
