@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,19 +20,20 @@ from rich.table import Table
 
 from conversion.tensors import stacked
 from olmozoo.checkpoint.atomic import atomic_folder
-from olmozoo.checkpoint.convert import settings_files, write_settings
+from olmozoo.checkpoint.convert import check_target, settings_files, write_settings
 from olmozoo.checkpoint.files import GENERATION_CONFIG, write_json
-from olmozoo.checkpoint.formats import SHARDED_WEIGHTS
+from olmozoo.checkpoint.formats import ALL_WEIGHTS, SHARDED_WEIGHTS
 from olmozoo.checkpoint.reader import Checkpoint
 from olmozoo.checkpoint.tensors import LazyTensor, same_bits
 from olmozoo.checkpoint.writer import write_config, write_weights
 from olmozoo.cli.common import printable
-from olmozoo.errors import CheckpointError, InputError, OlmozooError, raise_problems
+from olmozoo.errors import CheckpointError, OlmozooError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.typing import Array
 
 Rule = tuple[str, tuple[str, ...]]  # a foreign name, and the canonical names whose rows it stacks, in order
+WEIGHTS = re.compile(rf"{ALL_WEIGHTS.pattern}|model\.pt|model_and_optim|rank\d+\.pt")  # and of foreign formats
 LAYER = "{}"  # stands for the layer's number in both
 
 out = Console()
@@ -41,6 +43,7 @@ Src = Annotated[Path, typer.Argument(help="The checkpoint to read.")]
 Dst = Annotated[Path, typer.Argument(help="The folder to write; it is replaced in one step, when all is written.")]
 Reverse = Annotated[bool, typer.Option("--reverse", help="From a canonical folder back to the foreign format.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List what would be mapped to what, and write nothing.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace weights that DST has.")]
 Verify = Annotated[bool, typer.Option(help="Compare what was written with what was read, bit by bit.")]
 ShardSize = Annotated[str, typer.Option(help="The most bytes in a file, such as 5GB or 1GiB.")]
 TokenizerPath = Annotated[Path | None, typer.Option(help="A tokenizer.json, or a folder with one, to check and copy.")]
@@ -53,7 +56,8 @@ def run(main: Callable[..., None]) -> None:
     try:
         app()
     except (OlmozooError, OSError) as error:
-        err.print("error: " + printable(error, "\n"), markup=False, highlight=False, soft_wrap=True)
+        message = str(error).replace("force=True", "--force")
+        err.print("error: " + printable(message, "\n"), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -144,15 +148,17 @@ def to_canonical(
     max_shard_size: str,
     dry_run: bool,
     verify: bool,
+    force: bool,
 ) -> None:
     """Write a canonical folder from foreign tensors, and compare it with them before it is renamed into place.
 
     Raises:
+        InputError: `dst` is `src`, or has weights and `force` is not given.
         CheckpointError: the tensors do not fit the config, or what was written differs.
     """
     grouped = grouped_parameters(rules, config)
     check_sources(sources, grouped, src)
-    check_places(src, dst)
+    check_dst(src, dst, force or dry_run)
     files = tokenizer_files(tokenizer, config) if tokenizer else {}
     found = {link.parameter.name: link for link in links(grouped)}
     if dry_run:
@@ -224,6 +230,7 @@ def from_canonical(
     *,
     dry_run: bool,
     verify: bool,
+    force: bool,
 ) -> None:
     """Write foreign tensors from a canonical folder, and compare them with it before they are renamed into place.
 
@@ -236,11 +243,13 @@ def from_canonical(
         read: reads it again.
         dry_run: only list what would be mapped.
         verify: whether to compare.
+        force: replace weights that are in `dst`.
 
     Raises:
+        InputError: `dst` is `src`, or has weights and `force` is not given.
         CheckpointError: the folder does not fit its config, or what was written differs.
     """
-    check_places(src, dst)
+    check_dst(src, dst, force or dry_run)
     grouped = grouped_parameters(rules, config)
     sources = canonical_sources(src, config)
     if dry_run:
@@ -278,10 +287,9 @@ def dtype_of(name: str, parts: list[Parameter], sources: dict[str, LazyTensor]) 
     return found.pop()
 
 
-def check_places(src: Path, dst: Path) -> None:
-    """Raise an InputError where a conversion would write over what it reads."""
-    if src.resolve() == dst.resolve() or src.resolve().is_relative_to(dst.resolve()):
-        raise InputError(f"DST is {dst}, which contains SRC {src}: expected another folder")
+def check_dst(src: Path, dst: Path, force: bool) -> None:
+    """Raise an InputError where a conversion would write over what it reads or, without --force, over other weights."""
+    check_target(src, dst, force, WEIGHTS)
 
 
 def compare(pairs: Iterable[tuple[str, Callable[[], Array], LazyTensor]]) -> None:

@@ -251,10 +251,13 @@ def main(
     out_file: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write, replaced in one step.")],
     dry_run: DryRun = False,
     verify: Verify = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if there is such a file.")] = False,
 ) -> None:
     """Convert a canonical OLMo or OLMo 2 checkpoint to a GGUF file for llama.cpp."""
     if out_file.suffix != ".gguf":  # such as a file of SRC
         raise InputError(f"OUT is {str(out_file)!r}, expected a name that ends in .gguf")
+    if out_file.exists() and not force and not dry_run:
+        raise InputError(f"{out_file} exists already: choose another name, or replace it with --force")
     config = check_config(ModelConfig.from_folder(src), src)
     tensors = plan(config, canonical_sources(src, config))
     if dry_run:

@@ -20,11 +20,12 @@ from rich.table import Table
 from conversion.common import (
     DryRun,
     Dst,
+    Force,
     ShardSize,
     Src,
     Verify,
     canonical_sources,
-    check_places,
+    check_dst,
     out,
     run,
     write_canonical,
@@ -61,10 +62,11 @@ def main(
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
     verify: Verify = True,
+    force: Force = False,
 ) -> None:
     """Make a multi-head checkpoint into one with fewer key/value heads, by the mean of each group."""
     config, smaller = pooled_config(src, kv_heads)
-    check_places(src, dst)
+    check_dst(src, dst, force or dry_run)
     sources = canonical_sources(src, config)
     group = config.kv_heads // kv_heads
     if dry_run:

@@ -17,6 +17,7 @@ from conversion.common import (
     LAYER,
     DryRun,
     Dst,
+    Force,
     Reverse,
     Rule,
     ShardSize,
@@ -309,6 +310,7 @@ def main(
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
     verify: Verify = True,
+    force: Force = False,
 ) -> None:
     """Convert an OLMo-core checkpoint to a canonical folder, or back."""
     if not reverse:
@@ -323,6 +325,7 @@ def main(
             max_shard_size=max_shard_size,
             dry_run=dry_run,
             verify=verify,
+            force=force,
         )
         return
     if tokenizer or max_sequence_length:
@@ -347,6 +350,7 @@ def main(
         lambda folder: core_sources(folder, config.tie_word_embeddings),
         dry_run=dry_run,
         verify=verify,
+        force=force,
     )
 
 

@@ -23,6 +23,7 @@ from conversion.common import (
     LAYER,
     DryRun,
     Dst,
+    Force,
     Reverse,
     Rule,
     ShardSize,
@@ -346,6 +347,7 @@ def main(
     ] = "pt",
     dry_run: DryRun = False,
     verify: Verify = True,
+    force: Force = False,
 ) -> None:
     """Convert a checkpoint of AI2's native trainer to a canonical folder, or back."""
     if not reverse:
@@ -362,6 +364,7 @@ def main(
             max_shard_size=max_shard_size,
             dry_run=dry_run,
             verify=verify,
+            force=force,
         )
         return
     if tokenizer:
@@ -389,6 +392,7 @@ def main(
         lambda folder: native_sources(folder, read_config(folder)),
         dry_run=dry_run,
         verify=verify,
+        force=force,
     )
 
 

@@ -7,7 +7,7 @@ TensorFlow wing.
 from __future__ import annotations
 
 import dataclasses
-import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,22 @@ from olmozoo.checkpoint.writer import write_config, write_weights
 from olmozoo.errors import CheckpointError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import ARCHITECTURES, BASE_PREFIX, HEAD_MODULES, Head, Parameter
-from olmozoo.typing import Array
+from olmozoo.typing import Array, StrPath
 
 Tensors = dict[Parameter, LazyTensor]  # under canonical names
 
 
 def convert_checkpoint(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    source: StrPath,
+    target: StrPath,
     *,
     to: str,
     dtype: Any = None,
     max_shard_size: int | str = "5GB",
     verify: bool = False,
+    force: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    adapter: str | os.PathLike[str] | None = None,
+    adapter: StrPath | None = None,
     **hub_options: Any,
 ) -> None:
     """Write a checkpoint in another format, with its config, generation settings and tokenizer.
@@ -52,18 +53,19 @@ def convert_checkpoint(
 
     Args:
         source: a folder, or a repository on the hub, with weights in any format that olmozoo reads.
-        target: the folder to write; in an old one, other files are kept, old weights are not.
+        target: the folder to write, another than `source`; in an old one, other files are kept.
         to: a key of `formats.WRITABLE`.
         dtype: what floating-point values are cast to; default each tensor's own.
         max_shard_size: bytes a file, for the formats that have shards: safetensors, pt-bin and flax-msgpack.
         verify: read what was written, and compare every tensor bit for bit, before the rename.
+        force: replace the weights of a `target` that has some, in whatever format, rather than refuse.
         progress: called as progress(bytes read, bytes in all).
         adapter: a folder or a repository with a LoRA adapter of PEFT; default one in the model's folder. The merged
             model is written.
         **hub_options: as of `hub.resolve`.
 
     Raises:
-        InputError: there is no such format.
+        InputError: there is no such format; or `target` is `source`, or has weights and `force` is not given.
         HubError: the repository or a file cannot be downloaded.
         ConfigError: config.json is missing or bad.
         CheckpointError: the weights are broken, do not fit the config or do not fit `dtype`; or nothing could be
@@ -75,6 +77,8 @@ def convert_checkpoint(
     parse_size(max_shard_size)
     found = locate(source, need="model", adapter=adapter, **hub_options)
     folder = found.folder
+    for read in (folder, Path(source)):  # the folder of an adapter is another than that of its base
+        check_target(read, target, force)
     opened, settings = read_unchanged(folder, lambda: (open_merged(found), settings_files(folder, found.tokenizer)))
     config, checkpoint = opened.config, opened.checkpoint
     head = head_of(config, checkpoint)
@@ -95,6 +99,29 @@ def convert_checkpoint(
             write_weights(staging, list(counted.values()), max_shard_size, format)
         if verify:
             _verify(staging, config, head, tensors)
+
+
+def check_target(source: Path, target: StrPath, force: bool, replaced: re.Pattern[str] = ALL_WEIGHTS) -> None:
+    """Check that a conversion writes neither over what it reads nor, without `force`, over other weights.
+
+    Args:
+        source: the folder or file that is read.
+        target: the folder that is written.
+        force: allow a target with weights.
+        replaced: names of weights.
+
+    Raises:
+        InputError: `target` is `source` or contains it, or has weights.
+    """
+    folder = Path(target).resolve()
+    if source.resolve().is_relative_to(folder):
+        raise InputError(f"the target {target} is or contains the source {source}: choose another folder")
+    found = sorted(path.name for path in folder.iterdir() if replaced.fullmatch(path.name)) if folder.is_dir() else []
+    if found and not force:
+        raise InputError(
+            f"the target {target} has weights already: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}; "
+            "choose another folder, or replace them with force=True"
+        )
 
 
 def head_of(config: ModelConfig, checkpoint: Checkpoint) -> Head | None:

@@ -25,6 +25,7 @@ for command in (
 OPTIONS = {
     "do_sample=False": "--no-sample",
     "do_sample=True": "--sample",
+    "force=True": "--force",
     "stop_strings": "--stop",
     "give one as chat_template": "give prompts without messages",
     "window and stride": "--window and --stride",

@@ -78,6 +78,7 @@ def convert(
         str, typer.Option(help="The most bytes a file, for safetensors, pt-bin and flax-msgpack.")
     ] = "5GB",
     verify: Annotated[bool, typer.Option(help="Read what was written, and compare every tensor bit for bit.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the weights of a target that has some.")] = False,
     revision: Revision = None,
     adapter: Adapter = None,
 ) -> None:
@@ -98,6 +99,7 @@ def convert(
             dtype=dtype,
             max_shard_size=max_shard_size,
             verify=verify,
+            force=force,
             progress=lambda done, total: bar.update(task, description="writing", completed=done, total=total),
             revision=revision,
             adapter=adapter,

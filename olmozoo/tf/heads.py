@@ -9,13 +9,21 @@ import tensorflow as tf
 from keras import ops
 
 from olmozoo.errors import InputError
+from olmozoo.families.config import infer_problem_type
 from olmozoo.modeling import check_kept_logits, head_labels
 from olmozoo.outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 from olmozoo.tf.base import PreTrainedModel
 from olmozoo.tf.decoder import Decoder
 from olmozoo.tf.generation import GenerationMixin
 from olmozoo.tf.layers import Tensor, linear
-from olmozoo.tf.losses import answer_position_loss, classification_loss, next_token_loss
+from olmozoo.tf.losses import (
+    answer_position_loss,
+    clamped,
+    classification_loss,
+    counted_labels,
+    next_labels,
+    next_token_loss,
+)
 
 
 class HeadedModel(PreTrainedModel):
@@ -110,6 +118,10 @@ class HeadedModel(PreTrainedModel):
         """The loss of an output, for labels in the order of `label_names`."""
         raise NotImplementedError
 
+    def metric_labels(self, output: Any, *labels: Tensor) -> tuple[Any, Any]:
+        """The labels that `head_loss` compares with the predictions, and weights, 0 where it ignores a label."""
+        raise NotImplementedError
+
     # -- `fit` and `evaluate` -------------------------------------------------------------------------------------
 
     def predictions(self, output: Any) -> Any:
@@ -149,9 +161,44 @@ class HeadedModel(PreTrainedModel):
         total = ops.sum([ops.cast(ops.sum(part), loss.dtype) for part in (loss, *self.losses)])
         return total / tf.distribute.get_strategy().num_replicas_in_sync  # replicas' gradients are added up
 
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        loss: Any = None,
+        loss_weights: Any = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        **options: Any,
+    ) -> None:
+        """Set the optimizer, loss and metrics of `fit` and `evaluate`, as `keras.Model.compile` does.
+
+        Without a `loss`, the model's own is used, and metrics see what it sees: labels shifted by one position for a
+        language model, and none that it ignores (-100, or an answer outside of the text). With a `loss`, both get the
+        labels as they are given.
+
+        Args:
+            optimizer: as in Keras.
+            loss: as in Keras; default the model's own.
+            loss_weights: as in Keras.
+            metrics: as in Keras, such as `["accuracy"]`; a list for each output where the head has two.
+            weighted_metrics: as in Keras.
+            **options: as in Keras.
+
+        Raises:
+            InputError: both kinds of metrics are given without a loss, where they are the same.
+        """
+        if loss is None and metrics:  # only weighted metrics take the weights that leave labels out
+            if weighted_metrics:
+                raise InputError("metrics and weighted_metrics are the same for the model's own loss: give one of them")
+            metrics, weighted_metrics = None, metrics
+        super().compile(optimizer, loss, loss_weights, metrics, weighted_metrics, **options)
+
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-        """The metrics given to `compile`, on labels and logits."""
+        """The metrics given to `compile`, on labels and logits; see there."""
         labels = self.labels_of(x, y)
+        if self.loss is None and labels is not None:
+            several = len(self.label_names) > 1
+            labels, sample_weight = self.metric_labels(y_pred, *(labels if several else [labels]))
         return super().compute_metrics(x, labels, self.predictions(y_pred), sample_weight)
 
 
@@ -172,6 +219,9 @@ class CausalLM(GenerationMixin, HeadedModel):
 
     def head_loss(self, output: CausalLMOutput, labels: Tensor) -> Tensor:
         return next_token_loss(output.logits, labels)
+
+    def metric_labels(self, output: CausalLMOutput, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return counted_labels(next_labels(ops.convert_to_tensor(labels)), -100)
 
 
 class SequenceClassifier(HeadedModel):
@@ -197,6 +247,13 @@ class SequenceClassifier(HeadedModel):
     def head_loss(self, output: SequenceClassifierOutput, labels: Tensor) -> Tensor:
         return classification_loss(output.logits, labels, self.config.problem_type)
 
+    def metric_labels(self, output: SequenceClassifierOutput, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        labels = ops.convert_to_tensor(labels)
+        width, is_integer = output.logits.shape[1], labels.dtype.is_integer
+        if (self.config.problem_type or infer_problem_type(width, is_integer)) == "single_label_classification":
+            return counted_labels(ops.reshape(labels, (-1,)), -100)
+        return ops.reshape(labels, ops.shape(output.logits)), None
+
 
 class QuestionAnswerer(HeadedModel):
     """A decoder with a head for the first and the last token of an answer in the text."""
@@ -212,6 +269,11 @@ class QuestionAnswerer(HeadedModel):
     def head_loss(self, output: QuestionAnsweringOutput, start_positions: Tensor, end_positions: Tensor) -> Tensor:
         start = answer_position_loss(output.start_logits, start_positions)
         return (start + answer_position_loss(output.end_logits, end_positions)) / 2
+
+    def metric_labels(self, output: QuestionAnsweringOutput, *positions: Tensor) -> tuple[Any, Any]:
+        length = ops.shape(output.start_logits)[1]
+        pairs = [counted_labels(clamped(ops.convert_to_tensor(p), length), length) for p in positions]
+        return [labels for labels, _ in pairs], [weights for _, weights in pairs]
 
     def predictions(self, output: QuestionAnsweringOutput) -> Any:
         return [output.start_logits, output.end_logits]

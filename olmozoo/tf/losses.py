@@ -20,10 +20,15 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignored: Any) -> Tensor:
     return total / ops.cast(ops.maximum(ops.count_nonzero(counted), 1), wide.dtype)
 
 
+def next_labels(labels: Tensor) -> Tensor:
+    """Labels (b, s), each replaced by the one after it, which is what its position predicts; -100 after the last."""
+    return tf.pad(labels[:, 1:], [[0, 0], [0, 1]], constant_values=-100)
+
+
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits (b, s, v) against labels (b, s), each with the label after it; -100 is ignored."""
-    labels = tf.pad(labels[:, 1:], [[0, 0], [0, 1]], constant_values=-100)
-    return cross_entropy(ops.reshape(logits, (-1, logits.shape[-1])), ops.reshape(labels, (-1,)), -100)
+    labels = ops.reshape(next_labels(labels), (-1,))
+    return cross_entropy(ops.reshape(logits, (-1, logits.shape[-1])), labels, -100)
 
 
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
@@ -42,4 +47,15 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
 def answer_position_loss(logits: Tensor, positions: Tensor) -> Tensor:
     """Cross-entropy of logits (b, s) against positions (b,), clamped to 0 .. s, where s is ignored."""
     length = ops.shape(logits)[1]
-    return cross_entropy(logits, ops.clip(ops.reshape(positions, (-1,)), 0, length), length)
+    return cross_entropy(logits, clamped(positions, length), length)
+
+
+def clamped(positions: Tensor, length: Any) -> Tensor:
+    """Positions (b,) of a sequence of `length`: those outside become `length`, which is ignored, or 0."""
+    return ops.clip(ops.reshape(positions, (-1,)), 0, length)
+
+
+def counted_labels(labels: Tensor, ignored: Any) -> tuple[Tensor, Tensor]:
+    """Labels for Keras's metrics, and their weights: 0, with label 0, where they are `ignored`, else 1."""
+    counted = ops.not_equal(labels, ignored)
+    return ops.where(counted, labels, ops.zeros_like(labels)), ops.cast(counted, "float32")

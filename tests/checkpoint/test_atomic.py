@@ -77,7 +77,7 @@ def serve(root: str) -> None:
                     save(folder / "saved", number)
                 else:
                     source = folder / ("even", "odd")[number % 2]
-                    convert_checkpoint(source, folder / "converted", to=what, max_shard_size="2MB")
+                    convert_checkpoint(source, folder / "converted", to=what, max_shard_size="2MB", force=True)
                 os.write(told, b".")
         os.close(told)
         alive = all(os.read(done, 1) for _ in range(int(whole)))
@@ -188,7 +188,7 @@ save(root / "old", 1)
 for what in ("save", "convert", "new"):
     try:
         if what == "convert":
-            convert_checkpoint({source!r}, root / "old", to="safetensors")
+            convert_checkpoint({source!r}, root / "old", to="safetensors", force=True)
         else:
             save(root / ("old" if what == "save" else "new"), 2, LARGER)
     except CheckpointError as error:

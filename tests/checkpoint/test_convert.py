@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import olmozoo
-from olmozoo import CheckpointError
+from olmozoo import CheckpointError, InputError
 from olmozoo.checkpoint.convert import convert_checkpoint, head_of
 from olmozoo.checkpoint.formats import WRITABLE, safetensors
 from olmozoo.checkpoint.reader import Checkpoint
@@ -30,13 +30,11 @@ def test_every_format_and_back_is_byte_identical(tmp_path, to, dtype):
     there = tmp_path / "a %41 #?é"
     for family, head in MODELS:
         source = write_checkpoint(tmp_path / "source", CONFIGS[family], head, dtype=dtype_of(dtype))
-        convert_checkpoint(source, there, to=to, verify=True)
+        convert_checkpoint(source, there, to=to, verify=True, force=True)
         assert (there / "model.safetensors").exists() == (to == "safetensors")
         assert head_of(CONFIGS[family], Checkpoint(there)) == head
-        convert_checkpoint(there, tmp_path / "back", to="safetensors")
+        convert_checkpoint(there, tmp_path / "back", to="safetensors", force=True)
         assert tree(tmp_path / "back") == tree(source)
-    convert_checkpoint(there, there, to="safetensors")  # in place, from its own files
-    assert tree(there) == tree(source)
 
 
 def test_a_mixture_of_half_dtypes_keeps_each_where_it_can(tmp_path):
@@ -91,7 +89,7 @@ def test_settings_and_tokenizer_come_along_and_old_ones_go(tmp_path):
     (source / "tokenizer.json").write_text("{}")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tools.jinja").write_text("x")
-    convert_checkpoint(source, target, to="flax-msgpack")
+    convert_checkpoint(source, target, to="flax-msgpack", force=True)
     assert sorted(tree(target)) == [
         "additional_chat_templates/tools.jinja",
         "config.json",
@@ -101,9 +99,36 @@ def test_settings_and_tokenizer_come_along_and_old_ones_go(tmp_path):
     ]
     (source / "generation_config.json").write_text('{"top_k": 9}')
     (source / "tokenizer.json").rename(source / "vocab.json")  # of another kind: what stays of the old would be read
-    convert_checkpoint(source, target, to="safetensors")
+    convert_checkpoint(source, target, to="safetensors", force=True)
     assert sorted(set(tree(target)) & {"tokenizer.json", "vocab.json", "notes.txt"}) == ["notes.txt", "vocab.json"]
     assert json.loads((target / "generation_config.json").read_text()) == {"top_k": 9}
+
+
+@pytest.mark.parametrize("held", ["model.safetensors", "flax_model-00001-of-00002.msgpack", "model.keras", "orbax"])
+def test_weights_are_replaced_only_where_that_is_asked_for(tmp_path, held):
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
+    before = tree(source)
+    for target in (source, tmp_path, tmp_path / "x" / ".." / "source"):
+        for force in (False, True):
+            with pytest.raises(InputError, match="is or contains the source"):
+                convert_checkpoint(source, target, to="safetensors", dtype="bfloat16", force=force)
+    assert tree(source) == before
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "notes.txt").write_text("kept")
+    convert_checkpoint(source, target, to="safetensors")
+    (target / "model.safetensors").unlink()
+    (target / held).write_bytes(b"precious")
+    with pytest.raises(InputError, match=f"has weights already: {held}; .* force=True"):
+        convert_checkpoint(source, target, to="pt-bin")
+    assert (target / held).read_bytes() == b"precious"
+    done = run(source, target, "--to", "pt-bin")
+    assert done.returncode == 2
+    assert "has weights already" in done.stderr
+    assert done.stderr.strip().endswith("--force")
+    assert run(source, target, "--to", "pt-bin", "--force").returncode == 0
+    assert not (target / held).exists()
+    assert (target / "notes.txt").exists()
 
 
 def test_a_cast_is_named_in_the_config_and_never_overflows(tmp_path):
@@ -143,7 +168,7 @@ def test_what_was_written_wrong_is_found_and_not_renamed_into_place(tmp_path, mo
 
     monkeypatch.setitem(WRITABLE, "safetensors", dataclasses.replace(WRITABLE["safetensors"], write=spoil))
     with pytest.raises(CheckpointError, match=r"differs from what was read: 1 problem\(s\)\n  - .* differs"):
-        convert_checkpoint(source, target, to="safetensors", verify=True)
+        convert_checkpoint(source, target, to="safetensors", verify=True, force=True)
     assert tree(target) == before
 
 
@@ -202,7 +227,7 @@ def test_a_disk_that_takes_no_more_leaves_the_old_folder(tmp_path, to):
         "from olmozoo import CheckpointError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
-        "try: convert_checkpoint(sys.argv[1], sys.argv[2], to=sys.argv[3])\n"
+        "try: convert_checkpoint(sys.argv[1], sys.argv[2], to=sys.argv[3], force=True)\n"
         "except CheckpointError as error: print('told:', error)"
     )
     done = subprocess.run([sys.executable, "-c", code, source, target, to], capture_output=True, text=True, timeout=120)
@@ -223,7 +248,7 @@ def test_a_full_disk_is_called_so(tmp_path, to):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))\n"
         "atomic.FULL = (*atomic.FULL, 27)  # EFBIG, since a test cannot fill a disk\n"
-        "try: convert_checkpoint(sys.argv[1], sys.argv[2], to=sys.argv[3])\n"
+        "try: convert_checkpoint(sys.argv[1], sys.argv[2], to=sys.argv[3], force=True)\n"
         "except CheckpointError as error: print(error)"
     )
     command = [sys.executable, "-c", code, source, tmp_path / "there", to]
@@ -240,13 +265,13 @@ def test_a_conversion_that_is_killed_leaves_the_old_folder_and_the_next_one_clea
         "import sys, time\n"
         "from olmozoo.checkpoint.convert import convert_checkpoint\n"
         "def stop(done, total):\n    if done > total / 2: print('half', flush=True); time.sleep(60)\n"
-        "convert_checkpoint(sys.argv[1], sys.argv[2], to='flax-msgpack', progress=stop)"
+        "convert_checkpoint(sys.argv[1], sys.argv[2], to='flax-msgpack', progress=stop, force=True)"
     )
     with subprocess.Popen([sys.executable, "-c", code, source, target], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "half\n"
         os.kill(process.pid, signal.SIGKILL)
     assert tree(target) == before
-    convert_checkpoint(source, target, to="flax-msgpack", verify=True)
+    convert_checkpoint(source, target, to="flax-msgpack", verify=True, force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
     assert sorted(tree(target)) == ["config.json", "flax_model.msgpack"]
 

@@ -53,10 +53,11 @@ def test_a_model_that_loads_is_in_memory_once(tmp_path, wing, to, share):
             tmp_path / name, config, "causal_lm", lambda p: np.ones(p.shape, "float32"), lambda p: "float32"
         )
         if to != "safetensors":
-            convert_checkpoint(tmp_path / name, tmp_path / name, to=to)
-    command = [sys.executable, "-c", PEAK, wing, tmp_path / "small", tmp_path / "large"]
+            convert_checkpoint(tmp_path / name, tmp_path / f"{name}-{to}", to=to)
+    folders = [tmp_path / (name if to == "safetensors" else f"{name}-{to}") for name in ("small", "large")]
+    command = [sys.executable, "-c", PEAK, wing, *folders]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    size = sum(file.stat().st_size for file in (tmp_path / "large").iterdir())
+    size = sum(file.stat().st_size for file in folders[1].iterdir())
     assert size > 4e8
     assert grown / size < share
 

@@ -116,7 +116,7 @@ def test_the_chat_template_comes_along_from_wherever_it_is(tmp_path):
     assert found["tokenizer.chat_template"] == "{{ messages }}"
     assert found["tokenizer.chat_template.tools"] == "{{ tools }}"
     (folder / "chat_template.jinja").write_text("{{ bos_token }}")  # goes first, as in Transformers
-    gguf_export.main(folder, tmp_path / "x.gguf")
+    gguf_export.main(folder, tmp_path / "x.gguf", force=True)
     assert fields(tmp_path / "x.gguf")["tokenizer.chat_template"] == "{{ bos_token }}"
 
 
@@ -198,7 +198,7 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gguf_export.gguf.GGUFWriter, "write_tensor_data", fail)
     with pytest.raises(OSError, match="the disk is full"):
-        gguf_export.main(tmp_path / "src", tmp_path / "x.gguf")
+        gguf_export.main(tmp_path / "src", tmp_path / "x.gguf", force=True)
     assert (tmp_path / "x.gguf").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src", "x.gguf"]
 
