@@ -174,6 +174,11 @@ class PreTrainedModel(ModelMixin, nn.Module):
         bound = {name: self.get_parameter(name) for name in expected}
         known = {id(tensor) for tensor in bound.values()}
         others = {name: tensor for name, tensor in self.named_parameters() if id(tensor) not in known}
+        if adapters := [name for name in others if ".lora_" in name or ".modules_to_save." in name]:
+            raise InputError(
+                f"{len(adapters)} parameters are of adapters that are not merged, such as {adapters[0]}: call "
+                "merge_and_unload() of the PEFT model first, or save the adapter alone with its save_pretrained"
+            )
         headline = f"parameters do not fit the config of {type(self).__name__}"
         found = {name: tuple(tensor.shape) for name, tensor in (bound | others).items()}
         check_shapes(headline, found, expected)

@@ -25,7 +25,7 @@ from olmozoo.generation.config import GenerationConfig
 from olmozoo.modeling import ModelMixin, resized_config, split_options
 from olmozoo.outputs import OUTPUTS, ModelOutput
 from olmozoo.tf.cache import KVCache
-from olmozoo.tf.layers import Tensor, embedding, from_numpy, linear
+from olmozoo.tf.layers import Dense, Tensor, embedding, from_numpy, linear
 
 LEAVES = {"linear": "kernel", "embedding": "embeddings", "norm": "scale", "bias": "bias"}  # what layers call them
 
@@ -147,7 +147,8 @@ class PreTrainedModel(ModelMixin, keras.Model):
             max_shard_size: bytes a file, as a number or as text such as "5GB".
 
         Raises:
-            InputError: the model has other variables than its config says, such as a head that is no longer tied.
+            InputError: the model has LoRA adapters that are not merged, or other variables than its config says, such
+                as a head that is no longer tied.
             CheckpointError: the folder could not be written and is as it was before.
         """
         self.check_parameters()
@@ -160,6 +161,24 @@ class PreTrainedModel(ModelMixin, keras.Model):
             generation_config=self.generation_config.to_dict(),
             max_shard_size=max_shard_size,
         )
+
+    def save(self, filepath: str | os.PathLike[str], overwrite: bool = True, **options: Any) -> None:
+        """Write a `.keras` file, with adapters, trainable flags and the state of a compiled optimizer.
+
+        Args:
+            filepath: a name that ends in `.keras`.
+            overwrite: whether to replace a file; else Keras asks.
+            **options: as in `keras.Model.save`.
+
+        Raises:
+            InputError: the name is that of Keras's old HDF5 format, which has no room for a subclassed model.
+        """
+        if os.fspath(filepath).endswith((".h5", ".hdf5")):
+            raise InputError(
+                f"{filepath}: Keras cannot load a model of this kind from .h5: save 'model.keras', or the weights "
+                "alone with save_weights('model.weights.h5')"
+            )
+        super().save(filepath, overwrite=overwrite, **options)
 
     def export(
         self,
@@ -232,6 +251,8 @@ class PreTrainedModel(ModelMixin, keras.Model):
             "name": self.name,
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             **quantized,
+            **({"lora": self._lora()} if self._lora() else {}),
+            **({"frozen": frozen} if (frozen := self._frozen()) else {}),
         }
 
     @classmethod
@@ -243,7 +264,73 @@ class PreTrainedModel(ModelMixin, keras.Model):
         if "quantized" in config:
             mode, how, filters = config["quantized"]
             model.quantize(mode, keras.saving.deserialize_keras_object(how), filters=filters)
+        layers = {parameter.name: model._layer(parameter) for parameter in model._parameter_table()}
+        for name, (rank, alpha) in config.get("lora", {}).items():
+            layers[name].enable_lora(rank, alpha)
+        frozen = config.get("frozen")
+        if frozen is not None:
+            model.trainable = frozen["model"]
+            for name in frozen["layers"]:
+                layers[name].trainable = False
+            for variable in model.variables:
+                variable.trainable = variable.trainable and variable.path not in frozen["variables"]
         return model
+
+    def _lora(self) -> dict[str, tuple[int, float]]:
+        """The rank and alpha of the LoRA adapters, by the name of the parameter that they adapt."""
+        found = {}
+        for parameter in self._parameter_table():
+            layer = self._layer(parameter)
+            if parameter.kind == "linear" and getattr(layer, "lora_enabled", False):
+                found[parameter.name] = layer.lora_rank, layer.lora_alpha
+        return found
+
+    def _frozen(self) -> dict[str, Any]:
+        """Whether the model is trainable, and which of its layers and variables are not; empty where all are."""
+        table = self._parameter_table()
+        layers = [parameter.name for parameter in table if not self._layer(parameter).trainable]
+        of_table = [variable for parameter in table for variable in self._layer(parameter).weights]
+        variables = sorted({variable.path for variable in of_table if not variable.trainable})
+        return {"model": self.trainable, "layers": layers, "variables": variables} if variables else {}
+
+    # -- adapters -------------------------------------------------------------------------------------------------
+
+    def enable_lora(
+        self, rank: int, lora_alpha: float | None = None, target_names: Iterable[str] | None = None
+    ) -> None:
+        """Add LoRA adapters (arXiv:2106.09685) to `Dense` layers of the blocks, and freeze all else.
+
+        Compile the model afterwards. `save("m.keras")` keeps the adapters; `merge_lora` adds them to the kernels.
+
+        Args:
+            rank: of the adapters.
+            lora_alpha: adapters are scaled by lora_alpha / rank; default `rank`.
+            target_names: of layers, such as `("q_proj", "v_proj")`; default every `Dense` of the blocks.
+
+        Raises:
+            InputError: there is no layer of such a name.
+        """
+        layers = {tuple(self._parameter_path(p)[:-1]): self._layer(p) for p in self._parameter_table()}
+        dense = {path: layer for path, layer in layers.items() if "layers" in path and isinstance(layer, Dense)}
+        names = {path[-1] for path in dense}
+        wanted = names if target_names is None else set(target_names)
+        if unknown := wanted - names:
+            raise InputError(f"no layer {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
+        for layer in layers.values():
+            layer.trainable = False
+        for path, layer in dense.items():
+            if path[-1] in wanted:
+                layer.trainable = True
+                layer.enable_lora(rank, lora_alpha)
+                if layer.use_bias:
+                    layer.bias.trainable = False
+
+    def merge_lora(self) -> None:
+        """Add LoRA adapters to the kernels. They stay, at zero, so that training can go on."""
+        lora = self._lora()
+        for parameter in self._parameter_table():
+            if parameter.name in lora:
+                self._layer(parameter).merge_lora()
 
     # -- parameters -----------------------------------------------------------------------------------------------
 
@@ -269,12 +356,18 @@ class PreTrainedModel(ModelMixin, keras.Model):
             yield parameter, self._read(parameter)
 
     def check_parameters(self) -> None:
-        """Check that the layers with variables are those of the parameter table; adapters inside one count as its own.
+        """Check that the layers with variables are those of the parameter table, and that adapters are merged.
 
         Raises:
             InputError: they are not; every problem is named.
         """
-        table = self._parameter_table()
+        table, lora = self._parameter_table(), self._lora()
+        unmerged = [p.name for p in table if p.name in lora and np.any(self._layer(p).lora_kernel_b.numpy())]
+        if unmerged:
+            raise InputError(
+                f"{len(unmerged)} layers have LoRA adapters that are not merged, such as {unmerged[0]}: call "
+                "merge_lora() first, or keep them with save('model.keras')"
+            )
         known = {id(variable) for parameter in table for variable in self._layer(parameter).weights}
         found = {variable.path: tuple(variable.shape) for variable in self.weights if id(variable) not in known}
         found |= {parameter.name: tuple(self._find(parameter).shape) for parameter in table}

@@ -70,9 +70,48 @@ def no_values(shape: tuple[int, ...], dtype: Any = None) -> Tensor:
     return from_numpy(aligned_empty(tuple(shape), dtype_of(keras.backend.standardize_dtype(dtype))))
 
 
-def linear(size: int, bias: bool, name: str) -> keras.layers.Dense:
-    """Keras's own `Dense`, from whatever comes in to `size`."""
-    return keras.layers.Dense(size, use_bias=bias, kernel_initializer=no_values, bias_initializer=no_values, name=name)
+class Dense(keras.layers.Dense):
+    """Keras's own `Dense`, whose LoRA adapters are saved beside its kernel: Keras alone would merge them.
+
+    A file with adapters loads into a layer without them too, merged.
+    """
+
+    def save_own_variables(self, store: Any) -> None:
+        if not self.lora_enabled or self.quantization_mode is not None:
+            super().save_own_variables(store)
+            return
+        store["0"] = self._kernel  # without the adapters; see test_lora_survives_a_keras_file
+        if self.use_bias:
+            store["1"] = self.bias
+        store["lora_a"], store["lora_b"] = self.lora_kernel_a, self.lora_kernel_b
+        store["lora_scale"] = np.float64(self.lora_alpha / self.lora_rank)
+
+    def load_own_variables(self, store: Any) -> None:
+        if "lora_a" not in store.keys():  # noqa: SIM118  (Keras's store is no mapping)
+            super().load_own_variables(store)
+            return
+        kernel, (a, b) = store["0"], (store["lora_a"], store["lora_b"])
+        if self.lora_enabled:
+            self.lora_kernel_a.assign(a)
+            self.lora_kernel_b.assign(b)
+        else:
+            kernel = kernel + np.asarray(store["lora_scale"]) * np.matmul(np.asarray(a), np.asarray(b))
+        self._kernel.assign(kernel)
+        if self.use_bias:
+            self.bias.assign(store["1"])
+
+    def merge_lora(self) -> None:
+        """Add the adapters to the kernel, and set them to zero."""
+        self._kernel.assign(self.kernel)
+        self.lora_kernel_b.assign(ops.zeros_like(self.lora_kernel_b))
+
+    def quantize(self, mode: str | None = None, type_check: bool = True, config: Any = None) -> None:
+        super().quantize(mode, type_check=False, config=config)  # Keras refuses subclasses of its own
+
+
+def linear(size: int, bias: bool, name: str) -> Dense:
+    """A `Dense`, from whatever comes in to `size`."""
+    return Dense(size, use_bias=bias, kernel_initializer=no_values, bias_initializer=no_values, name=name)
 
 
 class Embedding(keras.layers.Embedding):

@@ -6,6 +6,7 @@ the names in its files are Keras's own.
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 import zipfile
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from olmozoo.typing import Array
 FILE = "model.keras"
 WEIGHTS_FILE = "model.weights.h5"
 TRANSFORMERS_FILE = "tf_model.h5"
+LORA = ("/vars/lora_a", "/vars/lora_b", "/vars/lora_scale")  # see `olmozoo.tf.layers.Dense`
 # Transformers 4's OPT in TensorFlow has a head tied to this, whatever its config says.
 TF_HEAD = "model.decoder.embed_tokens.weight"
 
@@ -71,9 +73,11 @@ def _read_h5(path: Path, stream: FileSlice, name_of: Callable[[str, Any], Named]
         for name, dataset in datasets:
             if name.split("/")[0] in ("optimizer", "metrics"):
                 continue  # of a compiled model
+            if name.endswith(LORA):
+                continue  # part of the kernel beside it
             try:
                 named = name_of(name, dataset)
-                tensor = _tensor(path, dataset, stream.length)
+                tensor = _merged(_tensor(path, dataset, stream.length), dataset, path, stream.length)
                 tensors.append(canonical(guarded(tensor), named))
             except CheckpointError as error:
                 problems.append(f"{name}: {error}")
@@ -97,6 +101,25 @@ def _tensor(path: Path, dataset: Any, size: int) -> LazyTensor:
     if 0 in shape or offset + tensor.nbytes > size:
         raise CheckpointError(f"{list(shape)} at byte {offset} needs {tensor.nbytes} bytes, the file has {size}")
     return tensor
+
+
+def _merged(kernel: LazyTensor, dataset: Any, path: Path, size: int) -> LazyTensor:
+    """A kernel (in, out) with the LoRA adapters that lie beside it, if any, added."""
+    group = dataset.parent
+    if not dataset.name.endswith("/vars/0") or LORA[0].split("/")[-1] not in group:
+        return kernel
+    a, b, scale = (_tensor(path, group[name.split("/")[-1]], size) for name in LORA)
+    rows, columns = kernel.shape
+    if a.shape[:1] != (rows,) or b.shape != (*a.shape[1:], columns) or scale.shape != ():
+        raise CheckpointError(f"adapters of {list(a.shape)} and {list(b.shape)} do not fit {list(kernel.shape)}")
+
+    def read() -> Array:
+        wide = np.promote_types(kernel.dtype, np.float32) if kernel.dtype.itemsize > 2 else np.dtype(np.float32)
+        delta = scale.read().astype(wide) * (a.read().astype(wide) @ b.read().astype(wide))
+        merged: Array = (kernel.read().astype(wide) + delta).astype(kernel.dtype)
+        return merged
+
+    return dataclasses.replace(kernel, read=read)
 
 
 def _values(dataset: Any, dtype: np.dtype[Any]) -> Array:
