@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import BASE_PREFIX, Head, Parameter
 from olmozoo.families.registry import register_model
 from olmozoo.hub import HUB_ARGUMENTS
-from olmozoo.typing import HubOptions
+from olmozoo.typing import Array, HubOptions
 
 
 class ModelMixin:
@@ -83,13 +85,42 @@ def check_inputs(input_ids: Any, inputs_embeds: Any) -> None:
     """Check that exactly one of the two is given, ids (batch, seq) or embeddings (batch, seq, hidden).
 
     Raises:
-        InputError: both are, or none is, or it has another number of dimensions.
+        InputError: both are, or none is, or it has another number of dimensions, or is empty.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise InputError("expected exactly one of input_ids and inputs_embeds")
+    name = "input_ids" if inputs_embeds is None else "inputs_embeds"
     given, ndim = (input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)
     if given.ndim not in (ndim, None):  # TensorFlow may not know it
         raise InputError(f"the input has shape {tuple(given.shape)}, expected (batch, seq) or (batch, seq, hidden)")
+    if given.ndim and any(isinstance(size, int) and size == 0 for size in given.shape):
+        raise InputError(f"{name} has shape {tuple(given.shape)}, expected at least one row and one token")
+
+
+def check_range(name: str, values: Array | None, limit: int, least: int = 0, ignored: int | None = None) -> None:
+    """Check that integers are at least `least` and below `limit`, or `ignored`.
+
+    Frameworks alone would raise errors of their own, or compute NaN and zeros. In a compiled or traced function, and on
+    an accelerator, which would have to be waited for, values are not checked: there an index that is out of range is
+    what the framework makes of it.
+
+    Args:
+        name: of the argument, for the message.
+        values: an integer array; None where the values are not at hand.
+        limit: the first integer that is too large.
+        least: the smallest one allowed.
+        ignored: one more that is allowed.
+
+    Raises:
+        InputError: one is out of range; the message names the first, its index and the range.
+    """
+    if values is None or values.size == 0 or (values.min() >= least and values.max() < limit):
+        return
+    wrong = np.argwhere(((values < least) | (values >= limit)) & (values != (least if ignored is None else ignored)))
+    if len(wrong):
+        index = tuple(int(i) for i in wrong[0])
+        allowed = f"{least} to {limit - 1}" + (f", or {ignored}" if ignored is not None else "")
+        raise InputError(f"{name} has {values[index]} at {list(index)}, expected {allowed}")
 
 
 def head_labels(names: tuple[str, ...], given: Mapping[str, Any]) -> tuple[Any, ...] | None:

@@ -264,6 +264,7 @@ class PreTrainedModel(ModelMixin):
         """The module's answer to `arguments`, with the settings among them that are None resolved."""
         for name, default in (("use_cache", True), ("output_attentions", False), ("output_hidden_states", False)):
             arguments[name] = self.setting(name, arguments[name], default)
+        arguments = {k: np.asarray(v) if isinstance(v, list) else v for k, v in arguments.items()}
         if dropout_rng is None and not arguments["deterministic"]:
             for name in DROPOUTS:
                 if getattr(self.config, name, 0):

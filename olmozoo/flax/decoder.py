@@ -17,8 +17,8 @@ from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.flax.base import PreTrainedModel
 from olmozoo.flax.cache import close_cache, open_cache
-from olmozoo.flax.layers import causal_mask, rotary
-from olmozoo.modeling import check_inputs
+from olmozoo.flax.layers import causal_mask, concrete, rotary
+from olmozoo.modeling import check_inputs, check_range
 from olmozoo.outputs import BaseModelOutput
 
 
@@ -62,6 +62,8 @@ class DecoderModule(nn.Module):
         """Run the decoder; see `Decoder.__call__`."""
         input_ids, inputs_embeds = (None if x is None else jnp.asarray(x) for x in (input_ids, inputs_embeds))
         check_inputs(input_ids, inputs_embeds)
+        if input_ids is not None:
+            check_range("input_ids", concrete(input_ids), self.config.vocab_size)
         blocks = self.stack.layers.blocks
 
         hidden = self.stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -165,7 +167,8 @@ class Decoder(PreTrainedModel):
             `BaseModelOutput`.
 
         Raises:
-            InputError: arguments do not fit together, or there are no parameters.
+            InputError: arguments do not fit together, or there are no parameters, or an id or position is out of range
+                (see `check_range`; under jit, which does not check, the answer is NaN).
         """
         return self.apply(
             params,

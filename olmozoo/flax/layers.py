@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array, lax
 
@@ -26,6 +27,13 @@ ACTIVATIONS = {
     "silu": nn.silu,
     "swish": nn.silu,
 }
+
+
+def concrete(x: Any) -> np.ndarray | None:
+    """The values of an array where they are at hand: on the CPU, and not traced."""
+    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and {d.platform for d in x.devices()} != {"cpu"}):
+        return None
+    return np.asarray(x)
 
 
 def at_least_float32(dtype: Any) -> Any:

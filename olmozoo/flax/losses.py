@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from olmozoo.families.config import infer_problem_type
-from olmozoo.flax.layers import at_least_float32
+from olmozoo.flax.layers import at_least_float32, concrete
+from olmozoo.modeling import check_range
 
 
 def cross_entropy(logits: Array, labels: Array, ignored: int) -> Array:
@@ -21,6 +22,7 @@ def cross_entropy(logits: Array, labels: Array, ignored: int) -> Array:
 
 def next_token_loss(logits: Array, labels: Array) -> Array:
     """Cross-entropy of logits (b, s, v) against labels (b, s), each with the label after it; -100 is ignored."""
+    check_range("labels", concrete(labels), logits.shape[-1], ignored=-100)
     return cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), -100)
 
 
@@ -32,6 +34,7 @@ def classification_loss(logits: Array, labels: Array, problem_type: str | None) 
     if kind == "regression":
         return jnp.square(wide - labels.reshape(wide.shape)).mean()
     if kind == "single_label_classification":
+        check_range("labels", concrete(labels), logits.shape[1], ignored=-100)
         return cross_entropy(logits, labels.reshape(-1), -100)
     return -(labels * jax.nn.log_sigmoid(wide) + (1 - labels) * jax.nn.log_sigmoid(-wide)).mean()
 

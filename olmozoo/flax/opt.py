@@ -22,7 +22,8 @@ from olmozoo.families.opt import POSITION_OFFSET, OPTConfig
 from olmozoo.flax.cache import update
 from olmozoo.flax.decoder import Decoder, DecoderModule, Layers
 from olmozoo.flax.heads import CausalLM, QuestionAnswerer, SequenceClassifier
-from olmozoo.flax.layers import ACTIVATIONS, LayerNorm, attention, split_heads
+from olmozoo.flax.layers import ACTIVATIONS, LayerNorm, attention, concrete, split_heads
+from olmozoo.modeling import check_range
 
 
 class OPTAttention(nn.Module):
@@ -140,6 +141,7 @@ class OPTModule(DecoderModule):
             position_ids = past + jnp.arange(length)[None]
         if self.decoder.project_in is not None:
             hidden = self.decoder.project_in(hidden)  # (b, s, c)
+        check_range("position_ids", concrete(position_ids), self.config.max_position_embeddings, -POSITION_OFFSET)
         hidden = hidden + self.decoder.embed_positions(jnp.asarray(position_ids) + POSITION_OFFSET)
         if head_mask is None:
             return hidden, [None] * layers

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from olmozoo.errors import InputError
-from olmozoo.modeling import check_inputs
+from olmozoo.modeling import check_inputs, check_range
 from olmozoo.outputs import BaseModelOutput
 from olmozoo.pt.base import PreTrainedModel
 from olmozoo.pt.cache import cached_length, close_cache, open_cache
-from olmozoo.pt.layers import causal_mask, rotary
+from olmozoo.pt.layers import as_tensor, causal_mask, concrete, rotary
 
 
 class Decoder(PreTrainedModel):
@@ -62,9 +62,15 @@ class Decoder(PreTrainedModel):
             `BaseModelOutput`.
 
         Raises:
-            InputError: arguments do not fit together.
+            InputError: arguments do not fit together, or an id or position is out of range (see `check_range`).
         """
+        device = self.stack.embed_tokens.weight.device
+        input_ids, attention_mask, position_ids, inputs_embeds, cache_position = (
+            as_tensor(x, device) for x in (input_ids, attention_mask, position_ids, inputs_embeds, cache_position)
+        )
         check_inputs(input_ids, inputs_embeds)
+        if input_ids is not None:
+            check_range("input_ids", concrete(input_ids), self.stack.embed_tokens.weight.shape[0])
         output_attentions = self.setting("output_attentions", output_attentions, False)
         output_hidden_states = self.setting("output_hidden_states", output_hidden_states, False)
         recompute = self.gradient_checkpointing and self.training

@@ -13,6 +13,7 @@ from olmozoo.outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceCla
 from olmozoo.pt.base import PreTrainedModel
 from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.generation import GenerationMixin
+from olmozoo.pt.layers import as_tensor
 from olmozoo.pt.losses import answer_position_loss, classification_loss, next_token_loss
 
 
@@ -69,7 +70,8 @@ class HeadedModel(PreTrainedModel):
             InputError: arguments do not fit together, or are those of another head.
         """
         given = {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
-        targets = head_labels(self.label_names, given)
+        input_ids = as_tensor(input_ids, self.device)
+        targets = head_labels(self.label_names, {name: as_tensor(x, self.device) for name, x in given.items()})
         keep = logits_to_keep if num_logits_to_keep is None else num_logits_to_keep
         output = self.model(
             input_ids,

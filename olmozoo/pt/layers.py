@@ -7,7 +7,9 @@ d head_dim, c hidden size, f MLP width.
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +25,23 @@ ACTIVATIONS = {
     "silu": F.silu,
     "swish": F.silu,
 }
+
+
+def as_tensor(x: Any, device: torch.device) -> Any:
+    """Lists and NumPy arrays as tensors on a device; tensors and None as they are."""
+    if x is None or isinstance(x, Tensor):
+        return x
+    return torch.from_numpy(np.array(x)).to(device)
+
+
+def concrete(x: Tensor) -> np.ndarray | None:
+    """The values of a tensor where they are at hand: on the CPU, and not traced."""
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    try:
+        return x.detach().numpy()
+    except RuntimeError:  # traced by a transform of torch.func
+        return None
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmozoo.families.config import infer_problem_type
-from olmozoo.pt.layers import at_least_float32
+from olmozoo.modeling import check_range
+from olmozoo.pt.layers import at_least_float32, concrete
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
@@ -18,6 +19,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits (b, s, v) against labels (b, s), each with the label after it; -100 is ignored."""
+    check_range("labels", concrete(labels), logits.shape[-1], ignored=-100)
     return cross_entropy(logits.flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=-100).flatten(), -100)
 
 
@@ -28,6 +30,7 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
     if kind == "regression":
         return F.mse_loss(wide, labels.to(wide).view_as(wide))
     if kind == "single_label_classification":
+        check_range("labels", concrete(labels), logits.shape[1], ignored=-100)
         return cross_entropy(logits, labels.flatten(), -100)
     return F.binary_cross_entropy_with_logits(wide, labels.to(wide))
 

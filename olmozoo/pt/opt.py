@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmozoo.families.opt import POSITION_OFFSET, OPTConfig
+from olmozoo.modeling import check_range
 from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.heads import CausalLM, QuestionAnswerer, SequenceClassifier
-from olmozoo.pt.layers import ACTIVATIONS, LayerNorm, attention, split_heads
+from olmozoo.pt.layers import ACTIVATIONS, LayerNorm, attention, concrete, split_heads
 
 
 class OPTAttention(nn.Module):
@@ -126,6 +127,7 @@ class OPTModel(Decoder):
             position_ids = torch.arange(past, past + length, device=hidden.device)[None]
         if self.decoder.project_in is not None:
             hidden = self.decoder.project_in(hidden)  # (b, s, c)
+        check_range("position_ids", concrete(position_ids), self.config.max_position_embeddings, -POSITION_OFFSET)
         hidden = hidden + self.decoder.embed_positions(position_ids + POSITION_OFFSET)
         layers = self.config.num_hidden_layers
         if head_mask is None:

@@ -396,13 +396,16 @@ class PreTrainedModel(ModelMixin, keras.Model):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model on ids, on a list of arguments in order, on a dict of them, or on keywords; see `call`."""
-        return super().__call__(**self.as_keywords(*args), **kwargs)
+        given = {**self.as_keywords(*args), **kwargs}
+        arrays = ("past_key_values", "logits_to_keep", "num_logits_to_keep")
+        given = {k: np.asarray(v) if isinstance(v, list) and k not in arrays else v for k, v in given.items()}
+        return super().__call__(**given)
 
     def as_keywords(self, *args: Any) -> dict[str, Any]:
         """The arguments of `call` in any of the forms that Keras users give them."""
         if len(args) == 1 and isinstance(args[0], Mapping):
             return dict(args[0])
-        if len(args) == 1 and isinstance(args[0], (list, tuple)):
+        if len(args) == 1 and isinstance(args[0], (list, tuple)) and not is_ids(args[0]):
             args = tuple(args[0])
         names = [name for name, p in inspect.signature(self.call).parameters.items() if p.kind is not p.VAR_KEYWORD]
         if len(args) > len(names):
@@ -484,6 +487,11 @@ class PreTrainedModel(ModelMixin, keras.Model):
         for parameter, flag in trainable.items():
             self._layer(parameter).trainable = flag
         return self.get_input_embeddings()
+
+
+def is_ids(value: Any) -> bool:
+    """Whether this is rows of ids as lists, and not a list of arguments."""
+    return all(isinstance(row, (list, tuple)) and all(isinstance(i, (int, np.integer)) for i in row) for row in value)
 
 
 def canonical_state(model: PreTrainedModel) -> dict[str, np.ndarray]:

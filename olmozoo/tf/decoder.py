@@ -9,11 +9,11 @@ import tensorflow as tf
 from keras import ops
 
 from olmozoo.errors import InputError
-from olmozoo.modeling import check_inputs
+from olmozoo.modeling import check_inputs, check_range
 from olmozoo.outputs import BaseModelOutput
 from olmozoo.tf.base import PreTrainedModel
 from olmozoo.tf.cache import close_cache, open_cache
-from olmozoo.tf.layers import Tensor, TrackedBlocks, causal_mask, rotary, split_seed
+from olmozoo.tf.layers import Tensor, TrackedBlocks, causal_mask, concrete, rotary, split_seed
 
 
 class Decoder(TrackedBlocks, PreTrainedModel):
@@ -68,10 +68,12 @@ class Decoder(TrackedBlocks, PreTrainedModel):
             `BaseModelOutput`.
 
         Raises:
-            InputError: arguments do not fit together.
+            InputError: arguments do not fit together, or an id or position is out of range (see `check_range`).
         """
         input_ids, inputs_embeds = (None if x is None else ops.convert_to_tensor(x) for x in (input_ids, inputs_embeds))
         check_inputs(input_ids, inputs_embeds)
+        if input_ids is not None:
+            check_range("input_ids", concrete(input_ids), self.stack.embed_tokens.input_dim)
         output_attentions = self.setting("output_attentions", output_attentions, False)
         output_hidden_states = self.setting("output_hidden_states", output_hidden_states, False)
         recompute = self.gradient_checkpointing and training and past_key_values is None and not output_attentions

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import keras
 import tensorflow as tf
 from keras import ops
 
@@ -192,6 +193,11 @@ class HeadedModel(PreTrainedModel):
                 raise InputError("metrics and weighted_metrics are the same for the model's own loss: give one of them")
             metrics, weighted_metrics = None, metrics
         super().compile(optimizer, loss, loss_weights, metrics, weighted_metrics, **options)
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile as a loaded model was: Keras alone would not, since `compile` is overridden."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         """The metrics given to `compile`, on labels and logits; see there."""

@@ -58,6 +58,16 @@ def static(value: Any) -> int | None:
     return None if known is None else int(known)
 
 
+def concrete(x: Any) -> np.ndarray | None:
+    """The values of a tensor where they are at hand: on the CPU, and not in a graph."""
+    if not tf.is_tensor(x):
+        return np.asarray(x)
+    if not tf.executing_eagerly() or not hasattr(x, "numpy") or ("GPU" in x.device or "TPU" in x.device):
+        return None
+    values: np.ndarray = x.numpy()
+    return values
+
+
 def from_numpy(array: np.ndarray) -> Tensor:
     """The array as a tensor, sharing its memory."""
     if array.dtype.name == "bfloat16":  # DLPack takes NumPy's own dtypes only

@@ -8,7 +8,8 @@ import tensorflow as tf
 from keras import ops
 
 from olmozoo.families.config import infer_problem_type
-from olmozoo.tf.layers import Tensor, at_least_float32
+from olmozoo.modeling import check_range
+from olmozoo.tf.layers import Tensor, at_least_float32, concrete
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignored: Any) -> Tensor:
@@ -27,6 +28,7 @@ def next_labels(labels: Tensor) -> Tensor:
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits (b, s, v) against labels (b, s), each with the label after it; -100 is ignored."""
+    check_range("labels", concrete(labels), logits.shape[-1], ignored=-100)
     labels = ops.reshape(next_labels(labels), (-1,))
     return cross_entropy(ops.reshape(logits, (-1, logits.shape[-1])), labels, -100)
 
@@ -37,6 +39,7 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
     labels = ops.convert_to_tensor(labels)
     kind = problem_type or infer_problem_type(logits.shape[1], integers=labels.dtype.is_integer)
     if kind == "single_label_classification":
+        check_range("labels", concrete(labels), logits.shape[1], ignored=-100)
         return cross_entropy(logits, ops.reshape(labels, (-1,)), -100)
     labels = ops.reshape(ops.cast(labels, wide.dtype), ops.shape(wide))
     if kind == "regression":

@@ -18,6 +18,7 @@ import tensorflow as tf
 from keras import ops
 
 from olmozoo.families.opt import POSITION_OFFSET, OPTConfig
+from olmozoo.modeling import check_range
 from olmozoo.tf.cache import update
 from olmozoo.tf.decoder import Decoder
 from olmozoo.tf.heads import CausalLM, QuestionAnswerer, SequenceClassifier
@@ -27,6 +28,7 @@ from olmozoo.tf.layers import (
     LayerNorm,
     TrackedBlocks,
     attention,
+    concrete,
     dropout,
     embedding,
     linear,
@@ -141,6 +143,7 @@ class TFOPTModel(Decoder):
             position_ids = past + ops.arange(length, dtype="int32")[None]
         if self.decoder.project_in is not None:
             hidden = self.decoder.project_in(hidden)  # (b, s, c)
+        check_range("position_ids", concrete(position_ids), self.config.max_position_embeddings, -POSITION_OFFSET)
         positions = self.decoder.embed_positions(ops.cast(position_ids, "int32") + POSITION_OFFSET)
         hidden = hidden + ops.cast(positions, hidden.dtype)
         if head_mask is None:

@@ -387,7 +387,7 @@ def test_a_failed_run_leaves_the_old_folder_and_a_killed_ones_remains_go(tmp_pat
     abandoned = tmp_path / ".out.saving-999999999"
     abandoned.mkdir()
     with pytest.raises(CheckpointError, match=r"it has 0 data\.pkl, expected 1"):
-        olmo_core.main(broken, tmp_path / "out")
+        olmo_core.main(broken, tmp_path / "out", force=True)
     assert tree(tmp_path / "out") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "src"]
 
@@ -551,7 +551,7 @@ def test_a_tokenizer_is_checked_and_copied(tmp_path):
         assert found == (tmp_path / "tokenizer/tokenizer.json").read_bytes()
         assert not (tmp_path / path.name / "chat_template.jinja").exists()
     write_checkpoint(tmp_path / "other", config.replace(pad_token_id=310), dtype="float32")
-    olmo_native.main(tmp_path / "other", tmp_path / "native", reverse=True)
+    olmo_native.main(tmp_path / "other", tmp_path / "native", reverse=True, force=True)
     with pytest.raises(CheckpointError, match="no token 310, the config's pad_token_id"):
         olmo_native.main(tmp_path / "native", tmp_path / "out", tokenizer=tmp_path / "tokenizer")
 

@@ -76,7 +76,7 @@ def test_the_metadata_that_llama_cpp_needs(tmp_path):
     for name, config in CONFIGS.items():
         write_checkpoint(tmp_path / name, config, dtype="bfloat16")
         train_tokenizer(tmp_path / name, TEXT)
-        gguf_export.main(tmp_path / name, tmp_path / "x.gguf")
+        gguf_export.main(tmp_path / name, tmp_path / "x.gguf", force=True)
         found, arch = fields(tmp_path / "x.gguf"), config.model_type
         expected = {
             "general.architecture": arch,
