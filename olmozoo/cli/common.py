@@ -63,6 +63,10 @@ Seed = Annotated[
     int | None,
     typer.Option(help="Of sampling; the same gives the same text on every backend.", rich_help_panel=SAMPLING),
 ]
+AllowLong = Annotated[
+    bool,
+    typer.Option("--allow-long", help="Run past the positions that the model was trained for.", rich_help_panel=OUTPUT),
+]
 RepetitionPenalty = Annotated[
     float | None,
     typer.Option(help="Above 1, tokens of the text so far become rarer.", rich_help_panel=OUTPUT),

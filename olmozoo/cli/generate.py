@@ -15,6 +15,7 @@ from olmozoo.cli.common import (
     BEAMS,
     OUTPUT,
     Adapter,
+    AllowLong,
     Backend,
     Device,
     Dtype,
@@ -30,6 +31,7 @@ from olmozoo.cli.common import (
     TopP,
     err,
     import_backend,
+    progress_bar,
     write,
 )
 from olmozoo.errors import InputError, OlmozooError
@@ -44,8 +46,14 @@ def generate(
         str | None, typer.Argument(help="The text to continue; - or nothing reads standard input.")
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Read the prompt from a file; a .jsonl has a prompt or messages in each line.")
+        Path | None,
+        typer.Option(
+            help="Read the prompt from a file; - is standard input; a .jsonl has a prompt or messages in each line."
+        ),
     ] = None,
+    jsonl: Annotated[
+        bool, typer.Option("--jsonl", help="The file or standard input has JSON lines, whatever its name.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Prompts that run at once.")] = 8,
     backend: Backend = None,
     device: Device = None,
@@ -62,6 +70,7 @@ def generate(
     no_repeat_ngram_size: Annotated[
         int | None, typer.Option(help="No run of so many tokens comes twice.", rich_help_panel=OUTPUT)
     ] = None,
+    allow_long: AllowLong = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Write the answer while it is made.", rich_help_panel=OUTPUT)
     ] = False,
@@ -90,7 +99,7 @@ def generate(
     """
     from olmozoo.text.pipeline import pipeline
 
-    prompts = _prompts(prompt, file)
+    prompts = _prompts(prompt, file, jsonl)
     if stream and (as_json or num_return_sequences > 1 or num_beams not in (None, 1)):
         raise InputError("--stream writes one answer as text: leave out --json, --num-return-sequences and --num-beams")
     settings = _settings(
@@ -113,6 +122,7 @@ def generate(
         pipe = pipeline(
             "text-generation", model, backend=backend, dtype=dtype, device=device, revision=revision, adapter=adapter
         )
+    tokens = _count_tokens(pipe, prompts, max_new_tokens, allow_long)
     if stream:
         for n, text in enumerate(prompts):
             write(text if isinstance(text, str) else "")
@@ -120,8 +130,11 @@ def generate(
                 write(piece)
             write("\n")
         return
-    with err.status("generating"):
-        answers = pipe.answers(prompts, batch_size=batch_size, **settings)
+    with progress_bar() as bar:
+        task = bar.add_task(f"generating from {tokens:,} tokens", total=len(prompts))
+        answers = pipe.answers(
+            prompts, batch_size=batch_size, report=lambda done: bar.update(task, completed=done), **settings
+        )
     for answer in (one for several in answers for one in several):
         if as_json:
             write(f"{json.dumps(vars(answer), ensure_ascii=False)}\n")
@@ -145,6 +158,7 @@ def chat(
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
+    allow_long: AllowLong = False,
 ) -> None:
     """Talk with a model that has a chat template. Ctrl-C stops an answer, Ctrl-D leaves."""
     from olmozoo.text.pipeline import pipeline
@@ -169,10 +183,12 @@ def chat(
         raise InputError(
             f"{model} has no chat template, so it is no chat model: continue texts with `olmozoo generate`"
         )
-    _talk(pipe, [] if system is None else [{"role": "system", "content": system}], settings)
+    _talk(pipe, [] if system is None else [{"role": "system", "content": system}], settings, allow_long)
 
 
-def _talk(pipe: TextGenerationPipeline, opening: list[dict[str, str]], settings: dict[str, Any]) -> None:
+def _talk(
+    pipe: TextGenerationPipeline, opening: list[dict[str, str]], settings: dict[str, Any], allow_long: bool
+) -> None:
     """Read lines and answer them, until /exit or the input's end."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for `input`)
@@ -190,7 +206,7 @@ def _talk(pipe: TextGenerationPipeline, opening: list[dict[str, str]], settings:
             elif line.startswith("/"):
                 write(f"there is no {line.split()[0]}: /reset or /exit\n")
             elif line:
-                messages = _answer(pipe, [*messages, {"role": "user", "content": line}], number, settings)
+                messages = _answer(pipe, [*messages, {"role": "user", "content": line}], number, settings, allow_long)
         except EOFError:
             write("\n")
             return
@@ -199,11 +215,16 @@ def _talk(pipe: TextGenerationPipeline, opening: list[dict[str, str]], settings:
 
 
 def _answer(
-    pipe: TextGenerationPipeline, messages: list[dict[str, str]], number: int, settings: dict[str, Any]
+    pipe: TextGenerationPipeline,
+    messages: list[dict[str, str]],
+    number: int,
+    settings: dict[str, Any],
+    allow_long: bool,
 ) -> list[dict[str, str]]:
     """Write the answer to a chat, and return the chat with it; without the question too, if nothing was written."""
     pieces: list[str] = []
     try:
+        _count_tokens(pipe, [messages], settings["max_new_tokens"], allow_long)
         with contextlib.closing(pipe.stream(messages, stream_index=number, **settings)) as answer:
             for piece in answer:
                 pieces.append(piece)
@@ -216,10 +237,30 @@ def _answer(
     return [*messages, {"role": "assistant", "content": "".join(pieces)}] if pieces else messages[:-1]
 
 
-def _prompts(prompt: str | None, file: Path | None) -> list[Any]:
+def _count_tokens(pipe: TextGenerationPipeline, prompts: list[Any], max_new_tokens: int, allow_long: bool) -> int:
+    """The tokens of all prompts.
+
+    Raises:
+        InputError: a prompt and its answer may be longer than what the model was trained for.
+    """
+    lengths = [len(pipe.encode(prompt)) for prompt in prompts]
+    limit, longest = pipe.backend.config.max_position_embeddings, max(lengths, default=0)
+    if longest + max_new_tokens > limit and not allow_long:
+        raise InputError(
+            f"a prompt of {longest:,} tokens and --max-new-tokens {max_new_tokens:,} are more than the {limit:,} "
+            "positions that the model was trained for: shorten one of them, or give --allow-long"
+        )
+    return sum(lengths)
+
+
+def _prompts(prompt: str | None, file: Path | None, jsonl: bool) -> list[Any]:
     """What `generate` is to continue: texts and chats."""
     if prompt is not None and file is not None:
         raise InputError("a prompt and --file: expected one of them")
+    if jsonl and prompt not in (None, "-"):
+        raise InputError("--jsonl is for --file and standard input, not for a prompt")
+    if file is not None and str(file) == "-":
+        file, prompt = None, "-"
     if file is None and prompt not in (None, "-"):
         return [prompt]
     if file is None and prompt is None and sys.stdin.isatty():
@@ -231,9 +272,10 @@ def _prompts(prompt: str | None, file: Path | None) -> list[Any]:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{file or 'standard input'} is not UTF-8 at byte {error.start}") from error
-    if file is None or file.suffix != ".jsonl":
+    if not jsonl and (file is None or file.suffix != ".jsonl"):
         return [text.removesuffix("\n")]  # editors end a file so, and the model would read it
-    return [_prompt(line, f"{file}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    name = file or "standard input"
+    return [_prompt(line, f"{name}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _prompt(line: str, where: str) -> Any:

@@ -204,8 +204,11 @@ class GenerationConfig:
 
     @classmethod
     def from_model(cls, config: ModelConfig) -> Self:
-        """The special tokens of a model's config and defaults for all else."""
-        return cls(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id)
+        """The special tokens of a model's config, and settings in it: old files have no generation_config.json."""
+        tokens = {name: getattr(config, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
+        names = ({f.name for f in _fields()} | UNSUPPORTED.keys()) - {"seed", "stream_index"}  # these are only ours
+        found = {name: value for name, value in config.extra.items() if name in names and value is not None}
+        return cls.from_dict({**found, **tokens})
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of the generation_config.json that means these settings; defaults are left out."""

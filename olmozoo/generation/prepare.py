@@ -285,6 +285,12 @@ def _resolve_layout(
             f"{longest - max_new} tokens and {max_new} new ones are {longest}, and the model has "
             f"{config.position_limit} positions"
         )
+    if config.position_limit is None and longest > config.max_position_embeddings:
+        warnings.warn(
+            f"{longest - max_new} tokens and {max_new} new ones are {longest}, and the model was trained for "
+            f"{config.max_position_embeddings} positions (max_position_embeddings): past them its text may be nonsense",
+            stacklevel=5,
+        )
     round_up: Callable[[int], int] = bucket if compiled else int
     prompt_slots = round_up(prompt - cached)
     if compiled and settings.prefill_chunk_size:

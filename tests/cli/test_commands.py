@@ -211,3 +211,31 @@ def test_tables_and_errors_escape_control_characters(command, tmp_path, monkeypa
     assert "y\\x1b[2J\\n" in written
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "\x1b[2J"}))
     assert "\x1b" not in command("info", tmp_path, code=2)
+
+
+# -- generate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.pt
+def test_json_lines_on_standard_input(command, folder, monkeypatch):
+    pytest.importorskip("torch")
+    lines = '{"prompt": "The quick"}\n\n{"prompt": "lazy dog"}\n'
+    for words in (["--jsonl"], ["--file", "-", "--jsonl"], ["-", "--jsonl"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+        answers = command("generate", folder, *words, "--json", "--max-new-tokens", 2).splitlines()
+        assert [json.loads(answer)["prompt"] for answer in answers] == ["The quick", "lazy dog"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x")))
+    assert "standard input:1: not JSON" in command("generate", folder, "--jsonl", code=2)
+    assert "--jsonl is for --file and standard input" in command("generate", folder, "x", "--jsonl", code=2)
+
+
+@pytest.mark.pt
+@pytest.mark.filterwarnings("ignore:.*max_position_embeddings")
+def test_a_text_past_the_trained_positions_is_refused_unless_allowed(command, tmp_path):
+    pytest.importorskip("torch")
+    write_checkpoint(tmp_path, CONFIG.replace(max_position_embeddings=16), dtype="float32")
+    train_tokenizer(tmp_path, "The quick brown fox jumps over the lazy dog. " * 20)
+    error = command("generate", tmp_path, "The quick", "--max-new-tokens", 3000, code=2)
+    assert "--max-new-tokens 3,000 are more than the 16 positions" in error
+    assert "--allow-long" in error
+    assert command("generate", tmp_path, "The quick", "--max-new-tokens", 20, "--allow-long").startswith("The quick")

@@ -1,5 +1,6 @@
 """One call resolved, in no framework: settings, ids, shapes, random numbers."""
 
+import json
 import warnings
 
 import numpy as np
@@ -200,3 +201,40 @@ def test_uniform_numbers_belong_to_a_seed_and_a_stream():
     assert np.array_equal(draws[0], np.random.Generator(np.random.Philox(key=[5, 0])).random(100, np.float32))
     assert not np.array_equal(uniforms(6, [0], 100), draws[:1])
     assert uniforms((1 << 64) - 1, [(1 << 64) - 1], 2).shape == (1, 2)
+
+
+def test_settings_in_a_config_are_those_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    settings = {
+        "max_length": 30,
+        "min_length": 3,
+        "num_beams": 2,
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 2,
+        "bad_words_ids": [[5], [6, 7]],
+        "length_penalty": 0.7,
+        "early_stopping": True,
+        "top_k": None,
+    }
+    config = CONFIGS["olmo2"].to_dict() | settings
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = GenerationConfig.from_folder(tmp_path, type(CONFIGS["olmo2"]).from_folder(tmp_path))
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path, "config.json")
+    for name, value in settings.items():
+        if value is not None:
+            assert getattr(found, name) == getattr(theirs, name) == value
+    assert found.to_dict().items() >= {name: value for name, value in settings.items() if value is not None}.items()
+    (tmp_path / "generation_config.json").write_text("{}")  # then config.json has no say
+    found = GenerationConfig.from_folder(tmp_path, type(CONFIGS["olmo2"]).from_folder(tmp_path))
+    assert found.num_beams == 1
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).num_beams in (1, None)
+
+
+def test_a_text_past_the_trained_positions_warns():
+    config = CONFIGS["olmo2"]
+    ids = np.full((1, 10), 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare(GenerationConfig(), config, {"max_new_tokens": 6}, input_ids=ids, attention_mask=None)
+    with pytest.warns(UserWarning, match=r"10 tokens and 7 new ones are 17, .* 16 positions"):
+        prepare(GenerationConfig(), config, {"max_new_tokens": 7}, input_ids=ids, attention_mask=None)
