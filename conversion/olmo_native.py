@@ -3,8 +3,9 @@
     python -m conversion.olmo_native SRC DST               # the trainer's checkpoint -> a folder every wing loads
     python -m conversion.olmo_native SRC DST --reverse       # a canonical folder -> config.yaml and model.pt
 
-SRC is any kind of checkpoint the trainer has written: unsharded (model.safetensors or model.pt) or sharded
-(torch.distributed.checkpoint's .metadata, rankN.pt, model/rankN.pt), with old spellings of names as well as new ones.
+SRC is any kind of checkpoint the trainer has written: unsharded (model.safetensors or model.pt), sharded
+(torch.distributed.checkpoint's .metadata, rankN.pt, model/rankN.pt), or a folder of the first release (hf_olmo: a
+config.json with d_model), with old spellings of names as well as new ones.
 """
 
 from __future__ import annotations
@@ -37,15 +38,17 @@ from conversion.common import (
 )
 from conversion.pickles import decode_key, encode_key
 from conversion.sharded import METADATA, read_distributed, read_ranks
-from olmozoo.checkpoint.files import remove
-from olmozoo.checkpoint.formats import pytorch, safetensors
+from olmozoo.checkpoint.files import index_entries, remove
+from olmozoo.checkpoint.formats import FORMATS, pytorch, safetensors
 from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError, ConfigError, InputError, raise_problems
-from olmozoo.families.config import ModelConfig, is_number
+from olmozoo.families.config import ModelConfig, is_number, read_json
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config
+from olmozoo.foreign import is_ai2_config
 
 CONFIG = "config.yaml"
+HF_CONFIG = "config.json"  # of hf_olmo
 UNSHARDED = "model.pt"
 NEOX_EOS = 50279  # what 0 means in old configs of models with the GPT-NeoX tokenizer
 
@@ -107,18 +110,19 @@ def modern_names(sources: dict[str, LazyTensor], block_type: str) -> dict[str, L
 def read_tensors(src: Path) -> dict[str, LazyTensor]:
     """The tensors of a native checkpoint of any kind, under the names they have there.
 
+    Those of a folder that AI2's hf_olmo has saved have a leading `model.`, which is removed.
+
     Raises:
         CheckpointError: there is no checkpoint, or it is broken.
     """
+    if is_hf_olmo(src):
+        return {name.removeprefix("model."): tensor for name, tensor in read_hf_olmo(src).items()}
     if (src / safetensors.FILE).is_file():
         file = src / safetensors.FILE
         found = safetensors.read_tensors(file)
         return {name if "." in name else decode_key(name, str(file)): tensor for name, tensor in found.items()}
     if (src / UNSHARDED).is_file():
-        state = read_archive(src / UNSHARDED)
-        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-            raise CheckpointError(f"{src / UNSHARDED} is not a mapping from names to tensors")
-        return {name: as_tensor(value, name) for name, value in state.items()}
+        return read_bin(src / UNSHARDED)
     for folder in (src / "model_and_optim", src / "model", src):
         if (folder / METADATA).is_file():
             return read_distributed(folder, "model.")
@@ -130,6 +134,32 @@ def read_tensors(src: Path) -> dict[str, LazyTensor]:
     )
 
 
+def is_hf_olmo(src: Path) -> bool:
+    """Whether this is a folder of hf_olmo, AI2's first release: a config.json with the trainer's fields."""
+    return not (src / CONFIG).exists() and (src / HF_CONFIG).is_file() and is_ai2_config(read_json(src / HF_CONFIG))
+
+
+def read_hf_olmo(src: Path) -> dict[str, LazyTensor]:
+    """The tensors of a folder of hf_olmo, in one file or in shards."""
+    for format in FORMATS[:2]:  # safetensors and .bin
+        read = safetensors.read_tensors if format.file == safetensors.FILE else read_bin
+        index = src / f"{format.file}.index.json"
+        if (src / format.file).is_file():
+            return read(src / format.file)
+        if index.is_file():
+            shards = [read(src / shard) for shard in sorted(set(index_entries(index).values()))]
+            return {name: tensor for shard in shards for name, tensor in shard.items()}
+    raise CheckpointError(f"{src} has no weights: expected {FORMATS[0].file}, {FORMATS[1].file} or an index of shards")
+
+
+def read_bin(file: Path) -> dict[str, LazyTensor]:
+    """The tensors of a file of `torch.save`, by name."""
+    state = read_archive(file)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(f"{file} does not hold a mapping from names to tensors")
+    return {name: as_tensor(value, name) for name, value in state.items()}
+
+
 def read_config(src: Path) -> dict[str, Any]:
     """The `model` section of a folder's config.yaml, with the trainer's own defaults for what it leaves out.
 
@@ -137,12 +167,20 @@ def read_config(src: Path) -> dict[str, Any]:
         ConfigError: the file is absent or broken, or a field is of a wrong type.
     """
     file = src / CONFIG
+    if is_hf_olmo(src):
+        file = src / HF_CONFIG
+        return checked_config({"model": read_json(file)}, file)
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{file} is not there") from error
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{file} is not readable YAML: {error}") from error
+    return checked_config(data, file)
+
+
+def checked_config(data: Any, file: Path) -> dict[str, Any]:
+    """The `model` section of a config with the trainer's defaults; see `read_config`."""
     model = data.get("model") if isinstance(data, dict) else None
     if not isinstance(model, dict):
         raise ConfigError(f"{file} has no section 'model'")

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from olmozoo import foreign
 from olmozoo.checkpoint.reader import Checkpoint
-from olmozoo.errors import raise_problems
+from olmozoo.errors import CheckpointError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import ARCHITECTURES, BASE_PREFIX, Head, Parameter
 from olmozoo.typing import Array
@@ -112,5 +113,7 @@ def match_tensors(
             head_values, values = checkpoint[sources[name]], checkpoint[sources[tied]]
             if not np.array_equal(head_values, values, equal_nan=True):
                 problems.append(f"{name} differs from {tied}, to which the config ties it")
+    if problems and (reason := foreign.quantization(checkpoint.folder, checkpoint.tensors)):
+        raise CheckpointError(reason)
     raise_problems(f"{checkpoint.folder} does not fit its config as {config.name}{ARCHITECTURES[head]}", problems)
     return {name: source for name, source in sources.items() if name in wanted and name not in fresh}, fresh

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from olmozoo import foreign
 from olmozoo.checkpoint.files import GENERATION_CONFIG, FolderHandle, index_entries
 from olmozoo.checkpoint.formats import FORMATS, Format, keras
 from olmozoo.checkpoint.formats.names import canonical_name
@@ -53,6 +56,9 @@ class Checkpoint:
             if file.exists() and not (file.is_file() or file.is_dir()):
                 problems.append(f"{file} is not a regular file")
                 continue
+            if file.is_file() and (problem := foreign.file_problem(file)):
+                problems.append(problem)
+                continue
             try:
                 found = format.read(file)
             except (CheckpointError, OSError) as error:
@@ -67,7 +73,16 @@ class Checkpoint:
                 problems += [f"{name} is not in {file.name}, where the index puts it" for name in names - found.keys()]
                 problems += [f"{name} is in {file.name}, but not in the index" for name in found.keys() - names]
             self.tensors.update({name: tensor for name, tensor in found.items() if not name.endswith(IGNORED)})
+        if problems and (reason := foreign.quantization(self.folder, problems)):
+            raise CheckpointError(reason)
         raise_problems(f"{self.folder} is broken", problems)
+        if plain := foreign.plain_names(self.tensors):
+            example = next(name for name, new in plain.items() if name != new)
+            warnings.warn(
+                f"{self.folder}: names are read without prefixes of a training program: {example} as {plain[example]}",
+                stacklevel=2,
+            )
+            self.tensors = {plain[name]: tensor.renamed(plain[name]) for name, tensor in self.tensors.items()}
         if format.file == keras.TRANSFORMERS_FILE and keras.TF_HEAD in self.tensors:
             self.tensors["lm_head.weight"] = self.tensors[keras.TF_HEAD].renamed("lm_head.weight")
 
@@ -144,7 +159,17 @@ def open_checkpoint(folder: StrPath, config_class: type[ModelConfig] = ModelConf
         generation = read_json(settings) if settings.exists() else None
         return OpenCheckpoint(config, generation, Checkpoint(path))
 
-    return read_unchanged(path, read)
+    source = read_unchanged(path, read)
+    if "quantization_config" not in source.config.extra:
+        return source
+    if reason := foreign.quantization(path, source.checkpoint.tensors):
+        raise CheckpointError(reason)
+    warnings.warn(
+        f"{path}: the weights are not quantized; quantization_config in config.json is ignored, and not written back",
+        stacklevel=2,
+    )
+    extra = {name: value for name, value in source.config.extra.items() if name != "quantization_config"}
+    return dataclasses.replace(source, config=source.config.replace(extra=extra))
 
 
 def read_unchanged(folder: Path, read: Callable[[], Result]) -> Result:

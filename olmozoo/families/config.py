@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from olmozoo import foreign
 from olmozoo.errors import ConfigError
 from olmozoo.families.parameter import HEAD_MODULES, Head, Parameter
 from olmozoo.families.registry import MODEL_TYPES, config_class
@@ -199,6 +200,11 @@ class ModelConfig(ABC):
             ConfigError: on a wrong or foreign `model_type`, a bad value, or an override that no field has.
         """
         data = dict(data)
+        if foreign.is_ai2_config(data):
+            raise ConfigError(
+                "this is a config of AI2's own trainer (d_model, n_layers ...): convert the folder with "
+                "python -m conversion.olmo_native SRC DST"
+            )
         kind = data.pop("model_type", getattr(cls, "model_type", None))
         family = cls if hasattr(cls, "model_type") else config_class(kind)
         if kind != family.model_type:
@@ -376,7 +382,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"{path} is not there") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not readable JSON: {error}") from error
+        raise ConfigError(foreign.file_problem(path) or f"{path} is not readable JSON: {error}") from error
     if _depth_exceeds(data, MOST_DEPTH):
         raise ConfigError(f"{path} is nested deeper than {MOST_DEPTH} levels")
     if not isinstance(data, dict):
