@@ -18,6 +18,12 @@ from olmozoo.families.registry import register_model
 from olmozoo.hub import HUB_ARGUMENTS
 from olmozoo.typing import Array, HubOptions
 
+QUANTIZERS = ("load_in_8bit", "load_in_4bit", "quantization_config")  # keywords of Transformers
+SAME_HERE = (  # keywords of Transformers whose values make no difference here
+    *("attn_implementation", "device_map", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors"),
+    *("from_pt", "from_tf", "from_flax"),  # every format is read
+)
+
 
 class ModelMixin:
     """Base of `PreTrainedModel` in each wing.
@@ -40,14 +46,16 @@ class ModelMixin:
             register_model(cls.wing, cls)
 
     @classmethod
-    def check_config(cls, config: Any) -> None:
-        """Check that `config` is of this class's family.
+    def check_config(cls, config: Any) -> Any:
+        """`config` as one of this class's family: itself, or made from one of Transformers.
 
         Raises:
-            ConfigError: it is not.
+            ConfigError: it is of another family.
         """
+        config = own_config(config)
         if not isinstance(config, cls.config_class):
             raise ConfigError(f"{cls.__name__} takes a {cls.config_class.__name__}, not {type(config).__name__}")
+        return config
 
     def setting(self, name: str, value: bool | None, default: bool) -> bool:
         """A call's choice, else the config's, else the default."""
@@ -64,10 +72,40 @@ class ModelMixin:
         return name.split(".")
 
 
+def own_config(config: Any) -> Any:
+    """A config of Transformers as one of ours; anything else as it is."""
+    is_foreign = not isinstance(config, ModelConfig) and hasattr(config, "to_dict") and hasattr(config, "model_type")
+    return ModelConfig.from_dict(config.to_dict()) if is_foreign else config
+
+
 def split_options(options: Mapping[str, Any]) -> tuple[HubOptions, dict[str, Any]]:
-    """The keywords of `from_pretrained` as options of the hub and fields of the config."""
+    """The keywords of `from_pretrained` as options of the hub, and fields of the config with, perhaps, a `config`.
+
+    Keywords of Transformers that say how to load are left out where every value means the same here.
+
+    Raises:
+        InputError: one asks for what is not done here; the message says what to use.
+    """
+    if options.get("attn_implementation") not in (None, "eager", "sdpa"):
+        raise InputError(f"attn_implementation is {options['attn_implementation']!r}, expected 'eager' or 'sdpa'")
+    if wanted := [name for name in QUANTIZERS if options.get(name)]:
+        raise InputError(
+            f"{wanted[0]}: weights are loaded in floating point. Quantize the model afterwards: torchao's "
+            "quantize_(model, ...) in PyTorch, model.quantize('int8') in Keras"
+        )
+    if options.get("device_map") not in (None, "auto"):
+        raise InputError(
+            f"device_map is {options['device_map']!r}, expected 'auto', or device= in PyTorch; in TensorFlow load inside "
+            "of tf.device(...), in JAX inside of jax.default_device(...)"
+        )
     hub: Any = {name: value for name, value in options.items() if name in HUB_ARGUMENTS}
-    return hub, {name: value for name, value in options.items() if name not in hub}
+    return hub, {name: value for name, value in options.items() if name not in (*hub, *SAME_HERE, *QUANTIZERS)}
+
+
+def given_dtype(dtype: Any, options: dict[str, Any]) -> Any:
+    """`dtype`, or `torch_dtype`, Transformers' older word for it, which is taken out of `options`."""
+    older = options.pop("torch_dtype", None)
+    return older if dtype is None else dtype
 
 
 def resized_config(config: ModelConfig, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> ModelConfig:

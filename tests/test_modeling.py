@@ -100,3 +100,58 @@ def test_lists_and_arrays_are_inputs(folders, wing, family):
         answer = answer.sequences if wing == "flax" else answer
         np.testing.assert_array_equal(answer, backend.generate(ids, mask, max_new_tokens=2))
     assert model([[5, 9]]).logits.shape[:2] == (1, 2)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+@pytest.mark.parametrize("auto", [False, True])
+def test_keywords_of_transformers(folders, wing, auto):
+    transformers = pytest.importorskip("transformers")
+    config = CONFIGS["olmo2"]
+    cls = made(wing, folders["olmo2"], config).__class__
+    if auto:
+        cls = getattr(BACKENDS[wing].module(), {"pt": "", "tf": "TF", "flax": "Flax"}[wing] + "AutoModelForCausalLM")
+    harmless = {
+        "attn_implementation": "sdpa",
+        "low_cpu_mem_usage": True,
+        "trust_remote_code": False,
+        "device_map": "auto",
+        "from_pt": True,
+        "load_in_8bit": False,
+    }
+    model = cls.from_pretrained(folders["olmo2"], torch_dtype="bfloat16", **harmless)
+    if wing == "tf":
+        assert model.dtype_policy.name == "bfloat16"
+    else:
+        assert "bfloat16" in str(model.dtype)
+    assert model.config == cls.from_pretrained(folders["olmo2"]).config
+    theirs = transformers.AutoConfig.from_pretrained(folders["olmo2"])
+    for given in (config.replace(rms_norm_eps=0.5), theirs):
+        found = cls.from_pretrained(folders["olmo2"], config=given).config
+        assert found.rms_norm_eps == given.rms_norm_eps
+        assert found.hidden_size == config.hidden_size
+    own = cls.from_config(theirs) if auto else cls(theirs)
+    assert own.config.num_key_value_heads == config.num_key_value_heads
+    for wrong, named in (
+        ({"attn_implementation": "flash_attention_2"}, "expected 'eager' or 'sdpa'"),
+        ({"load_in_8bit": True}, r"load_in_8bit: .* Quantize the model afterwards"),
+        ({"device_map": {"model": 0, "lm_head": "cpu"}}, "device_map is"),
+    ):
+        with pytest.raises(InputError, match=named):
+            cls.from_pretrained(folders["olmo2"], **wrong)
+
+
+@pytest.mark.tf
+def test_a_mixed_policy_of_the_user_is_taken(folders):
+    keras = pytest.importorskip("keras")
+    pytest.importorskip("tensorflow")
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = made("tf", folders["olmo2"], CONFIGS["olmo2"])
+        given = (
+            BACKENDS["tf"].model_class(CONFIGS["olmo2"], "causal_lm").from_pretrained(folders["olmo2"], dtype="float32")
+        )
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert (model.compute_dtype, model.variable_dtype) == ("float16", "float32")
+    assert given.compute_dtype == "float32"

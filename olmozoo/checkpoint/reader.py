@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from olmozoo import foreign
-from olmozoo.checkpoint.files import GENERATION_CONFIG, FolderHandle, index_entries
+from olmozoo.checkpoint.files import CONFIG, GENERATION_CONFIG, FolderHandle, index_entries
 from olmozoo.checkpoint.formats import FORMATS, Format, keras
 from olmozoo.checkpoint.formats.names import canonical_name
 from olmozoo.checkpoint.tensors import LazyTensor, widest
@@ -139,12 +139,15 @@ class OpenCheckpoint:
     checkpoint: Checkpoint
 
 
-def open_checkpoint(folder: StrPath, config_class: type[ModelConfig] = ModelConfig, **overrides: Any) -> OpenCheckpoint:
+def open_checkpoint(
+    folder: StrPath, config_class: type[ModelConfig] = ModelConfig, config: Any = None, **overrides: Any
+) -> OpenCheckpoint:
     """Open a folder for loading, so that its config, generation settings and tensors are of one save.
 
     Args:
         folder: the folder.
         config_class: the family; default the one that config.json names.
+        config: used instead of config.json: one of ours or of Transformers.
         **overrides: fields of the config to change.
 
     Raises:
@@ -154,10 +157,11 @@ def open_checkpoint(folder: StrPath, config_class: type[ModelConfig] = ModelConf
     path = Path(folder)
 
     def read() -> OpenCheckpoint:
-        config = config_class.from_folder(path, **overrides)
+        contents = read_json(path / CONFIG) if config is None else config.to_dict()
+        used = config_class.from_dict(contents, **overrides)
         settings = path / GENERATION_CONFIG
         generation = read_json(settings) if settings.exists() else None
-        return OpenCheckpoint(config, generation, Checkpoint(path))
+        return OpenCheckpoint(used, generation, Checkpoint(path))
 
     source = read_unchanged(path, read)
     if "quantization_config" not in source.config.extra:

@@ -11,7 +11,7 @@ from olmozoo.families.registry import model_class
 from olmozoo.flax.base import PreTrainedModel
 from olmozoo.flax.decoder import Decoder
 from olmozoo.flax.heads import CausalLM, QuestionAnswerer, SequenceClassifier
-from olmozoo.modeling import split_options
+from olmozoo.modeling import given_dtype, own_config, split_options
 from olmozoo.typing import StrPath
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -40,6 +40,7 @@ class AutoClass(Generic[Model]):
         Raises:
             ConfigError: the family has no such head.
         """
+        dtype = given_dtype(dtype, options)
         hub, overrides = split_options(options)
         source = open_merged(locate(path_or_repo, need="weights", adapter=adapter, **hub), **overrides)
         found: type[Model] = model_class("flax", source.config, cls.head)
@@ -54,6 +55,7 @@ class AutoClass(Generic[Model]):
         Raises:
             ConfigError: the family has no such head.
         """
+        config = own_config(config)
         found: type[Model] = model_class("flax", config, cls.head)
         return found(config, **options)
 

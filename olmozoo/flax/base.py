@@ -24,7 +24,7 @@ from olmozoo.families.parameter import Kind, Parameter
 from olmozoo.flax.cache import KVCache
 from olmozoo.flax.layers import at_least_float32
 from olmozoo.generation.config import GenerationConfig
-from olmozoo.modeling import ModelMixin, resized_config, split_options
+from olmozoo.modeling import ModelMixin, given_dtype, resized_config, split_options
 from olmozoo.outputs import OUTPUTS
 
 DROPOUTS = ("dropout", "attention_dropout", "layerdrop")  # what a config may have that draws random numbers in training
@@ -66,7 +66,7 @@ class PreTrainedModel(ModelMixin):
         *,
         param_dtype: Any = None,
     ) -> None:
-        self.check_config(config)
+        config = self.check_config(config)
         self.config = config
         self.dtype = usable_dtype(dtype)
         self.param_dtype = at_least_float32(self.dtype) if param_dtype is None else usable_dtype(param_dtype)
@@ -196,7 +196,9 @@ class PreTrainedModel(ModelMixin):
             adapter: a folder or a repository with a LoRA adapter of PEFT, which is merged into the weights; default one
                 that is in the model's folder. See `olmozoo.checkpoint.adapters`.
             **options: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only` say where on the hub to look
-                (see `olmozoo.hub.resolve`); all others are fields of the config to change.
+                (see `olmozoo.hub.resolve`). `config` is used instead of config.json. Keywords of Transformers are taken
+                where they mean the same here (`torch_dtype`, `attn_implementation`, `low_cpu_mem_usage`, ...). All
+                others are fields of the config to change.
 
         Raises:
             HubError: the repository or one of its files cannot be downloaded and is not in the cache.
@@ -204,6 +206,7 @@ class PreTrainedModel(ModelMixin):
                 switched off.
             CheckpointError: the weights are broken or do not fit the config; every problem is named.
         """
+        dtype = given_dtype(dtype, options)
         hub, overrides = split_options(options)
         found = locate(path_or_repo, need="weights", adapter=adapter, **hub)
         source = open_merged(found, cls.config_class, **overrides)

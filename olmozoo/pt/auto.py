@@ -10,8 +10,8 @@ from olmozoo.checkpoint.adapters import locate, open_merged
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Head
 from olmozoo.families.registry import model_class
-from olmozoo.modeling import split_options
-from olmozoo.pt.base import PreTrainedModel
+from olmozoo.modeling import given_dtype, own_config, split_options
+from olmozoo.pt.base import PreTrainedModel, given_device
 from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.heads import CausalLM, QuestionAnswerer, SequenceClassifier
 from olmozoo.typing import StrPath
@@ -42,6 +42,7 @@ class AutoClass(Generic[Model]):
         Raises:
             ConfigError: the family has no such head.
         """
+        dtype, device = given_dtype(dtype, options), given_device(device, options)
         hub, overrides = split_options(options)
         source = open_merged(locate(path_or_repo, need="weights", adapter=adapter, **hub), **overrides)
         found: type[Model] = model_class("pt", source.config, cls.head)
@@ -56,6 +57,7 @@ class AutoClass(Generic[Model]):
         Raises:
             ConfigError: the family has no such head.
         """
+        config = own_config(config)
         found: type[Model] = model_class("pt", config, cls.head)
         return found(config, **options)
 

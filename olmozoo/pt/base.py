@@ -19,7 +19,7 @@ from olmozoo.errors import InputError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.generation.config import GenerationConfig
-from olmozoo.modeling import ModelMixin, resized_config, split_options
+from olmozoo.modeling import ModelMixin, given_dtype, resized_config, split_options
 from olmozoo.outputs import OUTPUTS
 from olmozoo.pt.cache import KVCache
 
@@ -42,7 +42,7 @@ class PreTrainedModel(ModelMixin, nn.Module):
 
     def __init__(self, config: ModelConfig, *, seed: int | None = 0, dtype: torch.dtype | str | None = None) -> None:
         super().__init__()
-        self.check_config(config)
+        config = self.check_config(config)
         self.config = config
         self.generation_config = GenerationConfig.from_model(config)
         device = torch.get_default_device()
@@ -82,13 +82,16 @@ class PreTrainedModel(ModelMixin, nn.Module):
             adapter: a folder or a repository with a LoRA adapter of PEFT, which is merged into the weights; default one
                 that is in the model's folder. See `olmozoo.checkpoint.adapters`.
             **options: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only` say where on the hub to look
-                (see `olmozoo.hub.resolve`); all others are fields of the config to change.
+                (see `olmozoo.hub.resolve`). `config` is used instead of config.json. Keywords of Transformers are taken
+                where they mean the same here (`torch_dtype`, `attn_implementation`, `low_cpu_mem_usage`, ...). All
+                others are fields of the config to change.
 
         Raises:
             HubError: the repository or one of its files cannot be downloaded and is not in the cache.
             ConfigError: the config is of another family or has a bad value.
             CheckpointError: the weights are broken or do not fit the config; every problem is named.
         """
+        dtype, device = given_dtype(dtype, options), given_device(device, options)
         hub, overrides = split_options(options)
         found = locate(path_or_repo, need="weights", adapter=adapter, **hub)
         source = open_merged(found, cls.config_class, **overrides)
@@ -282,6 +285,24 @@ class PreTrainedModel(ModelMixin, nn.Module):
         if self.get_output_embeddings() is not None:
             self.get_output_embeddings().out_features = rows
         return self.get_input_embeddings()
+
+
+def given_device(device: Any, options: dict[str, Any]) -> Any:
+    """`device`, or the one device of Transformers' `device_map`, which is taken out of `options`.
+
+    Raises:
+        InputError: both are given, or the map names several devices.
+    """
+    places = options.pop("device_map", None)
+    if isinstance(places, dict) and len(set(places.values())) == 1:
+        places = next(iter(places.values()))
+    if places is None:
+        return device
+    if device is not None or isinstance(places, dict):
+        raise InputError(f"device_map is {places!r}, expected one device, and no device= beside it: FSDP shards models")
+    if places in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return places
 
 
 def canonical_state(model: PreTrainedModel) -> dict[str, np.ndarray]:

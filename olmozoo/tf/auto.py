@@ -8,7 +8,7 @@ from olmozoo.checkpoint.adapters import locate, open_merged
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Head
 from olmozoo.families.registry import model_class
-from olmozoo.modeling import split_options
+from olmozoo.modeling import given_dtype, own_config, split_options
 from olmozoo.tf.base import PreTrainedModel
 from olmozoo.tf.decoder import Decoder
 from olmozoo.tf.heads import CausalLM, QuestionAnswerer, SequenceClassifier
@@ -39,6 +39,7 @@ class AutoClass(Generic[Model]):
         Raises:
             ConfigError: the family has no such head.
         """
+        dtype = given_dtype(dtype, options)
         hub, overrides = split_options(options)
         source = open_merged(locate(path_or_repo, need="weights", adapter=adapter, **hub), **overrides)
         found: type[Model] = model_class("tf", source.config, cls.head)
@@ -51,6 +52,7 @@ class AutoClass(Generic[Model]):
         Raises:
             ConfigError: the family has no such head.
         """
+        config = own_config(config)
         found: type[Model] = model_class("tf", config, cls.head)
         return found(config, **options)
 

@@ -22,7 +22,7 @@ from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.generation.config import GenerationConfig
-from olmozoo.modeling import ModelMixin, resized_config, split_options
+from olmozoo.modeling import ModelMixin, given_dtype, resized_config, split_options
 from olmozoo.outputs import OUTPUTS, ModelOutput
 from olmozoo.tf.cache import KVCache
 from olmozoo.tf.layers import Dense, Tensor, embedding, from_numpy, linear
@@ -57,7 +57,7 @@ class PreTrainedModel(ModelMixin, keras.Model):
         name: str | None = None,
         nested: bool = False,
     ) -> None:
-        self.check_config(config)
+        config = self.check_config(config)
         super().__init__(name=name, dtype=dtype, autocast=False)
         self.config = config
         self.generation_config = GenerationConfig.from_model(config)
@@ -104,18 +104,22 @@ class PreTrainedModel(ModelMixin, keras.Model):
 
         Args:
             path_or_repo: a folder, or a repository on the hub.
-            dtype: a dtype or a Keras dtype policy, such as "mixed_bfloat16"; default the checkpoint's own dtype.
+            dtype: a dtype or a Keras dtype policy, such as "mixed_bfloat16"; default Keras's global policy if
+                that is a mixed one, else the checkpoint's own dtype.
             ignore_mismatched_sizes: start tensors of a wrong shape anew, with a warning, rather than refuse.
             adapter: a folder or a repository with a LoRA adapter of PEFT, which is merged into the weights; default one
                 that is in the model's folder. See `olmozoo.checkpoint.adapters`.
             **options: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only` say where on the hub to look
-                (see `olmozoo.hub.resolve`); all others are fields of the config to change.
+                (see `olmozoo.hub.resolve`). `config` is used instead of config.json. Keywords of Transformers are taken
+                where they mean the same here (`torch_dtype`, `attn_implementation`, `low_cpu_mem_usage`, ...). All
+                others are fields of the config to change.
 
         Raises:
             HubError: the repository or one of its files cannot be downloaded and is not in the cache.
             ConfigError: the config is of another family or has a bad value.
             CheckpointError: the weights are broken or do not fit the config; every problem is named.
         """
+        dtype = given_dtype(dtype, options)
         hub, overrides = split_options(options)
         found = locate(path_or_repo, need="weights", adapter=adapter, **hub)
         source = open_merged(found, cls.config_class, **overrides)
@@ -127,6 +131,9 @@ class PreTrainedModel(ModelMixin, keras.Model):
     ) -> Self:
         """`from_pretrained` of a folder that is open."""
         config, checkpoint = source.config, source.checkpoint
+        policy = keras.config.dtype_policy()
+        if dtype is None and policy.compute_dtype != policy.variable_dtype:  # a mixed policy that the user has set
+            dtype = policy
         model = cls(config, seed=None, dtype=checkpoint.dtype.name if dtype in (None, "auto") else dtype)
         weights = load_weights(
             checkpoint,
