@@ -32,6 +32,8 @@ WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_modu
 
 def file_problem(path: Path) -> str | None:
     """What a file is instead of its content; None where nothing of the kind is recognised."""
+    if not path.is_file():
+        return None
     try:
         with path.open("rb") as stream:
             head = stream.read(256)

@@ -95,8 +95,8 @@ def split_options(options: Mapping[str, Any]) -> tuple[HubOptions, dict[str, Any
         )
     if options.get("device_map") not in (None, "auto"):
         raise InputError(
-            f"device_map is {options['device_map']!r}, expected 'auto', or device= in PyTorch; in TensorFlow load inside "
-            "of tf.device(...), in JAX inside of jax.default_device(...)"
+            f"device_map is {options['device_map']!r}, expected 'auto', or device= in PyTorch; load inside of "
+            "tf.device(...) in TensorFlow, of jax.default_device(...) in JAX"
         )
     hub: Any = {name: value for name, value in options.items() if name in HUB_ARGUMENTS}
     return hub, {name: value for name, value in options.items() if name not in (*hub, *SAME_HERE, *QUANTIZERS)}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from olmozoo import InputError
 from tests.helpers.keras_models import (
     BIASED_OLMO2,
+    CONFIGS,
     FAMILIES,
     IDS,
     INPUTS,
@@ -26,6 +28,7 @@ from tests.helpers.keras_models import (
     same_logits,
     total_change,
 )
+from tests.helpers.wings import refusal
 
 keras = pytest.importorskip("keras", reason="olmozoo[tf] is not installed")
 tf = pytest.importorskip("tensorflow", reason="olmozoo[tf] is not installed")
@@ -159,6 +162,48 @@ def test_a_users_loss_and_metrics(family, head):
     assert set(targets) <= set(history)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(("family", "head"), [("OPT", "ForCausalLM"), *ONE_EACH])
+def test_metrics_see_what_the_own_loss_sees(family, head, jit):
+    model = make(family, head)
+    output = model(**INPUTS)
+    if head == "ForCausalLM":
+        labels = {"labels": np.where(MASK, IDS, -100)}
+        pairs = [(labels["labels"][:, 1:], output.logits[:, :-1])]
+    elif head == "ForSequenceClassification":
+        labels = {"labels": np.array([2, -100, 1, 1])}
+        pairs = [(labels["labels"], output.logits)]
+    else:
+        labels = {"start_positions": np.array([1, 3, 9, 7]), "end_positions": np.array([2, 9, 9, 8])}
+        pairs = [
+            (np.where(labels["start_positions"] == 9, -100, labels["start_positions"]), output.start_logits),
+            (np.where(labels["end_positions"] == 9, -100, labels["end_positions"]), output.end_logits),
+        ]
+    expected = [np.mean((np.argmax(logits, -1) == y)[y != -100]) for y, logits in pairs]
+    losses = [
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-100)(y, logits)
+        for y, logits in pairs
+    ]
+    several = len(pairs) > 1
+    crossentropy = [keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name=f"ce{i}") for i in range(2)]
+    metrics = [["accuracy", crossentropy[0]], ["accuracy", crossentropy[1]]]
+    model.compile(keras.optimizers.SGD(0.0), metrics=metrics if several else metrics[0], jit_compile=jit)
+    y = tuple(labels.values()) if several else labels["labels"]
+    for data in (dataset({**INPUTS, **labels}), dataset(INPUTS, y)):
+        for found in (
+            model.evaluate(data, verbose=0, return_dict=True),
+            {name: values[0] for name, values in model.fit(data, verbose=0).history.items()},
+        ):
+            assert len(found) == 1 + 2 * len(pairs)
+            accuracies = [value for name, value in found.items() if "accuracy" in name]
+            entropies = [value for name, value in found.items() if name.endswith(("ce0", "ce1"))]
+            np.testing.assert_allclose(accuracies, expected, rtol=1e-5)
+            np.testing.assert_allclose(found["loss"], np.mean(losses), rtol=1e-4)
+            np.testing.assert_allclose(np.mean(entropies), np.mean(losses), rtol=1e-4)
+    with pytest.raises(InputError, match="give one of them"):
+        model.compile(metrics=["accuracy"], weighted_metrics=["accuracy"])
+
+
 @pytest.mark.parametrize(
     ("family", "low"), [("Olmo2", "bfloat16"), ("Olmo", "float16"), ("OPT", "bfloat16"), ("OPT", "float16")]
 )
@@ -186,20 +231,16 @@ def test_mixed_policies_train(family, low):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lora_learns_and_is_merged_when_saved(family, tmp_path):
+def test_lora_learns_and_is_merged_when_asked(family, tmp_path):
     model = make(family)
     first = model(**INPUTS).logits.numpy()
     answer = model.generate(IDS, MASK, max_new_tokens=6).numpy()
-    for layer in model._flatten_layers():
-        if not list(layer._flatten_layers(include_self=False)):
-            layer.trainable = False
+    with pytest.raises(InputError, match=r"no layer query; there are .*q_proj"):
+        model.enable_lora(2, target_names=["query"])
+    model.enable_lora(2, target_names=["q_proj", "v_proj"])
     adapters = []
     for block in model.base_model.stack.blocks:
         for layer in (block.self_attn.q_proj, block.self_attn.v_proj):
-            layer.trainable = True
-            layer.enable_lora(2)
-            if layer.use_bias:
-                layer.bias.trainable = False
             adapters += [layer.lora_kernel_a, layer.lora_kernel_b]
     assert {id(v) for v in model.trainable_variables} == {id(v) for v in adapters}
     np.testing.assert_array_equal(model(**INPUTS).logits, first)  # one factor starts at zero
@@ -212,6 +253,11 @@ def test_lora_learns_and_is_merged_when_saved(family, tmp_path):
         changed = np.any(variable.numpy() != before[id(variable)])
         assert changed == any(variable is adapter for adapter in adapters), variable.path
 
+    for keep in ("save", "pt"):
+        assert "2 layers have LoRA adapters that are not merged" in refusal(model, keep, tmp_path)
+    tuned = model(**INPUTS)
+    model.merge_lora()
+    same_logits(model(**INPUTS), tuned, atol=1e-4)
     model.save_pretrained(tmp_path / "merged")
     merged = type(model).from_pretrained(tmp_path / "merged")
     assert len(merged.weights) == len(model.weights) - len(adapters)
@@ -221,6 +267,57 @@ def test_lora_learns_and_is_merged_when_saved(family, tmp_path):
         tuned = model.generate(IDS, MASK, max_new_tokens=6).numpy()
         np.testing.assert_array_equal(again.generate(IDS, MASK, max_new_tokens=6), tuned)
     assert np.any(tuned != answer)
+
+
+RELOADED = """
+import json, sys
+import numpy as np
+import olmozoo.tf
+import keras
+from tests.helpers.keras_models import IDS, LABELS, MASK, dataset
+model = keras.models.load_model(sys.argv[1])
+logits = model(input_ids=IDS, attention_mask=MASK).logits.numpy()
+trainable = sorted(v.path for v in model.trainable_variables)
+data = dataset({"input_ids": IDS, "attention_mask": MASK, **LABELS["ForCausalLM"]})
+loss = model.fit(data, verbose=0).history["loss"]
+np.savez(sys.argv[2], logits=logits, trainable=trainable, loss=loss, weights=[v.numpy().sum() for v in model.weights])
+"""
+
+
+@pytest.mark.parametrize("how", ["lora", "frozen", "all frozen but norms"])
+def test_lora_survives_a_keras_file(how, tmp_path):
+    model = make("OPT")
+    if how == "lora":
+        model.enable_lora(2, lora_alpha=3)
+    elif how == "frozen":
+        model.model.stack.blocks[0].trainable = False
+    else:
+        model.base_model.trainable = False
+        model.base_model.stack.final_layer_norm.trainable = True
+        model.base_model.trainable_weights  # noqa: B018
+    model.compile(keras.optimizers.Adam(0.05), jit_compile=False)
+    data = dataset({**INPUTS, **LABELS["ForCausalLM"]})
+    model.fit(data, verbose=0)
+    model.save(tmp_path / "m.keras")
+    command = [sys.executable, "-c", RELOADED, tmp_path / "m.keras", tmp_path / "out.npz"]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], capture_output=True)
+    found = np.load(tmp_path / "out.npz")
+    np.testing.assert_allclose(found["logits"], model(**INPUTS).logits, atol=1e-5)
+    assert found["trainable"].tolist() == sorted(v.path for v in model.trainable_variables)
+    folder = tmp_path / "folder"
+    CONFIGS["OPT"].save_pretrained(folder)
+    shutil.copy(tmp_path / "m.keras", folder / "model.keras")
+    if how == "lora":  # read without Keras, and as weights into a model without adapters: merged
+        merged = zoo.TFOPTForCausalLM.from_pretrained(folder)
+        same_logits(merged(**INPUTS), model(**INPUTS), atol=1e-4)
+        model.save_weights(tmp_path / "m.weights.h5")
+        plain = make("OPT")
+        plain.load_weights(tmp_path / "m.weights.h5")
+        same_logits(plain(**INPUTS), model(**INPUTS), atol=1e-4)
+        with pytest.raises(InputError, match=r"save 'model\.keras'"):
+            model.save(tmp_path / "m.h5")
+    np.testing.assert_allclose(found["loss"], model.fit(data, verbose=0).history["loss"], rtol=1e-4)
+    np.testing.assert_allclose(found["weights"], [v.numpy().sum() for v in model.weights], rtol=1e-3, atol=1e-3)
 
 
 MIRRORED = """
