@@ -178,7 +178,7 @@ def test_convert_writes_the_merged_model(cases, tmp_path):
     folder, adapter, ids, mask, _, exact = cases("head-tied")
     target = tmp_path / "merged"
     shutil.copytree(adapter, target)  # whose adapter must not be merged once more
-    convert_checkpoint(folder, target, to="safetensors", adapter=adapter, verify=True)
+    convert_checkpoint(folder, target, to="safetensors", adapter=adapter, verify=True, force=True)
     assert not (target / "adapter_config.json").exists()
     found = found_logits("pt", target, ids, mask)
     assert np.abs(found - exact)[mask.astype(bool)].max() < 1e-9

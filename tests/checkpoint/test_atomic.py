@@ -149,7 +149,7 @@ def test_conversions_that_are_killed_leave_the_old_checkpoint_or_the_new_one(ser
     print(f"{interrupted} of {len(found)} kills in the middle of a conversion")
     assert interrupted > len(found) // 10, "kills have to come in the middle too"
     assert set(found) == {1, 2}
-    convert_checkpoint(root / "even", root / "converted", to="safetensors")
+    convert_checkpoint(root / "even", root / "converted", to="safetensors", force=True)
     assert number_of(root / "converted") == 2
     assert abandoned(root) == []
 
@@ -159,7 +159,7 @@ def test_a_saved_model_that_is_killed_leaves_the_old_checkpoint(tmp_path):
     pytest.importorskip("tensorflow")
     save(tmp_path / "source", 2)
     save(tmp_path / "there", 1)
-    command = [sys.executable, "-m", "olmozoo", "convert", tmp_path / "source", tmp_path / "there"]
+    command = [sys.executable, "-m", "olmozoo", "convert", tmp_path / "source", tmp_path / "there", "--force"]
     with subprocess.Popen([*command, "--to", "savedmodel"], stderr=subprocess.DEVNULL) as process:
         while not list(tmp_path.glob(".there.saving-*/config.json")):
             assert process.poll() is None

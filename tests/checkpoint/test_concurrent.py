@@ -78,7 +78,7 @@ def test_a_wing_loads_from_one_save(folder, wing):
 
 def test_a_conversion_reads_one_save(folder, tmp_path):
     for _ in range(LOADS // 5):
-        convert_checkpoint(folder, tmp_path / "converted", to="flax-msgpack")
+        convert_checkpoint(folder, tmp_path / "converted", to="flax-msgpack", force=True)
         number_of(tmp_path / "converted")
 
 
@@ -89,7 +89,7 @@ def test_formats_that_open_files_late_see_that_the_folder_was_replaced(tmp_path,
     convert_checkpoint(tmp_path / "source", tmp_path / "there", to=to)
     source = open_checkpoint(tmp_path / "there")
     save(tmp_path / "source", 2, SMALL)
-    convert_checkpoint(tmp_path / "source", tmp_path / "there", to=to)
+    convert_checkpoint(tmp_path / "source", tmp_path / "there", to=to, force=True)
     with pytest.raises(CheckpointError, match=r"cannot be read: .*there"):
         numbers(source)
     assert numbers(open_checkpoint(tmp_path / "there")) == {2}

@@ -174,7 +174,9 @@ def test_no_writer_follows_a_link_in_the_target(tmp_path):
         (outside / CHAT_TEMPLATES / "tools.jinja").write_text("outside")
         (target / CHAT_TEMPLATES).symlink_to(outside / CHAT_TEMPLATES)
 
-    writers = [lambda to=to: convert_checkpoint(source, target, to=to) for to in ("safetensors", "flax-msgpack")]
+    writers = [
+        lambda to=to: convert_checkpoint(source, target, to=to, force=True) for to in ("safetensors", "flax-msgpack")
+    ]
     writers += [
         lambda: write_checkpoint(target, CONFIG),
         lambda: Tokenizer.from_pretrained(source).save_pretrained(target),
