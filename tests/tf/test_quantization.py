@@ -16,7 +16,7 @@ zoo = pytest.importorskip("olmozoo.tf", reason="olmozoo[tf] is not installed")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_quantizing_makes_the_kernels_whole_numbers_and_keeps_them(family, tmp_path):
+def test_quantizing_makes_the_kernels_integers_and_keeps_them(family, tmp_path):
     model = make(family, "ForCausalLM")
     before = model(INPUTS).logits.numpy()[REAL]
     model.quantize("int8", filters="proj" if family == "Olmo2" else None)
