@@ -13,6 +13,10 @@ class ConfigError(OlmozooError, ValueError):
     """A config field is missing, unknown where it matters, or has a value that no model can have."""
 
 
+class FixedFieldError(ConfigError, AttributeError):
+    """A config field that cannot change was set."""
+
+
 class CheckpointError(OlmozooError, ValueError):
     """A checkpoint folder is broken or does not fit its config."""
 

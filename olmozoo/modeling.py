@@ -32,12 +32,14 @@ class ModelMixin:
         wing: the name of the wing.
         config_class: the config of the family.
         head: the head on top of the decoder; None for a base model.
+        family_inputs: of a decoder, the arguments of a call that its family alone has.
         config: the config of this model.
     """
 
     wing: ClassVar[str]
     config_class: ClassVar[type[ModelConfig]]
     head: ClassVar[Head | None] = None
+    family_inputs: ClassVar[tuple[str, ...]] = ()
     config: ModelConfig
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -61,6 +63,24 @@ class ModelMixin:
         """A call's choice, else the config's, else the default."""
         value = getattr(self.config, name, None) if value is None else value
         return default if value is None else value
+
+    def wants_cache(self, use_cache: bool | None, training: bool) -> bool:
+        """Whether a call without a cache returns one: its choice, else False in training, else the config's choice."""
+        return self.setting("use_cache", use_cache, True) if use_cache is not None or not training else False
+
+    def known_inputs(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Those of a call's further arguments that are not None.
+
+        Raises:
+            InputError: the family has no such argument.
+        """
+        if not given:
+            return given
+        known = getattr(self, "base_class", type(self)).family_inputs
+        given = {name: value for name, value in given.items() if value is not None}
+        if unknown := sorted(given.keys() - set(known)):
+            raise InputError(f"{type(self).__name__} has no argument {', '.join(unknown)}")
+        return given
 
     def _parameter_table(self) -> list[Parameter]:
         """The parameter table without tied parameters, which have the values of others."""

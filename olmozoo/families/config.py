@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from olmozoo import foreign
-from olmozoo.errors import ConfigError
+from olmozoo.errors import ConfigError, FixedFieldError
 from olmozoo.families.parameter import HEAD_MODULES, Head, Parameter
 from olmozoo.families.registry import MODEL_TYPES, config_class
 from olmozoo.hub import resolve
@@ -30,12 +30,16 @@ MOST = 2**31 - 1
 MOST_LAYERS, MOST_LABELS, MOST_HEAD_DIM = 10_000, 1_000_000, 1 << 16
 MOST_JSON = 1 << 26  # bytes of a JSON file; the largest, a tokenizer.json, has some 30 MB
 MOST_DEPTH = 100  # levels of a JSON file; what copies and compares values takes a few calls for each
+SETTABLE = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "problem_type", "id2label", "label2id")
 CALL_DEFAULTS = ("output_attentions", "output_hidden_states", "return_dict")  # a config.json may set them for each call
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ModelConfig(ABC):
-    """What all configs share. Subclasses add a family's fields; a config never changes once made.
+    """What all configs share. Subclasses add a family's fields.
+
+    Settings of behaviour (`SETTABLE`, and keys that no field has) can be set, checked as when a config is made. Fields
+    that decide which parameters there are and what they compute are fixed: make a new config by `replace`.
 
     Attributes:
         num_labels: outputs of the classification head; default the length of `id2label`, or 2.
@@ -307,7 +311,32 @@ class ModelConfig(ABC):
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        copy = dataclasses.replace(self, **changes)
+        if "name_or_path" in self.__dict__:
+            copy.name_or_path = self.name_or_path
+        return copy
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        fields = self.__dataclass_fields__
+        making = name in fields and name not in self.__dict__
+        private = name not in fields and name.startswith("_")  # of a library; not part of a config.json
+        if making or private or name == "name_or_path":
+            self._set(name, value)
+        elif name in SETTABLE:
+            self._set(name, getattr(self.replace(**{name: value}), name))
+        elif name not in fields and not hasattr(type(self), name):
+            self._set("extra", self.replace(extra={**self.extra, name: value}).extra)
+        elif getattr(self, name) != value:
+            raise FixedFieldError(
+                f"{type(self).__name__}.{name} is fixed once the config is made: make a new config with replace()"
+            )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.__dataclass_fields__ or name in self.extra
+
+    def get_text_config(self, decoder: bool | None = None) -> Self:
+        """The config itself, which is of text alone; libraries ask so."""
+        return self
 
     def __getattr__(self, name: str) -> Any:
         extra = self.__dict__.get("extra", {})

@@ -16,7 +16,7 @@ _LONG = {"max_position_embeddings": 4096}
 
 
 @register
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class OlmoConfig(RotaryConfig):
     """Configuration of OLMo models: the fields of `RotaryConfig` and one more.
 

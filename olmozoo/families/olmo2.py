@@ -28,7 +28,7 @@ def _preset(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> 
 
 
 @register
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Olmo2Config(RotaryConfig):
     """Configuration of OLMo 2 models: the fields of `RotaryConfig` and one more.
 

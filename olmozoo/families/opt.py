@@ -25,7 +25,7 @@ def _preset(hidden: int, layers: int, heads: int) -> dict[str, Any]:
 
 
 @register
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class OPTConfig(ModelConfig):
     """Configuration of OPT models.
 

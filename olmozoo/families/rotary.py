@@ -11,7 +11,7 @@ from olmozoo.families.parameter import ACTIVATIONS, Parameter
 from olmozoo.families.rope import FROM_ORIGINAL, Rope, make_rope, rope_kind
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class RotaryConfig(ModelConfig):
     """What configs of decoders with rotary positions, grouped-query attention and a gated MLP share.
 

@@ -265,8 +265,9 @@ class PreTrainedModel(ModelMixin):
 
     def apply(self, params: Any, dropout_rng: Any, return_dict: bool | None, **arguments: Any) -> Any:
         """The module's answer to `arguments`, with the settings among them that are None resolved."""
-        for name, default in (("use_cache", True), ("output_attentions", False), ("output_hidden_states", False)):
-            arguments[name] = self.setting(name, arguments[name], default)
+        arguments["use_cache"] = self.wants_cache(arguments["use_cache"], not arguments["deterministic"])
+        for name in ("output_attentions", "output_hidden_states"):
+            arguments[name] = self.setting(name, arguments[name], False)
         arguments = {k: np.asarray(v) if isinstance(v, list) else v for k, v in arguments.items()}
         if dropout_rng is None and not arguments["deterministic"]:
             for name in DROPOUTS:

@@ -158,8 +158,8 @@ class Decoder(PreTrainedModel):
             return_dict: False returns a plain tuple; default True.
             dropout_rng: a `jax.random` key; needed in training where the config has dropout.
             deterministic: False in training, which puts dropout on.
-            use_cache: whether to return a cache where none is given; default `config.use_cache`, and False in training
-                with gradient checkpointing.
+            use_cache: whether to return a cache where none is given; default `config.use_cache`, and False in training.
+                With gradient checkpointing there is none in training.
             cache_position: (seq,) positions, for rows that all have the same; `position_ids` go before them.
             **family_inputs: further arguments of the family's `embed_positions` (OPT: `head_mask`).
 
@@ -184,5 +184,5 @@ class Decoder(PreTrainedModel):
             output_hidden_states=output_hidden_states,
             cache_position=cache_position,
             deterministic=deterministic,
-            **family_inputs,
+            **self.known_inputs(family_inputs),
         )

@@ -155,7 +155,7 @@ class HeadedModel(PreTrainedModel):
             start_positions=start_positions,
             end_positions=end_positions,
             deterministic=deterministic,
-            **family_inputs,
+            **self.known_inputs(family_inputs),
         )
 
 

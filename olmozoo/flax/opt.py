@@ -157,6 +157,7 @@ class FlaxOPTModel(Decoder):
     """The OPT decoder without a head."""
 
     config_class = OPTConfig
+    family_inputs = ("head_mask",)
     module_class = OPTModule
 
 

@@ -82,9 +82,11 @@ def check(expected: str, fits: Callable[[Any], bool], *, off: Any = None, sampli
     return {"expected": expected, "fits": fits, "off": off, "sampling": sampling}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class GenerationConfig:
     """Settings of `generate`, as in a generation_config.json. Names and defaults are those of Transformers.
+
+    A setting can be set, and its value is checked; what does not go together is found when `generate` is called.
 
     Attributes:
         max_length: maximum number of tokens of prompt and answer together.
@@ -221,10 +223,21 @@ class GenerationConfig:
         Raises:
             InputError: there is no such setting.
         """
-        off: dict[str, Any] = {f.name: f.default if f.metadata["off"] is None else f.metadata["off"] for f in _fields()}
-        if unknown := sorted(set(changes) - set(off)):
-            raise InputError(f"generate has no setting {', '.join(unknown)}; it has {', '.join(sorted(off))}")
-        return dataclasses.replace(self, **{k: off[k] if v is None else v for k, v in changes.items()})
+        fields = {f.name: f for f in _fields()}
+        if unknown := sorted(set(changes) - set(fields)):
+            raise InputError(f"generate has no setting {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
+        return dataclasses.replace(self, **{k: _off(fields[k]) if v is None else v for k, v in changes.items()})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        made = name in self.__dict__  # else the object is being made, which checks nothing
+        found = next((f for f in _fields() if f.name == name), None)
+        if made and found is not None:
+            value = _off(found) if value is None else value
+            if problem := self._problem(found, value):
+                raise InputError(problem)
+        elif name not in self.__dataclass_fields__ and not name.startswith("_"):
+            name, value = "extra", {**self.extra, name: value}
+        object.__setattr__(self, name, value)
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -240,14 +253,16 @@ class GenerationConfig:
         Raises:
             InputError: one error lists every problem.
         """
-        problems = []
-        for f in _fields():
-            value, none = getattr(self, f.name), f.default is None
-            unused = f.metadata["sampling"] and self.do_sample is False
-            if not unused and not (none and value is None) and not f.metadata["fits"](value):
-                problems.append(f"{f.name} is {value!r}, expected {f.metadata['expected']}")
+        problems = [problem for f in _fields() if (problem := self._problem(f, getattr(self, f.name)))]
         if problems := problems or self._conflicts():
             raise InputError("; ".join(problems))
+
+    def _problem(self, field: dataclasses.Field[Any], value: Any) -> str | None:
+        """What is wrong with a value of a setting by itself, if anything is."""
+        unused = field.metadata["sampling"] and self.do_sample is False
+        if unused or (value is None and field.default is None) or field.metadata["fits"](value):
+            return None
+        return f"{field.name} is {value!r}, expected {field.metadata['expected']}"
 
     def _conflicts(self) -> list[str]:
         """The settings that cannot go together; each by itself is right."""
@@ -265,6 +280,11 @@ class GenerationConfig:
         if self.prompt_lookup_num_tokens is not None and (self.do_sample or self.num_beams > 1):
             problems.append("prompt_lookup_num_tokens is for greedy decoding: leave out do_sample and num_beams")
         return problems
+
+
+def _off(field: dataclasses.Field[Any]) -> Any:
+    """The value that switches a setting off."""
+    return field.default if field.metadata["off"] is None else field.metadata["off"]
 
 
 def _fields() -> list[dataclasses.Field[Any]]:

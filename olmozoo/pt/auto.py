@@ -44,11 +44,14 @@ class AutoClass(Generic[Model]):
         """
         dtype, device = given_dtype(dtype, options), given_device(device, options)
         hub, overrides = split_options(options)
-        source = open_merged(locate(path_or_repo, need="weights", adapter=adapter, **hub), **overrides)
+        location = locate(path_or_repo, need="weights", adapter=adapter, **hub)
+        source = open_merged(location, **overrides)
         found: type[Model] = model_class("pt", source.config, cls.head)
-        return found._from_checkpoint(
+        model = found._from_checkpoint(
             source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, device=device
         )
+        model.note_source(path_or_repo, location)
+        return model
 
     @classmethod
     def from_config(cls, config: ModelConfig, **options: Any) -> Model:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from olmozoo.checkpoint.adapters import locate, open_merged
+from olmozoo.checkpoint.adapters import Source, locate, open_merged
 from olmozoo.checkpoint.matching import initial_weights, load_weights
 from olmozoo.checkpoint.reader import OpenCheckpoint
 from olmozoo.checkpoint.tensors import check_shapes, dtype_of
@@ -22,6 +22,7 @@ from olmozoo.generation.config import GenerationConfig
 from olmozoo.modeling import ModelMixin, given_dtype, resized_config, split_options
 from olmozoo.outputs import OUTPUTS
 from olmozoo.pt.cache import KVCache
+from olmozoo.typing import StrPath
 
 for output_class in OUTPUTS:  # so that torch.export and DDP see the tensors in them
     torch.export.register_dataclass(output_class, serialized_type_name=f"olmozoo.{output_class.__name__}")
@@ -51,6 +52,8 @@ class PreTrainedModel(ModelMixin, nn.Module):
         if seed is not None and device.type != "meta":
             dtype_name = dtype_of(dtype or torch.get_default_dtype())
             self.bind_parameters(initial_weights(config, self.head, seed=seed, dtype=dtype_name), device)
+        else:
+            self.tie_weights()
 
     def make_layers(self) -> None:
         """Make the layers from `self.config`."""
@@ -93,9 +96,13 @@ class PreTrainedModel(ModelMixin, nn.Module):
         """
         dtype, device = given_dtype(dtype, options), given_device(device, options)
         hub, overrides = split_options(options)
-        found = locate(path_or_repo, need="weights", adapter=adapter, **hub)
-        source = open_merged(found, cls.config_class, **overrides)
-        return cls._from_checkpoint(source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, device=device)
+        location = locate(path_or_repo, need="weights", adapter=adapter, **hub)
+        source = open_merged(location, cls.config_class, **overrides)
+        model = cls._from_checkpoint(
+            source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, device=device
+        )
+        model.note_source(path_or_repo, location)
+        return model
 
     @classmethod
     def _from_checkpoint(
@@ -116,6 +123,11 @@ class PreTrainedModel(ModelMixin, nn.Module):
         model.bind_parameters(weights, device)
         model.generation_config = GenerationConfig.from_contents(source.generation, config)
         return model.eval()
+
+    def note_source(self, path_or_repo: StrPath, source: Source) -> None:
+        """Keep, as `name_or_path`, where the model is from: an adapter of PEFT names it as its base."""
+        if source.adapter is None:
+            self.name_or_path = self.config.name_or_path = os.fspath(path_or_repo)
 
     def save_pretrained(self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
         """Write config.json, generation_config.json and safetensors into `folder`, in one step.
@@ -249,8 +261,40 @@ class PreTrainedModel(ModelMixin, nn.Module):
         """The language-model head, if there is one."""
         return getattr(self, "lm_head", None)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute blocks in the backward pass rather than keep what is inside them."""
+    def add_model_tags(self, tags: str | list[str]) -> None:
+        """Add tags for a model card to `model_tags`, as trl's trainers do."""
+        known = getattr(self, "model_tags", [])
+        self.model_tags = [*known, *(tag for tag in ([tags] if isinstance(tags, str) else tags) if tag not in known)]
+
+    def enable_input_require_grads(self) -> None:
+        """Make the output of the token embedding require gradients, as adapters with gradient checkpointing need."""
+        hook = self.get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.requires_grad_(True))
+        self._input_hook = hook
+
+    def disable_input_require_grads(self) -> None:
+        """Undo `enable_input_require_grads`."""
+        self._input_hook.remove()
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute blocks in the backward pass rather than keep what is inside them.
+
+        Args:
+            gradient_checkpointing_kwargs: ignored; recomputation is never reentrant.
+            every_n_layers: 1, all blocks.
+            offload: False; what is kept stays on its device.
+
+        Raises:
+            InputError: `every_n_layers` or `offload` is something else.
+        """
+        if every_n_layers != 1:
+            raise InputError(f"every_n_layers is {every_n_layers}, expected 1: all blocks are recomputed")
+        if offload:
+            raise InputError("offload is True, expected False: what is kept stays on its device")
         self.base_model.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:

@@ -50,8 +50,8 @@ class Decoder(PreTrainedModel):
             past_key_values: a `KVCache`, any object with its `update` and `get_seq_length`, or a tuple of (key, value)
                 pairs, each (batch, kv_heads, past, head_dim).
             inputs_embeds: (batch, seq, hidden) embeddings instead of `input_ids`.
-            use_cache: whether to return a cache where none is given; default `config.use_cache`, and False in training
-                with gradient checkpointing.
+            use_cache: whether to return a cache where none is given; default `config.use_cache`, and False in training.
+                With gradient checkpointing there is none in training.
             output_attentions: whether to return attention weights; default False.
             output_hidden_states: whether to return hidden states; default False.
             return_dict: False returns a plain tuple; default True.
@@ -71,11 +71,12 @@ class Decoder(PreTrainedModel):
         check_inputs(input_ids, inputs_embeds)
         if input_ids is not None:
             check_range("input_ids", concrete(input_ids), self.stack.embed_tokens.weight.shape[0])
+        inputs = self.known_inputs(family_inputs)
         output_attentions = self.setting("output_attentions", output_attentions, False)
         output_hidden_states = self.setting("output_hidden_states", output_hidden_states, False)
         recompute = self.gradient_checkpointing and self.training
         layers = self.stack.layers
-        cache = open_cache(past_key_values, len(layers), self.setting("use_cache", use_cache, True) and not recompute)
+        cache = open_cache(past_key_values, len(layers), self.wants_cache(use_cache, self.training) and not recompute)
         past = cached_length(cache)
 
         hidden = self.stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (b, s, c)
@@ -83,15 +84,15 @@ class Decoder(PreTrainedModel):
         mask = causal_mask(attention_mask, batch, length, past, hidden.device)
         if position_ids is None and cache_position is not None:
             position_ids = cache_position[None]
-        hidden, layer_inputs = self.embed_positions(hidden, position_ids, attention_mask, past, **family_inputs)
+        hidden, layer_inputs = self.embed_positions(hidden, position_ids, attention_mask, past, **inputs)
 
         states, attentions = [hidden], []
         for layer, layer_input in zip(layers, layer_inputs, strict=True):
-            before, inputs = hidden, (mask, layer_input, cache, output_attentions)
+            before, arguments = hidden, (mask, layer_input, cache, output_attentions)
             if recompute and cache is None:
-                hidden, weights = checkpoint(layer, hidden, *inputs, use_reentrant=False)
+                hidden, weights = checkpoint(layer, hidden, *arguments, use_reentrant=False)
             else:
-                hidden, weights = layer(hidden, *inputs)
+                hidden, weights = layer(hidden, *arguments)
             if self.training and self.layerdrop:
                 hidden = torch.where(torch.rand((), device=hidden.device) < self.layerdrop, before, hidden)
             states.append(hidden)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from olmozoo.errors import InputError
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.generation.decode import decode_step, propose_draft
 from olmozoo.generation.prepare import Call, finalize, prepare
@@ -86,15 +88,23 @@ class GenerationMixin:
         **settings: Any,
     ) -> GenerateOutput:
         """`generate` with ids as NumPy arrays, in and out; the cache of the output is of tensors."""
-        past = open_cache(past_key_values, self.config.num_hidden_layers, False)
         if inputs_embeds is not None:
             inputs_embeds = torch.as_tensor(inputs_embeds, device=self.device)
+        input_ids, attention_mask, virtual = to_numpy(input_ids), to_numpy(attention_mask), 0
+        if past_key_values is None and inputs_embeds is None:
+            past_key_values, virtual = self._virtual_tokens(input_ids)
+        if virtual:  # ids of the text itself, since the rules of decoding see them
+            input_ids = np.asarray(input_ids)
+            input_ids = np.concatenate([np.repeat(input_ids[:, -1:], virtual, 1), input_ids], 1)
+            if attention_mask is not None:
+                attention_mask = np.pad(attention_mask, ((0, 0), (virtual, 0)), constant_values=1)
+        past = open_cache(past_key_values, self.config.num_hidden_layers, False)
         call = prepare(
             generation_config or self.generation_config,
             self.config,
             settings,
-            input_ids=to_numpy(input_ids),
-            attention_mask=to_numpy(attention_mask),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             cached=cached_length(past),
             tokenizer=tokenizer,
@@ -104,10 +114,11 @@ class GenerationMixin:
         training = self.training
         self.eval()
         try:
-            state, cache = self._decode(call, inputs_embeds, past, streamer, compile)
+            state, cache = self._decode(call, inputs_embeds, past, streamer, compile, virtual)
         finally:
             self.train(training)
         output = finalize(call, map_arrays(to_numpy, state))
+        output.sequences = output.sequences[:, virtual:]
         if output.logprobs is not None and call.options.beams == 1:
             slots = call.layout.used_slots(int(state.count))
             pairs = cache.take(torch.tensor(slots, device=self.device))
@@ -116,12 +127,28 @@ class GenerationMixin:
             output.past_key_values = pairs if isinstance(past, TupleCache | None) else kept
         return output
 
+    def _virtual_tokens(self, input_ids: Any) -> tuple[Any, int]:
+        """The cache of the tokens that an adapter of PEFT puts in front of each row, and their number."""
+        hook = self.__dict__.get("prepare_inputs_for_generation")  # which PEFT sets while it generates
+        if hook is None:
+            return None, 0
+        ids = torch.as_tensor([[0]] if input_ids is None else input_ids, device=self.device)
+        inputs = hook(ids, past_key_values=None)
+        cache, embeds = inputs.get("past_key_values"), inputs.get("inputs_embeds")
+        if embeds is not None:
+            training = self.training
+            cache = self.eval()(inputs_embeds=embeds[:, : -ids.shape[1]], use_cache=True).past_key_values
+            self.train(training)
+        if cache is not None and input_ids is None:
+            raise InputError("generation after virtual tokens needs input_ids")
+        return cache, cached_length(open_cache(cache, self.config.num_hidden_layers, False))
+
     def prepare_inputs_for_generation(self, input_ids: Tensor | None, **arguments: Any) -> dict[str, Any]:
         """The arguments of the next forward call. Libraries such as PEFT override it."""
         return {"input_ids": input_ids, **arguments}
 
     def _decode(
-        self, call: Call, inputs_embeds: Tensor | None, past: Any, streamer: Any, compile: bool
+        self, call: Call, inputs_embeds: Tensor | None, past: Any, streamer: Any, compile: bool, virtual: int
     ) -> tuple[State, KVCache]:
         options, layout, device, wide = call.options, call.layout, self.device, at_least_float32(self.dtype)
         xp, start = Namespace(device), options.answer_start
@@ -136,7 +163,8 @@ class GenerationMixin:
 
         def read(ids: Tensor | None, start: int, end: int, embeds: Tensor | None = None, keep: int = 1) -> Tensor:
             """Logits (rows, keep, v) after reading the tokens at slots start to end of the cache."""
-            inputs = self.prepare_inputs_for_generation(
+            hook = type(self).prepare_inputs_for_generation.__get__(self)
+            inputs = (hook if virtual else self.prepare_inputs_for_generation)(
                 ids,
                 inputs_embeds=embeds,
                 past_key_values=cache,
@@ -153,7 +181,7 @@ class GenerationMixin:
         def finished() -> bool:
             return state.count >= layout.max_new or bool(state.done.all())
 
-        show(state.tokens[:, start - call.prompt_tokens.shape[1] : start])
+        show(state.tokens[:, start - call.prompt_tokens.shape[1] + virtual : start])
         ids, embeds = None, inputs_embeds
         if embeds is None:  # of the one copy of the ids on the device
             ids = state.tokens[:: options.rows_per_prompt, start - layout.prompt + layout.cached : start]

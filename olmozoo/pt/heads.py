@@ -47,6 +47,7 @@ class HeadedModel(PreTrainedModel):
         num_logits_to_keep: int | Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **family_inputs: Any,
     ) -> Any:
         """Run the decoder and the head; arguments as in `Decoder.forward`, and those of the head, which give `loss`.
@@ -62,6 +63,8 @@ class HeadedModel(PreTrainedModel):
             start_positions: of question answering (batch,), the position of the answer's first token; one past the
                 sequence is ignored.
             end_positions: that of its last.
+            num_items_in_batch: of a language model, what the summed loss is divided by, as in Transformers: the number
+                of labels in all the micro-batches of a step; default those of this call.
 
         Returns:
             `CausalLMOutput`, `SequenceClassifierOutput` or `QuestionAnsweringOutput`.
@@ -84,7 +87,7 @@ class HeadedModel(PreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
             cache_position=cache_position,
-            **family_inputs,
+            **self.known_inputs(family_inputs),
         )
         hidden = output.last_hidden_state
         if isinstance(keep, Tensor) or keep:
@@ -96,15 +99,15 @@ class HeadedModel(PreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        result.loss = None if targets is None else self.head_loss(result, *targets)
+        result.loss = None if targets is None else self.head_loss(result, *targets, num_items=num_items_in_batch)
         return result if self.setting("return_dict", return_dict, True) else result.to_tuple()
 
     def head_outputs(self, hidden: Tensor, input_ids: Tensor | None) -> dict[str, Tensor]:
         """What the head computes from the hidden states (b, s, c): the logits, by their names in the output."""
         raise NotImplementedError
 
-    def head_loss(self, output: Any, *labels: Tensor) -> Tensor:
-        """The loss of an output, for labels in the order of `label_names`."""
+    def head_loss(self, output: Any, *labels: Tensor, num_items: int | Tensor | None = None) -> Tensor:
+        """The loss of an output, for labels in the order of `label_names`; see `forward` for `num_items`."""
         raise NotImplementedError
 
     def prune_heads(self, heads_to_prune: dict[int, list[int]]) -> None:
@@ -118,12 +121,21 @@ class CausalLM(GenerationMixin, HeadedModel):
 
     head = "causal_lm"
     output_class = CausalLMOutput
+    loss_type = "ForCausalLM"  # by which Transformers' Trainer knows that labels are shifted here
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "lm_head" and hasattr(value, "lora_A") and self.config.tie_word_embeddings:
+            # Merging adds to the weight in place, and would change the embedding that is tied to it.
+            linear = value.base_layer
+            linear.weight = nn.Parameter(linear.weight.detach().clone(), linear.weight.requires_grad)
+            self.config = self.model.config = self.config.replace(tie_word_embeddings=False)
+        super().__setattr__(name, value)
 
     def head_outputs(self, hidden: Tensor, input_ids: Tensor | None) -> dict[str, Tensor]:
         return {"logits": self.lm_head(hidden)}  # (b, s, v)
 
-    def head_loss(self, output: CausalLMOutput, labels: Tensor) -> Tensor:
-        return next_token_loss(output.logits, labels)
+    def head_loss(self, output: CausalLMOutput, labels: Tensor, num_items: int | Tensor | None = None) -> Tensor:
+        return next_token_loss(output.logits, labels, num_items)
 
 
 class SequenceClassifier(HeadedModel):
@@ -146,7 +158,9 @@ class SequenceClassifier(HeadedModel):
             last = hidden[torch.arange(hidden.shape[0], device=hidden.device), positions.argmax(-1)]  # (b, c)
         return {"logits": self.score(last)}  # (b, num_labels)
 
-    def head_loss(self, output: SequenceClassifierOutput, labels: Tensor) -> Tensor:
+    def head_loss(
+        self, output: SequenceClassifierOutput, labels: Tensor, num_items: int | Tensor | None = None
+    ) -> Tensor:
         return classification_loss(output.logits, labels, self.config.problem_type)
 
 
@@ -161,6 +175,12 @@ class QuestionAnswerer(HeadedModel):
         start, end = self.qa_outputs(hidden).unbind(-1)
         return {"start_logits": start, "end_logits": end}  # (b, s) each
 
-    def head_loss(self, output: QuestionAnsweringOutput, start_positions: Tensor, end_positions: Tensor) -> Tensor:
+    def head_loss(
+        self,
+        output: QuestionAnsweringOutput,
+        start_positions: Tensor,
+        end_positions: Tensor,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
         start = answer_position_loss(output.start_logits, start_positions)
         return (start + answer_position_loss(output.end_logits, end_positions)) / 2

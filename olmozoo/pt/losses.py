@@ -10,17 +10,24 @@ from olmozoo.modeling import check_range
 from olmozoo.pt.layers import at_least_float32, concrete
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
-    """Mean cross-entropy in nats, in at least float32, of logits (n, v) against labels (n,); 0 if all are `ignored`."""
+def cross_entropy(logits: Tensor, labels: Tensor, ignored: int, num_items: int | Tensor | None = None) -> Tensor:
+    """Cross-entropy in nats, in at least float32, of logits (n, v) against labels (n,); 0 if all are `ignored`.
+
+    It is the sum over `num_items`, by default the number of labels that are not ignored.
+    """
     wide = logits.to(at_least_float32(logits.dtype))
     labels = labels.long().to(logits.device)
-    return F.cross_entropy(wide, labels, ignore_index=ignored, reduction="sum") / (labels != ignored).sum().clamp(min=1)
+    if num_items is None:
+        num_items = (labels != ignored).sum().clamp(min=1)
+    elif isinstance(num_items, Tensor):
+        num_items = num_items.to(wide.device)
+    return F.cross_entropy(wide, labels, ignore_index=ignored, reduction="sum") / num_items
 
 
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits (b, s, v) against labels (b, s), each with the label after it; -100 is ignored."""
+def next_token_loss(logits: Tensor, labels: Tensor, num_items: int | Tensor | None = None) -> Tensor:
+    """`cross_entropy` of logits (b, s, v) against labels (b, s), each with the label after it; -100 is ignored."""
     check_range("labels", concrete(labels), logits.shape[-1], ignored=-100)
-    return cross_entropy(logits.flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=-100).flatten(), -100)
+    return cross_entropy(logits.flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=-100).flatten(), -100, num_items)
 
 
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:

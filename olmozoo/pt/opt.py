@@ -101,6 +101,7 @@ class OPTModel(Decoder):
     """The OPT decoder without a head."""
 
     config_class = OPTConfig
+    family_inputs = ("head_mask",)
 
     def make_layers(self) -> None:
         self.decoder = OPTDecoder(self.config)

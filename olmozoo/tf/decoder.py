@@ -55,8 +55,8 @@ class Decoder(TrackedBlocks, PreTrainedModel):
             position_ids: (batch or 1, seq); default past, past + 1, ...
             past_key_values: a `KVCache`, or a tuple of (key, value) pairs, each (batch, kv_heads, past, head_dim).
             inputs_embeds: (batch, seq, hidden) embeddings instead of `input_ids`.
-            use_cache: whether to return a cache where none is given; default `config.use_cache`, and False in training
-                with gradient checkpointing.
+            use_cache: whether to return a cache where none is given; default `config.use_cache`, and False in training.
+                With gradient checkpointing there is none in training.
             output_attentions: whether to return attention weights; default False.
             output_hidden_states: whether to return hidden states; default False.
             return_dict: False returns a plain tuple; default True.
@@ -77,7 +77,7 @@ class Decoder(TrackedBlocks, PreTrainedModel):
         output_attentions = self.setting("output_attentions", output_attentions, False)
         output_hidden_states = self.setting("output_hidden_states", output_hidden_states, False)
         recompute = self.gradient_checkpointing and training and past_key_values is None and not output_attentions
-        use_cache = self.setting("use_cache", use_cache, True) and not recompute
+        use_cache = self.wants_cache(use_cache, training) and not recompute
         blocks = self.stack.blocks
 
         hidden = self.stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -87,7 +87,9 @@ class Decoder(TrackedBlocks, PreTrainedModel):
         mask = causal_mask(attention_mask, batch, length, past, keys)
         if position_ids is None and cache_position is not None:
             position_ids = cache_position[None]
-        hidden, layer_inputs = self.embed_positions(hidden, position_ids, attention_mask, past, **family_inputs)
+        hidden, layer_inputs = self.embed_positions(
+            hidden, position_ids, attention_mask, past, **self.known_inputs(family_inputs)
+        )
         seeds = split_seed(self.seeds.next() if training else None, 2 * len(blocks))
 
         states, presents, attentions = [hidden], [], []

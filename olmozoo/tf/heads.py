@@ -95,7 +95,7 @@ class HeadedModel(PreTrainedModel):
             return_dict=True,
             cache_position=cache_position,
             training=training,
-            **family_inputs,
+            **self.known_inputs(family_inputs),
         )
         hidden = output.last_hidden_state
         if not isinstance(keep, int) or keep:

@@ -12,7 +12,7 @@ from olmozoo.families.registry import register
 
 
 @register
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ToyConfig(OlmoConfig):
     """Configuration of Toy models: the fields of `OlmoConfig`."""
 
