@@ -64,7 +64,7 @@ def test_gradient_checkpointing_recomputes_blocks_and_changes_no_gradient(batch)
         return str(jax.make_jaxpr(jax.grad(loss))(model.params)).count("remat")
 
     def cache_of_training():
-        return jax.eval_shape(lambda: model(ids, mask, deterministic=False).past_key_values)
+        return jax.eval_shape(lambda: model(ids, mask, deterministic=False, use_cache=True).past_key_values)
 
     assert recomputed() == 0
     plain = jax.jit(jax.grad(loss))(model.params)

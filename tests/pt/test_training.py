@@ -27,7 +27,7 @@ def test_gradient_checkpointing_changes_no_gradient(cls, batch):
         ).train()
         if enable:
             model.gradient_checkpointing_enable()
-        output = model(*batch)
+        output = model(*batch, use_cache=True)
         assert ("past_key_values" in output) != enable
         output[0].square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
