@@ -31,12 +31,16 @@ from olmozoo.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Need, resolve
 from olmozoo.typing import Array, HubOptions, StrPath
 
 # Fields that are read here, and fields that say nothing of the function that was learned.
-READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias")
-READ += ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-READ += ("trainable_token_indices", "ensure_weight_tying", "peft_type", "init_lora_weights", "base_model_name_or_path")
-HARMLESS = ("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "runtime_config")
-HARMLESS += ("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
-HARMLESS += ("fan_in_fan_out",)  # PEFT ignores it for the layers of these models
+READ = (
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *("trainable_token_indices", "ensure_weight_tying", "peft_type", "init_lora_weights", "base_model_name_or_path"),
+)
+HARMLESS = (
+    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "runtime_config"),
+    *("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    "fan_in_fan_out",  # PEFT ignores it for the layers of these models
+)
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the weights that are adapted
 LAYER = r".*?\.[^.]*\.(\d+)\."  # the number of a layer in a module's name
 HEAD = f"{HEAD_MODULES['causal_lm']}.weight"

@@ -57,8 +57,8 @@ def info(
     fields = [(name, str(value)) for name, value in sorted(config.to_dict().items())]
     show(f"{config.name}: config", ["field", "value"], fields, texts=2)
     if adapter is not None:
-        rows = [(name, str(value)) for name, value in sorted(adapter.items()) if value not in (None, False, [], {})]
-        show("adapter, merged into the weights on loading", ["setting", "value"], rows, texts=2)
+        settings = [(name, str(value)) for name, value in sorted(adapter.items()) if value not in (None, False, [], {})]
+        show("adapter, merged into the weights on loading", ["setting", "value"], settings, texts=2)
     groups = [(group, f"{count:,}", f"{count / total:.1%}") for group, count in counts.items()]
     groups.append(("total", f"{total:,}", "100.0%"))
     show("parameters of the causal language model", ["group", "parameters", "share"], groups)
