@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from olmozoo import CheckpointError, ConfigError, ModelConfig, foreign
+from olmozoo import CheckpointError, ConfigError, ModelConfig, Tokenizer, foreign
 from olmozoo.checkpoint.convert import convert_checkpoint
 from olmozoo.checkpoint.formats import safetensors
 from olmozoo.checkpoint.matching import load_weights
@@ -50,6 +50,15 @@ def test_pointers_of_shards_and_indices(tmp_path, name):
     (folder / name).write_bytes(POINTER)
     with pytest.raises(CheckpointError, match="is a Git LFS pointer"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt"])
+def test_pointers_in_place_of_tokenizer_files(tmp_path, name):
+    for file in ("vocab.json", "merges.txt"):
+        (tmp_path / file).write_text("{}" if file == "vocab.json" else "#version: 0.2\n")
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
+        Tokenizer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import tokenizers
 from olmozoo.checkpoint.atomic import atomic_folder
 from olmozoo.errors import CheckpointError, OlmozooError
 from olmozoo.families.config import MOST, read_json
+from olmozoo.foreign import file_problem
 from olmozoo.hub import CHAT_TEMPLATES, TOKENIZER_FILES
 from olmozoo.typing import StrPath
 
@@ -129,6 +130,9 @@ def _backend(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     if not whole.is_file() and not (vocab.is_file() and merges.is_file()):
         others = ", ".join(sorted(os.listdir(folder)))
         raise CheckpointError(f"{folder} has no tokenizer.json, nor vocab.json with merges.txt; it holds {others}")
+    for file in (whole, vocab, merges):
+        if problem := file_problem(file):
+            raise CheckpointError(problem)
     with library_errors(CheckpointError, f"{files} is not a readable tokenizer"):
         if whole.is_file():
             backend = tokenizers.Tokenizer.from_file(str(whole))

@@ -25,6 +25,7 @@ from olmozoo.typing import Array
 FOLDER = "orbax"
 OCDBT = "manifest.ocdbt"  # marks a store that has all arrays in it
 METADATA = "_METADATA"
+PARAMS = "params."  # where a training state has its parameters, beside an optimizer's and others
 ARRAY_METADATA = (".zarray", "zarr.json")
 AT_ONCE = 4  # arrays that are written together
 # The most bytes of arrays for each byte on disk: compressed zeros come near it, anything else is a bomb.
@@ -52,9 +53,10 @@ def read(folder: Path) -> dict[str, LazyTensor]:
         pieces = Counter(key.partition("/")[0] for key in keys if not key.endswith((".zattrs", *ARRAY_METADATA)))
         zeros_left_out = _leaves_zeros_out(folder)
         limit = max(MIN_LIMIT, MAX_RATIO * sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+        is_training_state = any(key.startswith(PARAMS) for key in keys)
         for key in keys:
             name, _, file = key.rpartition("/")
-            if file not in ARRAY_METADATA:
+            if file not in ARRAY_METADATA or (is_training_state and not name.startswith(PARAMS)):
                 continue
             driver = "zarr" if file == ".zarray" else "zarr3"
             spec = {"driver": driver, "kvstore": (store / f"{name}/").spec().to_json()}
@@ -107,7 +109,7 @@ def _array_folder(folder: Path) -> Path:
     if not found:
         raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no {OCDBT} and no array")
     names = ", ".join(path.relative_to(folder).as_posix() for path in found)
-    raise CheckpointError(f"{folder} has several Orbax checkpoints, expected one: {names}")
+    raise CheckpointError(f"{folder} has several Orbax checkpoints, expected one: {names}; move the others away")
 
 
 def _leaves_zeros_out(folder: Path) -> bool:

@@ -51,7 +51,7 @@ def test_flax_and_orbax_alone_read_the_wings_own_tree(tmp_path, family):
         shutil.rmtree(tmp_path / "own", ignore_errors=True)
         shutil.copytree(source, tmp_path / "own", ignore=shutil.ignore_patterns("*.safetensors"))
         write(tmp_path / "own" / path)
-        convert_checkpoint(tmp_path / "own", tmp_path / "back", to="safetensors")
+        convert_checkpoint(tmp_path / "own", tmp_path / "back", to="safetensors", force=True)
         assert tree(tmp_path / "back") == tree(source)
 
 
@@ -116,3 +116,15 @@ def test_an_orbax_checkpoint_is_found_where_a_manager_put_it(tmp_path):
     (tmp_path / "there" / "orbax" / "nothing").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"orbax is not an Orbax checkpoint: it has no manifest.ocdbt"):
         Checkpoint(tmp_path / "there")
+
+
+def test_of_a_training_state_the_parameters_are_read(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    optax = pytest.importorskip("optax")
+    source = write_checkpoint(tmp_path / "source", CONFIGS["olmo2"], dtype="float32")
+    params = model_of("flax", "olmo2", "causal_lm", source).params
+    shutil.copytree(source, tmp_path / "there", ignore=shutil.ignore_patterns("*.safetensors"))
+    state = {"params": params, "opt": optax.adam(1e-3).init(params), "step": np.int32(7)}
+    orbax_save(tmp_path / "there" / "orbax", state)
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", to="safetensors")
+    assert tree(tmp_path / "back") == tree(source)
