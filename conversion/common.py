@@ -21,7 +21,7 @@ from rich.table import Table
 from conversion.tensors import stacked
 from olmozoo.checkpoint.atomic import atomic_folder
 from olmozoo.checkpoint.convert import check_target, settings_files, write_settings
-from olmozoo.checkpoint.files import GENERATION_CONFIG, write_json
+from olmozoo.checkpoint.files import GENERATION_CONFIG, FolderHandle, write_json
 from olmozoo.checkpoint.formats import ALL_WEIGHTS, SHARDED_WEIGHTS
 from olmozoo.checkpoint.reader import Checkpoint
 from olmozoo.checkpoint.tensors import LazyTensor, same_bits
@@ -141,7 +141,7 @@ def to_canonical(
     sources: dict[str, LazyTensor],
     rules: Iterable[Rule],
     config: ModelConfig,
-    src: Path,
+    source: FolderHandle,
     dst: Path,
     *,
     tokenizer: Path | None,
@@ -153,12 +153,13 @@ def to_canonical(
     """Write a canonical folder from foreign tensors, and compare it with them before it is renamed into place.
 
     Raises:
-        InputError: `dst` is `src`, or has weights and `force` is not given.
-        CheckpointError: the tensors do not fit the config, or what was written differs.
+        InputError: `dst` is the source, or has weights and `force` is not given.
+        CheckpointError: the tensors do not fit the config, or what was written differs, or the source, whose files are
+            opened when they are read, was replaced meanwhile.
     """
     grouped = grouped_parameters(rules, config)
-    check_sources(sources, grouped, src)
-    check_dst(src, dst, force or dry_run)
+    check_sources(sources, grouped, source.path)
+    check_dst(source.path, dst, force or dry_run)
     files = tokenizer_files(tokenizer, config) if tokenizer else {}
     found = {link.parameter.name: link for link in links(grouped)}
     if dry_run:
@@ -167,7 +168,9 @@ def to_canonical(
 
     def rows(parameter: Parameter) -> Array:
         link = found[parameter.name]
-        return sources[link.foreign].rows(link.start, link.stop)
+        values = sources[link.foreign].rows(link.start, link.stop)
+        source.check()
+        return values
 
     def dtype(parameter: Parameter) -> np.dtype[Any]:
         return sources[found[parameter.name].foreign].dtype
@@ -225,6 +228,7 @@ def from_canonical(
     dst: Path,
     rules: Iterable[Rule],
     config: ModelConfig,
+    sources: dict[str, LazyTensor],
     write: Callable[[Path, list[LazyTensor]], None],
     read: Callable[[Path], dict[str, LazyTensor]],
     *,
@@ -239,6 +243,7 @@ def from_canonical(
         dst: the folder to write.
         rules: the table of names.
         config: of the canonical folder.
+        sources: its tensors; see `canonical_sources`.
         write: writes everything into a folder, given the tensors under their foreign names.
         read: reads it again.
         dry_run: only list what would be mapped.
@@ -251,7 +256,6 @@ def from_canonical(
     """
     check_dst(src, dst, force or dry_run)
     grouped = grouped_parameters(rules, config)
-    sources = canonical_sources(src, config)
     if dry_run:
         show((link.foreign, sources[link.parameter.name], link) for link in links(grouped))
         return

@@ -32,6 +32,8 @@ from conversion.common import (
     run,
     tokenizer_files,
 )
+from olmozoo.checkpoint.files import FolderHandle
+from olmozoo.checkpoint.reader import read_unchanged
 from olmozoo.checkpoint.tensors import LazyTensor, MappedFile
 from olmozoo.errors import CheckpointError, ConfigError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig, read_json
@@ -199,15 +201,23 @@ def pre_tokenizer(data: Any, where: Path) -> str:
     )
 
 
-def write(file: Path, config: OlmoConfig | Olmo2Config, tensors: list[LazyTensor], src: Path, verify: bool) -> None:
-    """Write a temporary file, one tensor in memory at a time, and rename it when it is complete and checked."""
+def write(
+    file: Path, config: OlmoConfig | Olmo2Config, tensors: list[LazyTensor], source: FolderHandle, verify: bool
+) -> None:
+    """Write a temporary file, one tensor in memory at a time, and rename it when it is complete and checked.
+
+    Raises:
+        CheckpointError: the source's tokenizer does not fit, or the source was replaced before its tokenizer was read;
+            or what was written differs.
+    """
     part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.part")  # no link, and no other process, has this name
     file.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(part, gguf.MODEL_ARCH_NAMES[arch_of(config)])
     try:
         largest = max(tensors, key=lambda tensor: tensor.nbytes)
-        add_config(writer, config, src.resolve().name, KINDS[largest.dtype])
-        add_tokenizer(writer, config, src)
+        add_config(writer, config, source.path.resolve().name, KINDS[largest.dtype])
+        add_tokenizer(writer, config, source.path)
+        source.check()
         for tensor in tensors:
             writer.add_tensor_info(tensor.name, tensor.shape, stored_dtype(tensor), tensor.nbytes, KINDS[tensor.dtype])
         writer.write_header_to_file()
@@ -258,15 +268,19 @@ def main(
         raise InputError(f"OUT is {str(out_file)!r}, expected a name that ends in .gguf")
     if out_file.exists() and not force and not dry_run:
         raise InputError(f"{out_file} exists already: choose another name, or replace it with --force")
-    config = check_config(ModelConfig.from_folder(src), src)
-    tensors = plan(config, canonical_sources(src, config))
+
+    def read_source() -> tuple[FolderHandle, OlmoConfig | Olmo2Config, dict[str, LazyTensor]]:
+        source, config = FolderHandle(src), check_config(ModelConfig.from_folder(src), src)
+        return source, config, plan(config, canonical_sources(src, config))
+
+    source, config, tensors = read_unchanged(src, read_source)
     if dry_run:
         table = Table("canonical parameter", "GGUF tensor", "shape", "dtype")
         for name, tensor in tensors.items():
             table.add_row(name, tensor.name, str(list(tensor.shape)), tensor.dtype.name)
         out.print(table, f"dry run: {len(tensors)} tensors, nothing was written")
         return
-    write(out_file, config, list(tensors.values()), src, verify)
+    write(out_file, config, list(tensors.values()), source, verify)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from conversion.common import (
     write_canonical,
 )
 from olmozoo.checkpoint.convert import settings_files
+from olmozoo.checkpoint.reader import read_unchanged
+from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
@@ -65,9 +67,13 @@ def main(
     force: Force = False,
 ) -> None:
     """Make a multi-head checkpoint into one with fewer key/value heads, by the mean of each group."""
-    config, smaller = pooled_config(src, kv_heads)
     check_dst(src, dst, force or dry_run)
-    sources = canonical_sources(src, config)
+
+    def read_source() -> tuple[RotaryConfig, RotaryConfig, dict[str, LazyTensor], dict[str, bytes]]:
+        config, smaller = pooled_config(src, kv_heads)
+        return config, smaller, canonical_sources(src, config), settings_files(src)
+
+    config, smaller, sources, files = read_unchanged(src, read_source)
     group = config.kv_heads // kv_heads
     if dry_run:
         table = Table("parameter", "from", "to")
@@ -92,7 +98,7 @@ def main(
     def dtype(parameter: Parameter) -> np.dtype[Any]:
         return sources[parameter.name].dtype
 
-    files, total = settings_files(src), sum(tensor.nbytes for tensor in sources.values())
+    total = sum(tensor.nbytes for tensor in sources.values())
     write_canonical(dst, smaller, read, dtype, total, files=files, max_shard_size=max_shard_size, verify=verify)
 
 

@@ -24,13 +24,15 @@ from conversion.common import (
     Src,
     TokenizerPath,
     Verify,
+    canonical_sources,
     check_tied,
     from_canonical,
     run,
     to_canonical,
 )
 from conversion.sharded import METADATA, read_distributed, write_distributed
-from olmozoo.checkpoint.files import CONFIG, remove, write_json
+from olmozoo.checkpoint.files import CONFIG, FolderHandle, remove, write_json
+from olmozoo.checkpoint.reader import read_unchanged
 from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError, ConfigError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig, is_number, read_json
@@ -314,12 +316,18 @@ def main(
 ) -> None:
     """Convert an OLMo-core checkpoint to a canonical folder, or back."""
     if not reverse:
-        config = to_config(read_json(src / CONFIG), src / CONFIG, max_sequence_length)
+
+        def read_core() -> tuple[FolderHandle, ModelConfig, dict[str, LazyTensor]]:
+            source = FolderHandle(src)
+            config = to_config(read_json(src / CONFIG), src / CONFIG, max_sequence_length)
+            return source, config, core_sources(src, config.tie_word_embeddings)
+
+        source, config, sources = read_unchanged(src, read_core)
         to_canonical(
-            core_sources(src, config.tie_word_embeddings),
+            sources,
             RULES,
             config,
-            src,
+            source,
             dst,
             tokenizer=tokenizer,
             max_shard_size=max_shard_size,
@@ -332,8 +340,13 @@ def main(
         raise InputError(
             "--tokenizer and --max-sequence-length are for the way to a canonical folder, not for --reverse"
         )
-    config = ModelConfig.from_folder(src)
-    from_config(config, src, "float32")  # what cannot be expressed is refused before anything is read
+
+    def read_canonical() -> tuple[ModelConfig, dict[str, LazyTensor]]:
+        config = ModelConfig.from_folder(src)
+        from_config(config, src, "float32")  # what cannot be expressed is refused before tensors are read
+        return config, canonical_sources(src, config)
+
+    config, sources = read_unchanged(src, read_canonical)
 
     def write(folder: Path, tensors: list[LazyTensor]) -> None:
         remove(folder / CONFIG)
@@ -346,6 +359,7 @@ def main(
         dst,
         RULES,
         config,
+        sources,
         write,
         lambda folder: core_sources(folder, config.tie_word_embeddings),
         dry_run=dry_run,

@@ -31,6 +31,7 @@ from conversion.common import (
     Src,
     TokenizerPath,
     Verify,
+    canonical_sources,
     check_tied,
     from_canonical,
     run,
@@ -38,8 +39,9 @@ from conversion.common import (
 )
 from conversion.pickles import decode_key, encode_key
 from conversion.sharded import METADATA, read_distributed, read_ranks
-from olmozoo.checkpoint.files import index_entries, remove
+from olmozoo.checkpoint.files import FolderHandle, index_entries, remove
 from olmozoo.checkpoint.formats import FORMATS, pytorch, safetensors
+from olmozoo.checkpoint.reader import read_unchanged
 from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError, ConfigError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig, is_number, read_json
@@ -389,14 +391,17 @@ def main(
 ) -> None:
     """Convert a checkpoint of AI2's native trainer to a canonical folder, or back."""
     if not reverse:
-        model = read_config(src)
-        config = to_config(model, src)
-        rules = RULES[model["block_type"]]
+
+        def read_native() -> tuple[FolderHandle, dict[str, Any], ModelConfig, dict[str, LazyTensor]]:
+            source, model = FolderHandle(src), read_config(src)
+            return source, model, to_config(model, src), native_sources(src, model)
+
+        source, model, config, sources = read_unchanged(src, read_native)
         to_canonical(
-            native_sources(src, model),
-            rules,
+            sources,
+            RULES[model["block_type"]],
             config,
-            src,
+            source,
             dst,
             tokenizer=tokenizer,
             max_shard_size=max_shard_size,
@@ -407,8 +412,12 @@ def main(
         return
     if tokenizer:
         raise InputError("--tokenizer is for the way to a canonical folder, not for --reverse")
-    config = ModelConfig.from_folder(src)
-    model = from_config(config, src)
+
+    def read_canonical() -> tuple[dict[str, Any], ModelConfig, dict[str, LazyTensor]]:
+        config = ModelConfig.from_folder(src)
+        return from_config(config, src), config, canonical_sources(src, config)
+
+    model, config, sources = read_unchanged(src, read_canonical)
 
     def write(folder: Path, tensors: list[LazyTensor]) -> None:
         remove(folder / CONFIG)
@@ -426,6 +435,7 @@ def main(
         dst,
         RULES["sequential"],
         config,
+        sources,
         write,
         lambda folder: native_sources(folder, read_config(folder)),
         dry_run=dry_run,

@@ -4,6 +4,7 @@
 FSDP, with the logits it computed; `fixtures/olmo_core` by OLMo-core's (ai2-olmo-core 3.0.0).
 """
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from tests.helpers.wings import WINGS
 
 yaml = pytest.importorskip("yaml")
 
-from conversion import archives, olmo_core, olmo_native, pickles, tensors
+from conversion import archives, common, olmo_core, olmo_native, pickles, tensors
 from olmozoo import Olmo2Config, OlmoConfig, OPTConfig
 from olmozoo.checkpoint.formats.pytorch import write as write_pickled
 from olmozoo.checkpoint.formats.safetensors import read_tensors as read_safetensors
@@ -394,8 +395,6 @@ def test_a_failed_run_leaves_the_old_folder_and_a_killed_ones_remains_go(tmp_pat
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_wrong_write_is_found_and_does_not_take_its_place(tmp_path, name, monkeypatch):
-    from conversion import common
-
     module, src = PROGRAMS[name]
     real = common.write_weights
 
@@ -418,6 +417,46 @@ def test_dst_must_not_hold_src(tmp_path):
     for dst in (src, tmp_path / "a"):
         with pytest.raises(InputError, match="is or contains the source"):
             olmo_native.main(src, dst)
+
+
+@pytest.mark.parametrize("program", ["olmo_native", "olmo_core", "mha_to_gqa", "gguf_export"])
+def test_config_and_tensors_are_of_one_save(tmp_path, monkeypatch, program):
+    if program == "gguf_export":
+        pytest.importorskip("gguf")
+    module = importlib.import_module(f"conversion.{program}")
+    options = {"mha_to_gqa": {"kv_heads": 1}, "gguf_export": {}}.get(program, {"reverse": True})
+    src, out = tmp_path / "src", tmp_path / "out.gguf"
+    config = Olmo2Config(
+        vocab_size=40, hidden_size=24, intermediate_size=20, num_hidden_layers=1, num_attention_heads=6
+    )
+    write_checkpoint(src, config, dtype="float32")
+    read = module.canonical_sources
+
+    def replace_first(folder, config):
+        monkeypatch.setattr(module, "canonical_sources", read)
+        write_checkpoint(src, config.replace(num_hidden_layers=2), dtype="float32")
+        return read(folder, config)
+
+    monkeypatch.setattr(module, "canonical_sources", replace_first)
+    module.main(src, out, **options)
+    assert out.exists()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_foreign_checkpoint_that_is_replaced_before_its_tensors_are_read_is_refused(tmp_path, monkeypatch, program):
+    module, fixture = PROGRAMS[program]
+    src = shutil.copytree(fixture, tmp_path / "src")
+    check = common.check_dst
+
+    def replace(*args):
+        check(*args)
+        src.rename(tmp_path / "old")
+        shutil.copytree(fixture, src)
+
+    monkeypatch.setattr(common, "check_dst", replace)
+    with pytest.raises(CheckpointError, match="was replaced while it was read"):
+        module.main(src, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------

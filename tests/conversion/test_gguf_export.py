@@ -189,6 +189,20 @@ def test_only_a_gguf_file_is_written_over(tmp_path):
     assert (source / "model.safetensors").read_bytes() == before
 
 
+def test_a_source_that_is_replaced_before_its_tokenizer_is_read_is_refused(tmp_path, monkeypatch):
+    source = write_checkpoint(tmp_path / "src", CONFIGS["olmo"], dtype="float32")
+    add = gguf_export.add_config
+
+    def replace(*args):
+        add(*args)
+        write_checkpoint(source, CONFIGS["olmo"], dtype="float32")
+
+    monkeypatch.setattr(gguf_export, "add_config", replace)
+    with pytest.raises(CheckpointError, match="was replaced while it was read"):
+        gguf_export.main(source, tmp_path / "x.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
 def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "src", CONFIGS["olmo"], dtype="float32")
     (tmp_path / "x.gguf").write_text("old")
