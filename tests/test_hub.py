@@ -351,7 +351,13 @@ def test_an_index_that_names_a_file_outside_its_folder(hub: HubServer, shard: An
         resolve("org/name", need="weights", subfolder="inner", revision=hub.commit("org/name"), local_files_only=True)
 
 
-@pytest.mark.parametrize("index", [b"{", b"[]", b"{}", b'{"weight_map": ["a"]}', b'{"weight_map": {}}', b"\xff"])
+@pytest.mark.parametrize(
+    "index",
+    [
+        *(b"{", b"[]", b"{}", b'{"weight_map": ["a"]}', b'{"weight_map": {}}', b"\xff"),
+        pytest.param(b"[" * 100_000, id="deep"),
+    ],
+)
 def test_a_broken_index(hub: HubServer, index: bytes) -> None:
     hub.add_repo("org/name", {"main": {**SHARDED, "model.safetensors.index.json": index}})
     with pytest.raises(CheckpointError, match=r"model.safetensors.index.json .*weight_map"):
