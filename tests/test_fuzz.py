@@ -59,7 +59,7 @@ fuzz = settings.get_profile("fuzz")
 @pytest.fixture(autouse=True, scope="module")
 def limits():
     """A limit on memory for this file's tests; what was there already, such as loaded frameworks, does not count."""
-    for library in ("torch", "h5py"):
+    for library in ("torch", "h5py", "tensorflow", "orbax.checkpoint"):
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -231,6 +231,45 @@ def test_damaged_files_of_other_frameworks(others, to, data):
     file.write_bytes(bad)
     with ours(), np.errstate(all="ignore"):
         load(file.parent)
+
+
+FOLDERS = {"orbax": "orbax", "orbax-files": "orbax", "savedmodel": "saved_model/variables"}
+
+
+@pytest.fixture(scope="module")
+def weight_folders(folder, tmp_path_factory):
+    """The same in formats that are folders. Orbax's arrays are in one store, and in plain files."""
+    pytest.importorskip("tensorflow")
+    ocp = pytest.importorskip("orbax.checkpoint")
+    from flax.serialization import msgpack_restore
+
+    root = tmp_path_factory.mktemp("folders")
+    for to in ("orbax", "savedmodel", "flax-msgpack"):
+        convert_checkpoint(folder, root / to, to=to)
+    plain = root / "flax-msgpack"
+    params = msgpack_restore((plain / "flax_model.msgpack").read_bytes())
+    (plain / "flax_model.msgpack").unlink()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)) as checkpointer:
+        checkpointer.save(plain / "orbax", args=ocp.args.PyTreeSave(params))
+    plain.rename(root / "orbax-files")
+    for to in FOLDERS:
+        load(root / to)  # what is not damaged is read
+    return root
+
+
+@pytest.mark.parametrize("to", FOLDERS)
+@settings(fuzz, max_examples=EXAMPLES or 30)
+@given(st.data())
+def test_damaged_folders_of_other_frameworks(weight_folders, to, data):
+    files = [path for path in (weight_folders / to / FOLDERS[to]).rglob("*") if path.is_file()]
+    file = data.draw(st.sampled_from(sorted(files, key=lambda path: (path.stat().st_size, path))))
+    good = file.read_bytes()
+    file.write_bytes(data.draw(damaged(good) | st.just(b"")))
+    try:
+        with ours(), np.errstate(all="ignore"):
+            load(weight_folders / to)
+    finally:
+        file.write_bytes(good)
 
 
 names = (
