@@ -23,7 +23,7 @@ from olmozoo.checkpoint.atomic import atomic_folder
 from olmozoo.checkpoint.convert import check_target, settings_files, write_settings
 from olmozoo.checkpoint.files import GENERATION_CONFIG, FolderHandle, write_json
 from olmozoo.checkpoint.formats import ALL_WEIGHTS, SHARDED_WEIGHTS
-from olmozoo.checkpoint.reader import Checkpoint
+from olmozoo.checkpoint.reader import Checkpoint, name_tied_embedding
 from olmozoo.checkpoint.tensors import LazyTensor, same_bits
 from olmozoo.checkpoint.writer import write_config, write_weights
 from olmozoo.cli.common import printable
@@ -120,6 +120,7 @@ def canonical_sources(src: Path, config: ModelConfig) -> dict[str, LazyTensor]:
     """
     checkpoint = Checkpoint(src)
     sources = dict(checkpoint.tensors)
+    name_tied_embedding(sources, config)
     table = {parameter.name: [parameter] for parameter in config.parameters("causal_lm") if parameter.tied_to is None}
     for parameter in config.parameters("causal_lm"):
         if parameter.tied_to is not None and parameter.name in sources:

@@ -19,6 +19,7 @@ from olmozoo.checkpoint.formats.names import canonical_name
 from olmozoo.checkpoint.tensors import LazyTensor, widest
 from olmozoo.errors import CheckpointError, OlmozooError, raise_problems
 from olmozoo.families.config import ModelConfig, read_json
+from olmozoo.families.parameter import BASE_PREFIX
 from olmozoo.typing import Array, StrPath
 
 IGNORED = "rotary_emb.inv_freq"  # the end of names of a table that older programs saved; it is made from the config
@@ -161,7 +162,9 @@ def open_checkpoint(
         used = config_class.from_dict(contents, **overrides)
         settings = path / GENERATION_CONFIG
         generation = read_json(settings) if settings.exists() else None
-        return OpenCheckpoint(used, generation, Checkpoint(path))
+        checkpoint = Checkpoint(path)
+        name_tied_embedding(checkpoint.tensors, used)
+        return OpenCheckpoint(used, generation, checkpoint)
 
     source = read_unchanged(path, read)
     if "quantization_config" not in source.config.extra:
@@ -174,6 +177,17 @@ def open_checkpoint(
     )
     extra = {name: value for name, value in source.config.extra.items() if name != "quantization_config"}
     return dataclasses.replace(source, config=source.config.replace(extra=extra))
+
+
+def name_tied_embedding(tensors: dict[str, LazyTensor], config: ModelConfig) -> None:
+    """Give a head the name of the embedding that it is tied to, where only the head is there.
+
+    `safetensors.torch.save_model` writes one of two tied tensors, the one whose name comes first in the alphabet.
+    """
+    for parameter in config.parameters("causal_lm"):
+        name, tied = parameter.name, parameter.tied_to
+        if tied and name in tensors and not {tied, tied.removeprefix(BASE_PREFIX)} & tensors.keys():
+            tensors[tied] = tensors.pop(name).renamed(tied)
 
 
 def read_unchanged(folder: Path, read: Callable[[], Result]) -> Result:

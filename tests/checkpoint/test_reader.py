@@ -2,21 +2,28 @@
 
 import json
 import os
+import shutil
 
+import numpy as np
 import pytest
 
 from olmozoo import CheckpointError, OlmozooError
+from olmozoo.backends import load
+from olmozoo.checkpoint.diff import diff
 from olmozoo.checkpoint.reader import Checkpoint, open_checkpoint
 from olmozoo.checkpoint.tensors import dtype_of
 from tests.helpers.checkpoints import random_values, write_checkpoint
-from tests.helpers.reading import CONFIG, load
+from tests.helpers.configs import CONFIGS
+from tests.helpers.reading import CONFIG, rewrite
+from tests.helpers.reading import load as load_tensors
+from tests.helpers.wings import WINGS
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shard", ["5GB", "3KB"])
 def test_what_is_written_is_read_back_bit_for_bit(tmp_path, dtype, shard):
     write_checkpoint(tmp_path / "a", CONFIG, dtype=dtype, max_shard_size=shard)
-    found = load(tmp_path / "a", dtype=dtype_of(dtype))
+    found = load_tensors(tmp_path / "a", dtype=dtype_of(dtype))
     assert sorted(found) == sorted(p.name for p in CONFIG.parameters("causal_lm"))
     assert next(iter(found)) in ("model.embed_tokens.weight", "lm_head.weight")  # the largest first
     for parameter in CONFIG.parameters("causal_lm"):
@@ -68,3 +75,18 @@ def test_values_nested_too_deep_are_refused_by_the_file(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(data))
     with pytest.raises(OlmozooError, match=r"config\.json is nested deeper than 100 levels"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+@pytest.mark.parametrize("name", ["opt", "olmo2-mqa-bias-tied"])
+def test_a_tied_head_is_read_as_the_embedding_that_is_not_there(tmp_path, name, wing):
+    config = CONFIGS[name]
+    folder = write_checkpoint(tmp_path / "a", config, dtype="float32")
+    alias = tmp_path / "alias"
+    shutil.copytree(folder, alias)
+    rewrite(alias, lambda t: t.update({"lm_head.weight": t.pop(config.embedding.name)}))
+    ids, mask = np.array([[5, 9, 11]]), np.ones((1, 3), int)
+    expected, found = (load(source, wing).forward(ids, mask)["logits"] for source in (folder, alias))
+    np.testing.assert_array_equal(found, expected)
+    assert diff(folder, alias).same
+    assert "lm_head.weight" in open_checkpoint(alias, tie_word_embeddings=False).checkpoint.tensors
