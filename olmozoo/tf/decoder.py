@@ -95,13 +95,12 @@ class Decoder(TrackedBlocks, PreTrainedModel):
         states, presents, attentions = [hidden], [], []
         for block, layer_input, layer_past in zip(blocks, layer_inputs, pasts, strict=True):
             before, seed, drop_seed = hidden, seeds.pop(), seeds.pop()
-            with keras.name_scope("layers"):
-                if recompute:
-                    hidden = recomputed(block, mask, layer_input, seed)(hidden)
-                else:
-                    hidden, present, weights = block(hidden, mask, layer_input, layer_past, seed)
-                    presents.append(present)
-                    attentions.append(weights)
+            if recompute:
+                hidden = recomputed(block, mask, layer_input, seed)(hidden)
+            else:
+                hidden, present, weights = block(hidden, mask, layer_input, layer_past, seed)
+                presents.append(present)
+                attentions.append(weights)
             if training and self.layerdrop:
                 hidden = ops.where(tf.random.stateless_uniform((), drop_seed) < self.layerdrop, before, hidden)
             states.append(hidden)

@@ -78,7 +78,7 @@ class TFOlmoModel(Decoder):
     def make_layers(self) -> None:
         config = self.config
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size, name="embed_tokens")
-        self.blocks = [OlmoBlock(config, name=str(layer)) for layer in range(config.num_hidden_layers)]
+        self.blocks = [OlmoBlock(config, name=f"layers.{layer}") for layer in range(config.num_hidden_layers)]
         self.norm = LayerNorm(False, name="norm")
         self.rope = config.rope()
 

@@ -79,7 +79,7 @@ class TFOlmo2Model(Decoder):
     def make_layers(self) -> None:
         config = self.config
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size, name="embed_tokens")
-        self.blocks = [Olmo2Block(config, name=str(layer)) for layer in range(config.num_hidden_layers)]
+        self.blocks = [Olmo2Block(config, name=f"layers.{layer}") for layer in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.rms_norm_eps, name="norm")
         self.rope = config.rope()
 

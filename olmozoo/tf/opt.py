@@ -107,7 +107,7 @@ class OPTDecoder(TrackedBlocks, Layer):
         self.embed_positions = embedding(rows, c, name="embed_positions")
         self.project_in = linear(c, False, name="project_in") if config.projects else None
         self.project_out = linear(e, False, name="project_out") if config.projects else None
-        self.blocks = [OPTBlock(config, layer, name=str(layer)) for layer in range(config.num_hidden_layers)]
+        self.blocks = [OPTBlock(config, layer, name=f"layers.{layer}") for layer in range(config.num_hidden_layers)]
         affine = config.layer_norm_elementwise_affine
         self.final_layer_norm = LayerNorm(affine, name="final_layer_norm") if config.has_final_norm else None
 

@@ -93,6 +93,8 @@ def test_summary_counts_every_parameter(model):
     lines = []
     model.summary(print_fn=lambda text, **_: lines.append(text))
     assert f"{model.num_parameters():,}" in "\n".join(lines)
+    model.summary(print_fn=lambda text, **_: lines.append(text), expand_nested=True, line_length=120)
+    assert "layers.1 (Olmo2Block)" in "\n".join(lines)
 
 
 def test_keras_on_another_framework_is_named():
