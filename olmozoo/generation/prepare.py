@@ -105,6 +105,7 @@ def prepare(
     config: ModelConfig,
     changes: Mapping[str, Any],
     *,
+    own: GenerationConfig | None = None,
     input_ids: Any,
     attention_mask: Any,
     inputs_embeds: Any = None,
@@ -119,6 +120,7 @@ def prepare(
         defaults: the model's own settings, or those given: a `GenerationConfig`, a mapping, or Transformers' object.
         config: the model's config.
         changes: settings of this call; None switches a setting off.
+        own: the model's own settings, whose eos and pad are used where `defaults` has none; before those of the config.
         input_ids: (batch, seq) tokens, those that are cached included.
         attention_mask: (batch, seq), 0 at padding; default all but pad tokens, unless pad is also a token that ends a
             row.
@@ -132,7 +134,7 @@ def prepare(
         InputError: a setting is unknown, wrong or conflicts with another; ids or shapes do not fit; or the call needs
             more memory than there is.
     """
-    settings = _resolve_settings(defaults, config, changes, streamer)
+    settings = _resolve_settings(defaults, config, changes, streamer, own)
     ends = settings.ends
     pad = settings.pad_token_id if settings.pad_token_id is not None else ends[0] if ends else 0
     ids, real = _resolve_prompt(settings, config, input_ids, attention_mask, inputs_embeds, cached)
@@ -183,14 +185,16 @@ def prepare(
 
 
 def _resolve_settings(
-    defaults: Any, config: ModelConfig, changes: Mapping[str, Any], streamer: Any
+    defaults: Any, config: ModelConfig, changes: Mapping[str, Any], streamer: Any, own: GenerationConfig | None
 ) -> GenerationConfig:
-    """The settings of a call, checked, with the special tokens of the model's config where none are set."""
+    """The settings of a call, checked, with eos and pad of the model where none are set."""
     if not isinstance(defaults, GenerationConfig):
         defaults = GenerationConfig.from_dict(defaults if isinstance(defaults, Mapping) else defaults.to_dict())
-    own = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-    own = {name: token for name, token in own.items() if getattr(defaults, name) is None and token is not None}
-    settings: GenerationConfig = defaults.replace(**own | dict(changes))
+    tokens = {}
+    for name in ("eos_token_id", "pad_token_id"):
+        found = (getattr(source, name, None) for source in (defaults, own, config))
+        tokens[name] = next((token for token in found if token is not None), None)
+    settings: GenerationConfig = defaults.replace(**tokens | dict(changes))
     settings.check()
     if settings.num_beams > 1 and streamer is not None:
         raise InputError("a streamer cannot show beam search, which chooses its tokens only at the end")

@@ -40,7 +40,7 @@ class GenerationMixin:
         Args:
             input_ids: (batch, seq) prompts, padded on the left, as a tensor, an array or lists; default the bos token.
             attention_mask: (batch, seq), 0 at padding; default all but pad tokens, unless a pad token also ends rows.
-            generation_config: default the model's own.
+            generation_config: default the model's own, whose eos and pad are used where one given has none.
             inputs_embeds: (batch, seq, hidden) prompts as embeddings, in place of `input_ids`.
             past_key_values: a cache of the first positions of `input_ids`, in either form; it is not changed.
             tokenizer: an `olmozoo.Tokenizer`, which `stop_strings` need.
@@ -103,6 +103,7 @@ class GenerationMixin:
             generation_config or self.generation_config,
             self.config,
             settings,
+            own=self.generation_config,
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,

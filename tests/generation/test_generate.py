@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from olmozoo import InputError
+from olmozoo import GenerationConfig, InputError
 from olmozoo.backends import load
 from olmozoo.generation.processors import is_bad
 from tests.helpers.checkpoints import left_padded, write_checkpoint
@@ -474,6 +474,24 @@ def test_none_switches_the_ends_off_as_in_transformers(small, wing):
     found = generate(wing, model, ids, **options).sequences
     assert np.array_equal(found, expected)
     assert np.array_equal(found, free)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_given_settings_without_an_end_take_the_model_s_own(small, wing):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(small, dtype=torch.float64)
+    model, ids = load(small, wing).model, np.array([[5, 6], [7, 30]])
+    free = np.asarray(generate(wing, model, ids, eos_token_id=[], max_new_tokens=6).sequences)
+    own = {"eos_token_id": int(free[0, 4]), "pad_token_id": 1}
+    model.generation_config = model.generation_config.replace(**own)
+    theirs.generation_config.update(**own)
+    given = transformers.GenerationConfig(max_new_tokens=6)
+    expected = theirs.generate(torch.from_numpy(ids), generation_config=given, do_sample=False)
+    assert not np.array_equal(expected, free)
+    for settings in (GenerationConfig(), given):
+        options = {"generation_config": settings, "max_new_tokens": 6}
+        assert np.array_equal(generate(wing, model, ids, **options).sequences, expected)
 
 
 @pytest.mark.parametrize("wing", WINGS)
