@@ -5,9 +5,21 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from olmozoo import Olmo2Config
 from olmozoo.checkpoint import save_checkpoint
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Head, Parameter
+
+TEXT_CONFIG = Olmo2Config(
+    vocab_size=320,
+    hidden_size=40,
+    intermediate_size=36,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    pad_token_id=1,
+    eos_token_id=0,
+)
 
 
 def random_values(parameter: Parameter, seed: int = 0) -> np.ndarray:
@@ -58,3 +70,10 @@ def train_tokenizer(folder: Path, text: str) -> None:
     )
     tokenizer.train_from_iterator([text], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def write_text_checkpoint(folder: Path, config: ModelConfig = TEXT_CONFIG) -> Path:
+    """A checkpoint folder with a tokenizer of fewer tokens than the model has rows, as in the published models."""
+    write_checkpoint(folder, config, dtype="float32")
+    train_tokenizer(folder, "The quick brown fox jumps over the lazy dog. Größe, naïve, 日本語. " * 20)
+    return folder
