@@ -268,7 +268,9 @@ class PreTrainedModel(ModelMixin):
         arguments["use_cache"] = self.wants_cache(arguments["use_cache"], not arguments["deterministic"])
         for name in ("output_attentions", "output_hidden_states"):
             arguments[name] = self.setting(name, arguments[name], False)
-        arguments = {k: np.asarray(v) if isinstance(v, list) else v for k, v in arguments.items()}
+        for name, value in arguments.items():
+            if isinstance(value, list) and name != "past_key_values":
+                arguments[name] = np.asarray(value)
         if dropout_rng is None and not arguments["deterministic"]:
             for name in DROPOUTS:
                 if getattr(self.config, name, 0):

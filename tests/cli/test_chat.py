@@ -12,6 +12,7 @@ import time
 import pytest
 
 from olmozoo import Olmo2Config, cli
+from olmozoo.cli.common import printable
 from olmozoo.text.pipeline import pipeline
 from tests.helpers.checkpoints import train_tokenizer, write_checkpoint
 from tests.helpers.wings import WINGS
@@ -98,8 +99,8 @@ def terminal():
 
 
 def plain(text):
-    """A text as a terminal shows it: without the characters that move the cursor."""
-    return re.sub(r"[^\w ]|\d", "", text)
+    """A text as a terminal shows it, control characters escaped, by its letters alone: readline moves the cursor."""
+    return re.sub(r"[^\w ]|\d", "", printable(text, "\n\t"))
 
 
 @pytest.mark.parametrize("wing", WINGS)
@@ -132,7 +133,7 @@ def test_a_chat_in_a_terminal(folder, terminal, wing):
 
 @pytest.mark.parametrize("wing", WINGS)
 def test_control_c_stops_the_answer_and_control_d_leaves(folder, terminal, wing):
-    chat = terminal(folder, "--backend", wing, "--max-new-tokens", 30_000)
+    chat = terminal(folder, "--backend", wing, "--max-new-tokens", 30_000, "--allow-long")
     chat.read("> $")
     chat.send("The quick fox?\n")
     chat.read("fox", least=60)  # in the middle of its answer

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -38,14 +37,17 @@ def test_info_needs_the_config_alone(tmp_path):
         assert part in text, part
 
 
-def test_help_is_quick_and_imports_no_framework():
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "pass"], check=True)
-    bare = time.perf_counter() - started
-    started = time.perf_counter()
+def test_help_imports_no_framework():
     text = command("--help").stdout
-    assert time.perf_counter() - started < 20 * bare  # a framework alone takes a hundred times as long
     assert all(name in text for name in ("generate", "info", "verify"))
+    program = (
+        "import runpy, sys\n"
+        "sys.argv = ['olmozoo', '--help']\n"
+        "try:\n    runpy.run_module('olmozoo', run_name='__main__')\n"
+        "except SystemExit:\n    print([name for name in ('torch', 'tensorflow', 'keras', 'jax') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
 
 
 def test_errors_are_one_message_and_an_exit_code(tmp_path):

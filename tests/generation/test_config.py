@@ -5,7 +5,7 @@ import json
 from tests.helpers.checkpoints import TEXT_CONFIG
 
 
-def test_a_generation_config_is_read_and_written_with_fields_it_does_not_know(folder, tmp_path):
+def test_a_generation_config_is_read_and_written_with_fields_it_does_not_know(tmp_path):
     from olmozoo.generation.config import GenerationConfig
 
     data = {
