@@ -40,12 +40,14 @@ def test_info_needs_the_config_alone(tmp_path):
 def test_help_imports_no_framework():
     text = command("--help").stdout
     assert all(name in text for name in ("generate", "info", "verify"))
-    program = (
-        "import runpy, sys\n"
-        "sys.argv = ['olmozoo', '--help']\n"
-        "try:\n    runpy.run_module('olmozoo', run_name='__main__')\n"
-        "except SystemExit:\n    print([name for name in ('torch', 'tensorflow', 'keras', 'jax') if name in sys.modules])\n"
-    )
+    program = """
+import runpy, sys
+sys.argv = ["olmozoo", "--help"]
+try:
+    runpy.run_module("olmozoo", run_name="__main__")
+except SystemExit:
+    print([name for name in ("torch", "tensorflow", "keras", "jax") if name in sys.modules])
+"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")
 
