@@ -133,13 +133,12 @@ def _keras_name(path: str, dataset: Any) -> Named:
     names, group = [], dataset.file
     for step in steps:
         group = group[step]
-        if "vars" in group:
+        if "vars" in group:  # a list, such as `blocks`, has none
             names.append(group["vars"].attrs["name"])
-        elif step == "blocks":  # a list has no name; the one called `layers` contains only what is named elsewhere too
-            names.append("layers")
     if variables != "vars" or index not in ("0", "1") or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{path} is not the name of a weight")
     is_linear = dataset.ndim == 2 and not names[-1].startswith("embed_")
+    names = [f"layers.{name}" if name.isdigit() else name for name in names]  # a block may be called that too
     return ".".join([*names, ("weight", "bias")[int(index)]]), is_linear
 
 
