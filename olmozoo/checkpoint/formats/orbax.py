@@ -121,6 +121,15 @@ def _leaves_zeros_out(folder: Path) -> bool:
     return isinstance(settings, dict) and settings.get("store_array_data_equal_to_fill_value") is not True
 
 
+def _error_of(write: Any) -> Exception | None:
+    """Wait for a write; the error that it ended with."""
+    try:
+        write.result()
+    except Exception as error:
+        return error
+    return None
+
+
 def write(folder: Path, tensors: list[LazyTensor]) -> None:
     """Write the leaves of a Flax tree, named by their paths joined by slashes, into a new folder, a few at a time.
 
@@ -136,12 +145,18 @@ def write(folder: Path, tensors: list[LazyTensor]) -> None:
     class LazyHandler(handlers.NumpyHandler):  # type: ignore[misc]
         """Writes a few arrays at a time: Orbax's own handler is given all of them at once."""
 
-        async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+        async def serialize(self, values: Any, infos: Any, args: Any) -> list[Any]:
             for start in range(0, len(values), AT_ONCE):
                 part = slice(start, start + AT_ONCE)
                 arrays = [tensor.read() for tensor in values[part]]
-                for future in await super().serialize(arrays, infos[part], args and args[part]):
-                    future.result()
+                # A call for each array: a call for several ends at the first error, while the others are still written
+                # and make files in a folder that is being removed.
+                writes: list[Any] = []
+                for array, info, arg in zip(arrays, infos[part], args[part], strict=True):
+                    writes += await super().serialize([array], [info], [arg])
+                errors = [error for write in writes if (error := _error_of(write)) is not None]
+                if errors:
+                    raise errors[0]
             return []
 
     registry = handlers.create_type_handler_registry((LazyTensor, LazyHandler(deepcopy_host_arrays=False)))

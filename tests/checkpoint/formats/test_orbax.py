@@ -8,8 +8,9 @@ import pytest
 
 from olmozoo import CheckpointError
 from olmozoo.checkpoint.convert import convert_checkpoint
+from olmozoo.checkpoint.formats import orbax
 from olmozoo.checkpoint.reader import Checkpoint
-from olmozoo.checkpoint.tensors import dtype_of
+from olmozoo.checkpoint.tensors import LazyTensor, dtype_of
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.formats import CONFIGS, model_of, tree
 
@@ -128,3 +129,14 @@ def test_of_a_training_state_the_parameters_are_read(tmp_path):
     orbax_save(tmp_path / "there" / "orbax", state)
     convert_checkpoint(tmp_path / "there", tmp_path / "back", to="safetensors")
     assert tree(tmp_path / "back") == tree(source)
+
+
+def test_an_error_is_raised_after_the_other_arrays_are_written(tmp_path):
+    """Else their files are made while the folder of the failed save is removed, and some stay behind."""
+    pytest.importorskip("orbax.checkpoint")
+    large = np.random.default_rng(0).standard_normal((500, 4000)).astype(np.float32)
+    arrays = {"a/kernel": np.zeros(3, "datetime64[s]"), "b/kernel": large, "c/kernel": large}
+    tensors = [LazyTensor(name, x.dtype, x.shape, lambda x=x: x, tmp_path) for name, x in arrays.items()]
+    with pytest.raises(CheckpointError, match=r"Orbax could not write: .*datetime64"):
+        orbax.write(tmp_path / "orbax", tensors)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*")) > 1.5 * large.nbytes
