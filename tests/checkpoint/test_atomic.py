@@ -30,7 +30,7 @@ CONFIG = Olmo2Config(
     tie_word_embeddings=True,
 )  # 3.7 MB in float32
 TRIALS = 25  # kills of saves; and of conversions, a fifth of that for each format
-FORMATS = {"safetensors": "numpy", "flax-msgpack": "numpy", "keras-weights": "h5py", "keras": "h5py"}
+FORMATS = {"safetensors": "numpy", "flax-msgpack": "flax.serialization", "keras-weights": "keras", "keras": "keras"}
 FORMATS |= {"pt-bin": "torch", "orbax": "orbax.checkpoint"}  # and what writes them
 FORMATS = {to: library for to, library in FORMATS.items() if importlib.util.find_spec(library.partition(".")[0])}
 
@@ -67,6 +67,8 @@ def serve(root: str) -> None:
     folder = Path(root)
     for library in set(FORMATS.values()):
         importlib.import_module(library)
+    if "keras" in FORMATS:
+        importlib.import_module("olmozoo.tf")
     for line in sys.stdin:
         what, first, whole, delay = line.split()
         done, told = os.pipe()
