@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.documents import README, blocks, published_model
+from tests.helpers.documents import README, blocks, published_model, run_commands
 from tests.helpers.wings import WINGS, needs
 
 
@@ -52,18 +52,18 @@ def test_the_example_of_generation_runs(hub_environment, tmp_path):
 @needs("pt", "tf", "flax")
 def test_the_commands_run(hub_environment, tmp_path):
     pytest.importorskip("matplotlib")
-    commands = [
-        line.split("#")[0]
-        for block in blocks(README, "sh")
-        for line in block.splitlines()
-        if line.startswith("olmozoo ")
-    ]
+    commands = [line for block in blocks(README, "sh") for line in block.splitlines() if line.startswith("olmozoo ")]
     assert len(commands) == 8
     (tmp_path / "text.txt").write_text(README[:500], encoding="utf-8")
-    for command in commands:
-        done = subprocess.run(command, shell=True, capture_output=True, text=True, env=hub_environment, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    run_commands(commands, hub_environment, tmp_path)
     assert (tmp_path / "divergence.png").exists()
+
+
+def test_a_command_runs_in_a_shell(hub_environment, tmp_path):
+    command = next(line for block in blocks(README, "sh") for line in block.splitlines() if "olmozoo info" in line)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=hub_environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "hidden_size" in done.stdout
 
 
 def test_the_two_commands_are_in_the_makefile():
