@@ -166,12 +166,11 @@ def test_a_backend_that_is_not_installed_names_its_extra(folder):
 @pytest.mark.parametrize(
     ("framework", "words"),
     [
-        ("tensorflow", ["generate", "{folder}", "x", "--backend", "tf", "--max-new-tokens", "1"]),
         ("tensorflow", ["convert", "{folder}", "{new}", "--to", "savedmodel"]),
         ("orbax", ["convert", "{folder}", "{new}", "--to", "orbax"]),
         ("torch", ["evaluate", "{folder}", "{text}", "--backend", "pt"]),
     ],
-    ids=["generate-tf", "savedmodel", "orbax", "evaluate"],
+    ids=["savedmodel", "orbax", "evaluate"],
 )
 def test_frameworks_write_nothing_to_standard_error(folder, tmp_path, framework, words):
     pytest.importorskip(framework)

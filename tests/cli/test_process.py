@@ -28,6 +28,7 @@ def test_the_command_continues_a_prompt(folder, wing):
     assert done.stdout.startswith("The quick")
     expected = pipeline("text-generation", folder, backend=wing)("The quick", max_new_tokens=8)
     assert done.stdout == f"The quick{expected}\n"
+    assert done.stderr == ""  # frameworks are quiet
 
 
 def test_info_needs_the_config_alone(tmp_path):
