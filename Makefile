@@ -5,7 +5,8 @@ EXTRAS ?= dev
 CONSTRAINTS ?= --constraint constraints.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+# Files in the order of tests/conftest.py: the longest first.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-pt test-tf test-flax fuzz lint docs dist dist-check clean
 

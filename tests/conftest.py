@@ -1,4 +1,4 @@
-"""What every test session needs: quiet frameworks, and programs shared and freed."""
+"""What every test session needs: quiet frameworks, an order of the files, and programs shared and freed."""
 
 import os
 
@@ -27,12 +27,34 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # in the first process of all
 
 from tests.helpers.wings import let_programs_go
 
+# The files that take longest, by CPU time. They run first: a worker takes whole files, and is not to begin a long one
+# when the other has none left.
+LONGEST = (
+    "generation/test_generate.py",
+    "parity/test_parity.py",
+    "test_fuzz.py",
+    "checkpoint/test_convert.py",
+    "test_readme.py",
+    "test_docs.py",
+    "parity/test_heads.py",
+    "parity/test_oracle.py",
+    "cli/test_chat.py",
+    "checkpoint/test_atomic.py",
+    "tf/test_training.py",
+    "parity/test_training.py",
+    "parity/test_masks.py",
+    "checkpoint/formats/test_keras.py",
+)
+
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """Mark the tests in tests/pt, tests/tf and tests/flax with the wing; others carry their marks themselves."""
+    """Put the longest files first, and mark the tests in tests/pt, tests/tf and tests/flax with the wing."""
+    order = {name: position for position, name in enumerate(LONGEST)}
+    names = {item: item.path.relative_to(Path(__file__).parent).as_posix() for item in items}
+    items.sort(key=lambda item: order.get(names[item], len(order)))
     for item in items:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        folder = names[item].partition("/")[0]
         if folder in ("pt", "tf", "flax"):
             item.add_marker(folder)
 
