@@ -48,8 +48,8 @@ def convert_checkpoint(
     """Write a checkpoint in another format, with its config, generation settings and tokenizer.
 
     `target` is a folder whatever the format. It is written beside the old one and renamed into place, so that a crash,
-    a full disk or a failed check leaves the old one unchanged. Memory: one shard; for the formats that Keras writes,
-    the whole model. A bfloat16 value is never anything else on its way.
+    a full disk or a failed check leaves the old one unchanged. Memory: one shard; for Orbax, a few of the largest
+    tensors; for the formats that Keras writes, the whole model. A bfloat16 value is never anything else on its way.
 
     Args:
         source: a folder, or a repository on the hub, with weights in any format that olmozoo reads.
