@@ -47,6 +47,8 @@ class PreTrainedModel(ModelMixin, nn.Module):
         self.config = config
         self.generation_config = GenerationConfig.from_model(config)
         device = torch.get_default_device()
+        self.register_state_dict_post_hook(drop_tied)
+        self.register_load_state_dict_pre_hook(add_tied)
         with torch.device("meta"):
             self.make_layers()
         if seed is not None and device.type != "meta":
@@ -347,6 +349,27 @@ def given_device(device: Any, options: dict[str, Any]) -> Any:
     if places in ("auto", "balanced", "balanced_low_0", "sequential"):
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return places
+
+
+def drop_tied(model: PreTrainedModel, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leave tied parameters out of a state dict, as a checkpoint does: safetensors refuses to save shared memory."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for path, source in model._tied_weights_keys.items():
+        if path in parameters and parameters[path] is parameters.get(source):
+            state_dict.pop(prefix + path, None)
+
+
+def add_tied(model: PreTrainedModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Add what `drop_tied` left out to a state dict that is being loaded; either name stands for both."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for path, source in model._tied_weights_keys.items():
+        if path in parameters and parameters[path] is parameters.get(source):
+            missing = {prefix + path, prefix + source} - state_dict.keys()
+            if len(missing) == 1:
+                found = prefix + (path if prefix + path in state_dict else source)
+                # One parameter for both, so that they are still tied after load_state_dict(..., assign=True).
+                value = nn.Parameter(state_dict[found], parameters[path].requires_grad)
+                state_dict[found] = state_dict[missing.pop()] = value
 
 
 def canonical_state(model: PreTrainedModel) -> dict[str, np.ndarray]:

@@ -21,10 +21,29 @@ def test_state_dict_keys_are_the_table(cls):
     model = cls(config)
     state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     strip = "" if cls.head else "model."
-    assert state == {p.name.removeprefix(strip): p.shape for p in config.parameters(cls.head)}
-    tied = {p.name for p in config.parameters(cls.head) if p.tied_to}
-    assert len(list(model.parameters())) == len(state) - len(tied)
+    assert state == {p.name.removeprefix(strip): p.shape for p in config.parameters(cls.head) if p.tied_to is None}
+    assert len(list(model.parameters())) == len(state)
     assert model.num_parameters() == sum(config.count_parameters(cls.head).values())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_state_dict_has_tied_weights_once_and_loads_by_either_name(key, assign):
+    config = SMALL_OLMO.replace(tie_word_embeddings=True)
+    model, other = (pt.OlmoForCausalLM(config, seed=seed) for seed in (1, 2))
+    state = copy.deepcopy(model).state_dict()
+    assert "lm_head.weight" not in state
+    state[key] = state.pop("model.embed_tokens.weight")
+    assert other.load_state_dict(state, assign=assign) == ([], [])
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    assert torch.equal(other.lm_head.weight, model.lm_head.weight)
+    wrapped = torch.nn.Sequential(model)
+    assert wrapped.load_state_dict(wrapped.state_dict()) == ([], [])
+
+    with pytest.raises(RuntimeError, match="embed_tokens"):
+        other.load_state_dict({name: value for name, value in state.items() if name != key})
+    other.lm_head.weight = torch.nn.Parameter(other.lm_head.weight.detach().clone())
+    assert "lm_head.weight" in other.state_dict()
 
 
 def test_the_forward_contract_has_its_arguments():

@@ -30,13 +30,11 @@ def arguments(cls, folder, **options):
         max_steps=6,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
-        learning_rate=5e-3,
         logging_steps=1,
-        save_strategy="no",
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        **options,
+        **{"save_strategy": "no", "learning_rate": 5e-3} | options,
     )
 
 
@@ -66,6 +64,50 @@ def test_trainer_equals_a_run_on_transformers_class(folder, tmp_path):
     assert len(found[0]) == 6
     assert sum(found[0][3:]) < sum(found[0][:3])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+class Trainer(transformers.Trainer):
+    """As docs/pytorch.md shows it."""
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call)
+        self.model.config.save_pretrained(output_dir or self.args.output_dir)
+
+
+def test_checkpoints_resume_and_the_best_one_loads(folder, tmp_path):
+    """The folder of OPT has tied weights, that of OLMo 2 has not."""
+    data = list(rows())
+    options = {
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "save_steps": 2,
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "learning_rate": 5e-2,
+    }
+
+    def trainer():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        return Trainer(
+            model,
+            arguments(transformers.TrainingArguments, tmp_path, **options),
+            train_dataset=data,
+            eval_dataset=data[:4],
+        )
+
+    whole, resumed = trainer(), trainer()
+    expected = losses(whole)
+    best = whole.state.best_model_checkpoint
+    whole.save_model(tmp_path / "best")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == pytest.approx(expected)
+    for path in (best, tmp_path / "best"):
+        again = AutoModelForCausalLM.from_pretrained(path)
+        assert again.config == whole.model.config
+        for name, tensor in whole.model.named_parameters():
+            assert torch.equal(tensor, again.get_parameter(name)), name
+    tied = whole.model.config.tie_word_embeddings
+    assert (whole.model.lm_head.weight is whole.model.get_input_embeddings().weight) == tied
 
 
 def test_sft_trainer_equals_a_run_on_transformers_class(folder, tmp_path, monkeypatch):
