@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, Self
 
 import jax
@@ -21,6 +22,7 @@ from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Kind, Parameter
+from olmozoo.flax.buckets import SETTINGS, cut_output, is_traced, pad_call
 from olmozoo.flax.cache import KVCache
 from olmozoo.flax.layers import at_least_float32
 from olmozoo.generation.config import GenerationConfig
@@ -28,6 +30,7 @@ from olmozoo.modeling import ModelMixin, given_dtype, resized_config, split_opti
 from olmozoo.outputs import OUTPUTS
 
 DROPOUTS = ("dropout", "attention_dropout", "layerdrop")  # what a config may have that draws random numbers in training
+COMPILED = ("_forward", "_read_prompt", "_read_answer", "trace_count")  # attributes that are not copied
 LEAVES: dict[Kind, str] = {"linear": "kernel", "embedding": "embedding", "norm": "scale", "bias": "bias"}
 
 for output_class in OUTPUTS:
@@ -275,9 +278,30 @@ class PreTrainedModel(ModelMixin):
             for name in DROPOUTS:
                 if getattr(self.config, name, 0):
                     raise InputError(f"{name} is {getattr(self.config, name)}: pass `dropout_rng` in training")
-        rngs = None if dropout_rng is None else {"dropout": dropout_rng}
-        output = self.module.apply({"params": self.tree(params)}, rngs=rngs, **arguments)
+        params = self.tree(params)
+        padded = None if is_traced(params, arguments) else pad_call(self.config, self.head, arguments)
+        if padded is None:
+            rngs = None if dropout_rng is None else {"dropout": dropout_rng}
+            output = self.module.apply({"params": params}, rngs=rngs, **arguments)
+        else:
+            arrays, length = padded
+            settings = {name: arguments[name] for name in SETTINGS}
+            output = self._forward(params, arrays, tuple(settings.items()), self.config.to_json())
+            output = cut_output(output, self.head, arrays, length)
         return output if self.setting("return_dict", return_dict, True) else output.to_tuple()
+
+    @cached_property
+    def _forward(self) -> Any:
+        """The module as a compiled function of parameters, arrays, settings, and the config, which may change."""
+
+        def forward(params: Any, arrays: dict[str, Any], settings: tuple[tuple[str, Any], ...], config: str) -> Any:
+            return self.module.apply({"params": params}, **arrays, **dict(settings))
+
+        return jax.jit(forward, static_argnums=(2, 3))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the compiled functions, which belong to this object and process."""
+        return {name: value for name, value in self.__dict__.items() if name not in COMPILED}
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` positions; dtype by default the model's."""

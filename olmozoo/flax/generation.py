@@ -245,11 +245,6 @@ class GenerationMixin:
             lambda carry: unfinished(carry[0]), speculative_step if options.draft_tokens else step, (state, cache)
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the compiled functions and their count, which belong to this object and process."""
-        own = ("_read_prompt", "_read_answer", "trace_count")
-        return {name: value for name, value in self.__dict__.items() if name not in own}
-
 
 class Namespace:
     """JAX's functions as `olmozoo.generation.state.Namespace` names them."""
