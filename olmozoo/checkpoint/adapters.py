@@ -12,8 +12,11 @@ tensors that do not fit, are refused by name.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -43,6 +46,15 @@ HARMLESS = (
 )
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the weights that are adapted
 LAYER = r".*?\.[^.]*\.(\d+)\."  # the number of a layer in a module's name
+MOST_PATTERNS = 10_000  # in one adapter
+SECONDS = 5  # that its regular expressions may take
+TRY_PATTERNS = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in map(re.compile, patterns):
+    for name in names:
+        pattern.match(name), pattern.fullmatch(name)
+"""
 HEAD = f"{HEAD_MODULES['causal_lm']}.weight"
 FACTORS = {
     "lora_A.weight": "A",
@@ -193,7 +205,7 @@ class Adapter:
             if not _is_number(get(name, default)):
                 yield f"{name} is {get(name)!r}, expected a positive number"
         for name in ("rank_pattern", "alpha_pattern"):
-            pattern = get(name) or {}
+            pattern = {} if get(name) is None else get(name)
             if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
                 yield f"{name} is {pattern!r}, expected an object from module names to positive numbers"
         for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
@@ -208,13 +220,16 @@ class Adapter:
         for rows in tokens.values() if isinstance(tokens, dict) else [tokens]:
             if not isinstance(rows, list) or not all(isinstance(row, int) for row in rows):
                 yield f"trainable_token_indices is {tokens!r}, expected lists of integers"
-        patterns = [*(get("rank_pattern") or ()), *(get("alpha_pattern") or ()), *_listed(get("modules_to_save"))]
-        patterns += [*_listed(get("layers_pattern")), get("target_modules"), get("exclude_modules")]
-        for pattern in patterns:
-            try:
-                re.compile(pattern if isinstance(pattern, str) else "")
-            except re.error as error:
-                yield f"{pattern!r} is not a regular expression: {error}"
+        yield from _pattern_problems(list(self._patterns()))
+
+    def _patterns(self) -> Iterator[str]:
+        """The regular expressions among the settings."""
+        get = self.settings.get
+        for name in ("rank_pattern", "alpha_pattern"):
+            yield from pattern if isinstance(pattern := get(name), dict) else ()
+        values = [*_listed(get("modules_to_save")), *_listed(get("layers_pattern"))]
+        values += [get("target_modules"), get("exclude_modules")]
+        yield from (value for value in values if isinstance(value, str))
 
     # -- merging --------------------------------------------------------------------------------------------------
 
@@ -227,6 +242,7 @@ class Adapter:
         Raises:
             CheckpointError: tensors of the adapter do not fit the model; every problem is named.
         """
+        self._try_patterns(checkpoint)
         problems: list[str] = []
         plain, factors = self._sorted(_table(config), problems)
         config = _fitted(config, plain)
@@ -252,6 +268,31 @@ class Adapter:
         raise_problems(f"the adapter {self.folder} does not fit the model {checkpoint.folder}", problems)
         checkpoint.tensors = {names.get(canonical, canonical): tensor for canonical, tensor in tensors.items()}
         return config.replace(tie_word_embeddings=False) if untied else config
+
+    def _try_patterns(self, checkpoint: Checkpoint) -> None:
+        """Match the regular expressions in a process that can be ended: some would take years.
+
+        Raises:
+            CheckpointError: they take too long.
+        """
+        patterns = [pattern for pattern in self._patterns() if not re.fullmatch(r"(\w|\.|\\\.)*", pattern)]
+        if not patterns:
+            return
+        names = {name.removeprefix(BASE_PREFIX) for name in (*self.tensors, *checkpoint.tensors)}
+        names |= {BASE_PREFIX + name for name in names}
+        names = {name.rpartition(".")[0] for name in names} | {name.partition(".lora_")[0] for name in names}
+        try:
+            subprocess.run(
+                [sys.executable, "-I", "-c", TRY_PATTERNS],
+                input=json.dumps([patterns, sorted(names)]).encode(),
+                timeout=SECONDS,
+                check=True,
+                capture_output=True,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise CheckpointError(
+                f"{self.folder / ADAPTER_CONFIG}: its regular expressions cannot be matched in {SECONDS} seconds"
+            ) from error
 
     def _unties(self, config: ModelConfig, factors: Mapping[str, Mapping[str, Any]]) -> bool:
         """Whether the adapter changes one of the two matrices that a config ties, and not the other."""
@@ -418,6 +459,17 @@ def _fitted(config: ModelConfig, plain: Mapping[str, LazyTensor]) -> ModelConfig
     if labels is not None and labels.shape and labels.shape[0] not in (0, config.num_labels):
         config = config.replace(num_labels=labels.shape[0], id2label=None, label2id=None)
     return config
+
+
+def _pattern_problems(patterns: list[str]) -> Iterator[str]:
+    if len(patterns) > MOST_PATTERNS:
+        yield f"it has {len(patterns):,} patterns, expected at most {MOST_PATTERNS:,}"
+        return
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            yield f"{pattern[:100]!r} is not a regular expression: {error}"
 
 
 def _matches(names: str | list[str], module: str) -> bool:

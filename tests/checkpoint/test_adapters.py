@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from olmozoo import CheckpointError, HubError
 from olmozoo.backends import load
+from olmozoo.checkpoint import adapters
 from olmozoo.checkpoint.convert import convert_checkpoint
 from olmozoo.checkpoint.diff import diff
 from olmozoo.pt import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -211,7 +212,11 @@ REFUSED = [
     ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
     ({"r": 0}, "r is 0"),
     ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern"),
-    ({"target_modules": ".*("}, "no|not a regular expression"),
+    ({"rank_pattern": True}, "rank_pattern is True, expected an object"),
+    ({"alpha_pattern": 5}, "alpha_pattern is 5, expected an object"),
+    ({"target_modules": ".*("}, "not a regular expression"),
+    ({"exclude_modules": "(" * 5000}, "not a regular expression"),
+    ({"modules_to_save": ["a"] * 10_001}, "has 10,0.. patterns, expected at most 10,000"),
     ({"use_dora": True}, "missing: magnitude of model.layers.0.self_attn.q_proj"),
     ({"r": 4}, r"wrong shape: A of model.layers.0.self_attn.k_proj is \[3, 40\], expected \[4, 40\]"),
     ({"target_modules": ["q_proj"]}, "unexpected: model.layers.0.self_attn.k_proj.lora_A.weight"),
@@ -227,6 +232,27 @@ def test_what_cannot_be_merged_is_refused_by_name(cases, tmp_path, changes, mess
     shutil.copytree(adapter, tmp_path / "changed")
     change_settings(tmp_path / "changed", **changes)
     with pytest.raises(CheckpointError, match=message):
+        load(folder, "pt", adapter=tmp_path / "changed")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.pt
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": "(.*)*Z"},
+        {"rank_pattern": {"(.*)*Z": 3}},
+        {"modules_to_save": ["(.|.)*Z"]},
+        {"layers_pattern": ".*" * 12 + "Z", "layers_to_transform": [0]},
+    ],
+    ids=str,
+)
+def test_regular_expressions_that_never_end_are_refused(cases, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(adapters, "SECONDS", 0.5)
+    folder, adapter, *_ = cases("patterns")
+    shutil.copytree(adapter, tmp_path / "changed")
+    change_settings(tmp_path / "changed", **changes)
+    with pytest.raises(CheckpointError, match=r"regular expressions cannot be matched in 0\.5 seconds"):
         load(folder, "pt", adapter=tmp_path / "changed")
 
 
