@@ -14,7 +14,7 @@ import numpy as np
 
 from olmozoo import foreign
 from olmozoo.checkpoint.files import CONFIG, GENERATION_CONFIG, FolderHandle, index_entries
-from olmozoo.checkpoint.formats import FORMATS, Format, keras
+from olmozoo.checkpoint.formats import FORMATS, Format, keras, orbax
 from olmozoo.checkpoint.formats.names import canonical_name
 from olmozoo.checkpoint.tensors import LazyTensor, widest
 from olmozoo.errors import CheckpointError, OlmozooError, raise_problems
@@ -97,7 +97,9 @@ class Checkpoint:
                 return format, self._shards(index, problems)
         expected = ", ".join(f"{f.file} (or its .index.json)" if f.sharded else f.file for f in FORMATS)
         found = ", ".join(sorted(os.listdir(self.folder))) or "nothing"
-        raise CheckpointError(f"{self.folder} has no weights: expected one of {expected}; found {found}")
+        others = (path.name for path in self.folder.iterdir() if path.is_dir() and orbax.has_arrays(path))
+        hint = "".join(f". {name} is an Orbax checkpoint: rename it to {orbax.FOLDER}" for name in sorted(others))
+        raise CheckpointError(f"{self.folder} has no weights: expected one of {expected}; found {found}{hint}")
 
     def _shards(self, index: Path, problems: list[str]) -> dict[Path, set[str] | None]:
         shards: dict[Path, set[str]] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ MAX_RATIO, MIN_LIMIT = 1000, 1 << 26
 
 
 def read(folder: Path) -> dict[str, LazyTensor]:
-    """The arrays of a checkpoint, by canonical name. A folder of a `CheckpointManager` with one step serves too.
+    """The arrays of a checkpoint, by canonical name. A folder of a `CheckpointManager` serves too.
 
     Raises:
         CheckpointError: it is broken, a piece of an array is missing, or TensorStore is not installed.
@@ -93,17 +94,25 @@ def _values(array: Any, handle: FolderHandle) -> Array:
     return values
 
 
+def has_arrays(folder: Path) -> bool:
+    """Whether a folder is one tree of arrays."""
+    return any(any(folder.glob(pattern)) for pattern in (OCDBT, *(f"*/{name}" for name in ARRAY_METADATA)))
+
+
 def _array_folder(folder: Path) -> Path:
-    """The folder of the one tree of arrays: this one, or where a `CheckpointManager` put it, such as `1/default`."""
+    """The folder of the one tree of arrays: this one, or where a `CheckpointManager` put it, such as `1/default`.
 
-    def has_arrays(path: Path) -> bool:
-        return any(any(path.glob(pattern)) for pattern in (OCDBT, *(f"*/{name}" for name in ARRAY_METADATA)))
-
+    Of several steps, the last is taken, as `CheckpointManager.restore` does, with a warning.
+    """
     if has_arrays(folder):
         return folder
     found = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if has_arrays(path)]
     parts = ("ocdbt.process_", ".orbax-checkpoint-tmp")  # of the tree around it, and of one that is not finished
     found = [path for path in found if not any(part in str(path.relative_to(folder)) for part in parts)]
+    steps = sorted({int(name) for path in found if (name := path.relative_to(folder).parts[0]).isdecimal()})
+    if len(steps) > 1:
+        warnings.warn(f"{folder} has steps {', '.join(map(str, steps))}: step {steps[-1]} is read", stacklevel=2)
+        found = [path for path in found if path.relative_to(folder).parts[0] == str(steps[-1])]
     if len(found) == 1:
         return found[0]
     if not found:

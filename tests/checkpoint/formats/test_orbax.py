@@ -110,8 +110,18 @@ def test_an_orbax_checkpoint_is_found_where_a_manager_put_it(tmp_path):
         shutil.copytree(tmp_path / "there" / "orbax" / "7", tmp_path / "there" / "orbax" / "8.orbax-checkpoint-tmp")
         convert_checkpoint(tmp_path / "there", tmp_path / "back", to="safetensors")
         assert tree(tmp_path / "back") == tree(source)
-        manager.save(9, args=ocp.args.StandardSave(params))
-    with pytest.raises(CheckpointError, match=r"has several Orbax checkpoints, expected one: 7/default, 9/default"):
+        params["lm_head"]["kernel"] = params["lm_head"]["kernel"] + 1
+        manager.save(10, args=ocp.args.StandardSave(params))
+    with pytest.warns(UserWarning, match="has steps 7, 10: step 10 is read"):
+        last = Checkpoint(tmp_path / "there")
+    assert np.array_equal(last["lm_head.weight"].T, params["lm_head"]["kernel"])
+    (tmp_path / "there" / "orbax").rename(tmp_path / "there" / "mine")
+    (tmp_path / "there" / "mine" / "10" / "default").rename(tmp_path / "there" / "run-10")
+    with pytest.raises(CheckpointError, match="run-10 is an Orbax checkpoint: rename it to orbax"):
+        Checkpoint(tmp_path / "there")
+    shutil.move(tmp_path / "there" / "mine", tmp_path / "there" / "orbax")
+    shutil.copytree(tmp_path / "there" / "orbax" / "7" / "default", tmp_path / "there" / "orbax" / "7" / "other")
+    with pytest.raises(CheckpointError, match=r"has several Orbax checkpoints, expected one: 7/default, 7/other"):
         Checkpoint(tmp_path / "there")
     shutil.rmtree(tmp_path / "there" / "orbax")
     (tmp_path / "there" / "orbax" / "nothing").mkdir(parents=True)
