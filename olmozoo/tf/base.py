@@ -83,6 +83,8 @@ class PreTrainedModel(ModelMixin, keras.Model):
                 for step in (self.name, *self._parameter_path(parameter)[:-2]):
                     scopes.enter_context(keras.name_scope(step))
                 layer.build((None, None) if parameter.kind == "embedding" else (None, None, parameter.shape[-1]))
+        for block in self.base_model.stack.blocks:
+            block.build((None, None, self.config.hidden_size))
 
     # -- loading and saving ---------------------------------------------------------------------------------------
 

@@ -161,6 +161,15 @@ class Layer(keras.layers.Layer):
         super().__init__(name=name, autocast=False)
         self.built = True
 
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Note the width of the hidden states, for `output_shape`."""
+        self.width = input_shape[-1]
+
+    @property
+    def output_shape(self) -> tuple[int | None, ...]:
+        """The shape of the hidden states that come out, which `summary` shows."""
+        return (None, None, self.width)
+
 
 class TrackedBlocks:
     """A layer or model with a list of `blocks`, which `tf.train.Checkpoint` alone would not see into."""
@@ -181,6 +190,9 @@ class RMSNorm(keras.layers.Layer):
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         self.scale = self.add_weight(name="scale", shape=input_shape[-1:], initializer=no_values, autocast=False)
 
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        return input_shape
+
     def call(self, x: Tensor) -> Tensor:
         wide = ops.cast(x, at_least_float32(x.dtype))
         wide = wide * ops.rsqrt(ops.mean(ops.square(wide), -1, keepdims=True) + self.eps)
@@ -199,6 +211,9 @@ class LayerNorm(keras.layers.Layer):
         if self.affine:
             self.scale = self.add_weight(name="scale", shape=input_shape[-1:], initializer=no_values, autocast=False)
             self.bias = self.add_weight(name="bias", shape=input_shape[-1:], initializer=no_values, autocast=False)
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        return input_shape
 
     def call(self, x: Tensor) -> Tensor:
         wide = ops.cast(x, at_least_float32(x.dtype))

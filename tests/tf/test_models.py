@@ -1,5 +1,6 @@
 """Keras models: variables, dtypes, calls, outputs and what is refused."""
 
+import re
 import subprocess
 import sys
 
@@ -94,7 +95,9 @@ def test_summary_counts_every_parameter(model):
     model.summary(print_fn=lambda text, **_: lines.append(text))
     assert f"{model.num_parameters():,}" in "\n".join(lines)
     model.summary(print_fn=lambda text, **_: lines.append(text), expand_nested=True, line_length=120)
-    assert "layers.1 (Olmo2Block)" in "\n".join(lines)
+    width = model.config.hidden_size
+    for layer in (r"layers\.1 \(Olmo2Block\)", r"norm \(RMSNorm\)", r"embed_tokens \(Embedding\)"):
+        assert re.search(rf"{layer} .*\(None, None, {width}\)", lines[-1]), layer
 
 
 def test_keras_on_another_framework_is_named():
