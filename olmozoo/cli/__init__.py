@@ -10,14 +10,14 @@ from typing import Annotated
 
 import typer
 
-from olmozoo.cli import checkpoint, evaluate, generate, verify
+from olmozoo.cli import checkpoint, evaluate, generate, prepare, verify
 from olmozoo.cli.common import err, printable, write
 from olmozoo.errors import OlmozooError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (
     *(generate.generate, generate.chat, checkpoint.info, checkpoint.convert),
-    *(verify.verify, checkpoint.diff, evaluate.evaluate),
+    *(verify.verify, checkpoint.diff, evaluate.evaluate, prepare.prepare),
 ):
     app.command()(command)
 
@@ -28,6 +28,10 @@ OPTIONS = {
     "force=True": "--force",
     "stop_strings": "--stop",
     "give one as chat_template": "give prompts without messages",
+    "give an id as pad": "give an id with --pad",
+    "give an id as eos": "give an id with --eos",
+    "Give another id as pad": "Give another id with --pad",
+    "use tulu as template": "use --template tulu",
     "window and stride": "--window and --stride",
     **{
         name: "--" + name.replace("_", "-")
@@ -38,7 +42,10 @@ OPTIONS = {
     },
 }
 # Words that are options only where an error begins with their value.
-VALUES = ("backend", "backends", "device", "dtype", "seed", "stride", "temperature", "to", "window")
+VALUES = (
+    *("backend", "backends", "device", "dtype", "eos", "length", "packing", "pad", "preview", "processes", "seed"),
+    *("stride", "temperature", "template", "to", "window"),
+)
 
 
 def show_version(asked: bool) -> None:

@@ -1,0 +1,1 @@
+"""Training: data, and one loop over the three frameworks."""
