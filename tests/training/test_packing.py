@@ -1,5 +1,6 @@
 """Documents in rows: every token once, masks with their tokens, padding never learned."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -28,7 +29,7 @@ def rows_of(name, documents, length, cuts=()):
     blocks = []
     ends = np.cumsum([len(ids) for ids in documents]).tolist()
     marks = [0, *cuts, ends[-1]]
-    for start, stop in zip(marks, marks[1:], strict=False):
+    for start, stop in itertools.pairwise(marks):
         part = [ids[max(0, start - e + len(ids)) : stop - e + len(ids)] for ids, e in zip(documents, ends, strict=True)
                 if e > start and e - len(ids) < stop]  # fmt: skip
         blocks += packer.add(encoded(part, start not in (0, *ends), stop not in ends))

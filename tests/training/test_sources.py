@@ -16,7 +16,11 @@ from olmozoo.training import sources
 from olmozoo.training.sources import find_files, parse, parts, read_batches
 from tests.helpers.training import write_bytes, write_lines
 
-DOCUMENTS = [{"text": "The quick\nGröße 日本"}, {"prompt": "a", "completion": "b", "id": 3}, {"messages": [], "text": "c"}]
+DOCUMENTS = [
+    {"text": "The quick\nGröße 日本"},
+    {"prompt": "a", "completion": "b", "id": 3},
+    {"messages": [], "text": "c"},
+]
 PARSED = [("text", "The quick\nGröße 日本"), ("prompt", ("a", "b")), ("chat", [])]
 
 
@@ -29,7 +33,10 @@ def test_folders_and_globs_are_sorted_and_leave_other_files_out(tmp_path):
         write_bytes(tmp_path / name, b"x")
     names = ["a.txt.gz", "b/10.txt", "b/2.jsonl", "c.json.zst", "d.parquet"]
     assert find_files([tmp_path]) == [tmp_path / name for name in names]
-    assert find_files([tmp_path / "b/2.jsonl", tmp_path / "**/1*.txt"]) == [tmp_path / "b/2.jsonl", tmp_path / "b/10.txt"]
+    assert find_files([tmp_path / "b/2.jsonl", tmp_path / "**/1*.txt"]) == [
+        tmp_path / "b/2.jsonl",
+        tmp_path / "b/10.txt",
+    ]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
@@ -60,10 +67,10 @@ def test_parquet(tmp_path):
     assert [parse(record) for record in found] == [("text", "a"), ("chat", chat)] * 700
     assert found[1233].where == f"{tmp_path / 'a.parquet'}: row 1234"
     parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "b.parquet")
-    with pytest.raises(InputError, match="b.parquet has the columns content, expected text, or messages"):
+    with pytest.raises(InputError, match=r"b.parquet has the columns content, expected text, or messages"):
         records(tmp_path / "b.parquet")
     (tmp_path / "c.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(InputError, match="c.parquet is not a readable parquet file"):
+    with pytest.raises(InputError, match=r"c.parquet is not a readable parquet file"):
         records(tmp_path / "c.parquet")
 
 
@@ -74,11 +81,18 @@ def test_a_text_is_one_document_in_parts(tmp_path, monkeypatch):
         found = records(write_bytes(tmp_path / name, b"\xef\xbb\xbf" + text.encode()))
         assert "".join(record.value for record in found) == text
         assert all(len(record.value) <= 100 for record in found)
-        assert [(r.first, r.last) for r in found] == [(True, False), *[(False, False)] * (len(found) - 2), (False, True)]
+        assert [(r.first, r.last) for r in found] == [
+            (True, False),
+            *[(False, False)] * (len(found) - 2),
+            (False, True),
+        ]
     assert records(write_bytes(tmp_path / "empty.txt", b""))[0].value == ""
 
 
-OLMO2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+OLMO2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @pytest.mark.parametrize("splits", ["gpt2", "olmo2"])
@@ -88,7 +102,23 @@ def test_the_tokens_of_parts_are_those_of_the_whole(monkeypatch, splits):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splits == "gpt2")
     split = pre_tokenizers.Split(Regex(OLMO2), "isolated")
     backend.pre_tokenizer = byte_level if splits == "gpt2" else pre_tokenizers.Sequence([split, byte_level])
-    words = ["the", "quick", "Größe", "日本語", "12345", " ", "  ", "\n", "\n\n", ".\n", "...", "don't", "\r\n", "\t", "\u3000"]
+    words = [
+        "the",
+        "quick",
+        "Größe",
+        "日本語",
+        "12345",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        ".\n",
+        "...",
+        "don't",
+        "\r\n",
+        "\t",
+        "\u3000",
+    ]
     stream = np.random.default_rng(1)
     texts = ["".join(stream.choice(words, 500).tolist()) for _ in range(40)]
     trainer = tokenizers.trainers.BpeTrainer(
@@ -148,9 +178,9 @@ def test_files_that_break_off_or_are_something_else(tmp_path, name):
 
 
 def test_texts_that_are_not_utf8(tmp_path):
-    with pytest.raises(InputError, match="a.txt is not UTF-8 at byte 4"):
+    with pytest.raises(InputError, match=r"a.txt is not UTF-8 at byte 4"):
         records(write_bytes(tmp_path / "a.txt", "Grö".encode() + b"\xff"))
-    with pytest.raises(InputError, match="b.txt is not UTF-8 at byte 2"):
+    with pytest.raises(InputError, match=r"b.txt is not UTF-8 at byte 2"):
         records(write_bytes(tmp_path / "b.txt", "Grö".encode()[:-1]))
 
 
