@@ -52,8 +52,13 @@ def test_the_example_of_generation_runs(hub_environment, tmp_path):
 @needs("pt", "tf", "flax")
 def test_the_commands_run(hub_environment, tmp_path):
     pytest.importorskip("matplotlib")
-    commands = [line for block in blocks(README, "sh") for line in block.splitlines() if line.startswith("olmozoo ")]
-    assert len(commands) == 8
+    commands = [
+        line.split("#")[0]
+        for block in blocks(README, "sh")
+        for line in block.splitlines()
+        if line.startswith("olmozoo ")
+    ]
+    assert len(commands) == 9
     (tmp_path / "text.txt").write_text(README[:500], encoding="utf-8")
     run_commands(commands, hub_environment, tmp_path)
     assert (tmp_path / "divergence.png").exists()
