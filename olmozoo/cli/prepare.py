@@ -113,7 +113,7 @@ OPEN, CLOSE = "\u27e6", "\u27e7"
 
 def show_instances(instances: list[Instance], tokenizer: Tokenizer) -> None:
     """Print instances token by token: learned, context, padding. Every other token is underlined."""
-    colors = out.is_terminal and out.color_system is not None
+    colors = out.color_system is not None and not out.no_color
     marks = f"[{LEARNED}]learned[/] [{CONTEXT}]context[/] [{PADDING}]padding[/]" if colors else f"{OPEN}learned{CLOSE}"
     out.print(f"{marks}; \\n ends a line", highlight=False, soft_wrap=True)
     for n, instance in enumerate(instances):

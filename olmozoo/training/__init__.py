@@ -1,1 +1,1 @@
-"""Training: data, and one loop over the three frameworks."""
+"""Training: texts and chats as arrays of tokens."""

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Unpack
 
 from olmozoo.checkpoint.atomic import atomic_folder
-from olmozoo.errors import InputError
+from olmozoo.errors import InputError, OlmozooError
 from olmozoo.text.tokenizer import Tokenizer
+from olmozoo.training import sources
 from olmozoo.training.manifest import FORMAT, IDS, ITEM_SIZES, MANIFEST, MASK, TOKENIZER, Manifest, tokenizer_hash
 from olmozoo.training.packing import PACKINGS, Packer, Rows
 from olmozoo.training.sources import Record, find_files, read_batches
@@ -170,6 +171,7 @@ class _Job:
 
     files: list[Path]
     tokenizer: Tokenizer
+    vocab_size: int
     encoder: Encoder
     length: int
     packing: str | None
@@ -204,11 +206,8 @@ class _Job:
         _set_ends(tokenizer, eos, pad)
         if template == TULU:
             tokenizer.chat_template = TULU_TEMPLATE
-        return cls(files, tokenizer, Encoder(tokenizer, template), length, packing)
-
-    @property
-    def vocab_size(self) -> int:
-        return max(self.tokenizer.backend.get_vocab().values(), default=-1) + 1
+        vocab_size = max(tokenizer.backend.get_vocab().values()) + 1
+        return cls(files, tokenizer, vocab_size, Encoder(tokenizer, template), length, packing)
 
     @property
     def dtype(self) -> str:
@@ -216,6 +215,7 @@ class _Job:
 
     def rows(self, processes: int, progress: Progress) -> Generator[Rows, None, None]:
         total = sum(path.stat().st_size for path in self.files)
+        processes = min(processes, 1 + total // sources.BATCH)  # to start one takes longer than a batch
         packer = None
         for encoded, done in _encode(read_batches(self.files), self.encoder, processes):
             self.kinds += encoded.kinds
@@ -313,8 +313,9 @@ def _encode(
         for future, position in working:
             yield future.result(), position
     except BrokenProcessPool as error:
-        raise InputError(
-            "a process that tokenizes was killed, perhaps for want of memory: use fewer processes"
+        raise OlmozooError(
+            "a process that tokenizes ended: use fewer processes if memory is short, and in a script of your own call "
+            "`prepare` under `if __name__ == '__main__':`"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -32,6 +32,7 @@ PART = 1 << 18  # characters of a text that are tokenized at once
 LONGEST_LINE = 1 << 26  # bytes
 BATCH = 1 << 20  # bytes that are tokenized by one process at a time
 MANY = 1000  # records in a batch
+ROWS = 100  # of a table that are read at once
 SMALL = 1024  # bytes that are decompressed at once; they may become 32 MB
 _END_OF_WORD = re.compile(r".*[^\W_](?=\s)", re.DOTALL)
 
@@ -247,7 +248,7 @@ def _rows(path: Path, raw: IO[bytes]) -> Iterator[Record]:
         if not columns:
             raise InputError(f"{path} has the columns {', '.join(present)[:200]}, expected {EXPECTED}")
         numbers = itertools.count(1)
-        for rows in table.iter_batches(MANY, columns=columns):
+        for rows in table.iter_batches(ROWS, columns=columns):
             for row in rows.to_pylist():
                 yield Record(f"{path}: row {next(numbers)}", row)
     except (pyarrow.ArrowException, OSError) as error:
@@ -264,7 +265,7 @@ class _Zstandard(io.RawIOBase):
             raise MissingBackendError(f"{path} needs zstandard: pip install 'olmozoo[training]'") from error
         self.library, self.raw = zstandard, raw
         self.frame: Any = None
-        self.compressed = self.content = b""
+        self.compressed, self.content = b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -279,7 +280,7 @@ class _Zstandard(io.RawIOBase):
             if self.frame is None:
                 self.frame = self.library.ZstdDecompressor().decompressobj()
             try:
-                self.content = self.frame.decompress(self.compressed)
+                self.content = memoryview(self.frame.decompress(self.compressed))
             except self.library.ZstdError as error:
                 raise OSError(str(error)) from error
             self.compressed = b""

@@ -1,7 +1,9 @@
 """`prepare`: AI2's recipe byte for byte, the same folder for any number of processes, kills, memory, refusals."""
 
+import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from olmozoo import CheckpointError, InputError, Tokenizer
+from olmozoo import CheckpointError, InputError, OlmozooError, Tokenizer
 from olmozoo.training import sources
 from olmozoo.training.manifest import read_manifest, tokenizer_hash
-from olmozoo.training.prepare import prepare, preview
+from olmozoo.training.prepare import _encode, prepare, preview
 from tests.helpers.training import EOS, word_tokenizer, write_bytes, write_lines, write_tokenizer
 
 WORDS = [
@@ -230,7 +232,9 @@ def test_a_manifest_that_does_not_fit(model, chats, tmp_path):
         read_manifest(tmp_path)
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_written(model, chats, tmp_path):
+def test_what_does_not_fit_is_refused_and_nothing_is_written(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "BATCH", 10)
+
     def lines(name, *rows):
         return write_lines(tmp_path / name, list(rows))
 
@@ -324,6 +328,13 @@ def test_progress_ends_at_the_size_of_the_files(model, chats, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------ processes
 
+
+def test_a_process_that_dies_is_reported():
+    dies = functools.partial(eval, "__import__('os')._exit(1)")  # called with the records
+    with pytest.raises(OlmozooError, match="a process that tokenizes ended: use fewer processes if memory is short"):
+        list(_encode([({}, 0)], dies, 2))
+
+
 PREPARE = """
 import sys
 from pathlib import Path
@@ -334,18 +345,21 @@ def peak():  # ru_maxrss would be that of the process before, if it was larger
 if __name__ == "__main__":
     small, large, out, packing, processes = sys.argv[1:]
     options = dict(tokenizer=word_tokenizer(), length=64, packing=packing, processes=int(processes))
-    for _ in range(2):
-        prepare(small, out, force=True, **options)
-    before = peak()
-    found = prepare(large, out, force=True, **options)
-    print(before, peak(), found.tokens)
+    try:
+        for _ in range(2):
+            prepare(small, out, force=True, **options)
+        before = peak()
+        found = prepare(large, out, force=True, **options)
+        print(before, peak(), found.tokens)
+    finally:
+        Path(out).with_name("peak").write_text(str(peak()))
 """
 
 
-def start(*words, **options):
+def start(*words, program=PREPARE, **options):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     file = Path(words[0])
-    file.write_text(PREPARE)
+    file.write_text(program)
     return subprocess.Popen(
         [sys.executable, *map(str, words)], env=environment, text=True, stdout=subprocess.PIPE, **options
     )
@@ -368,45 +382,74 @@ def test_memory_is_bounded(tmp_path, name, packing):
     assert after - before < (30 if lines else 8)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_kill_leaves_nothing_that_looks_whole_and_no_process(tmp_path):
-    out = tmp_path / "out"
-    row = json.dumps({"text": "w3 " * 3000}).encode() + b"\n"
-    large = write_bytes(tmp_path / "large.jsonl", row * 20_000)
-    small = write_bytes(tmp_path / "small.jsonl", row)
-    process = start(tmp_path / "run.py", large, large, out, "concat", 2)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+def test_a_line_that_decompresses_to_far_more_is_not_held(tmp_path):
+    bomb = write_bytes(tmp_path / "a.jsonl.zst", b"x" * 300_000_000)
+    program = PREPARE.replace(
+        "    small,", "    from olmozoo.training import sources; sources.LONGEST_LINE = 10**6\n    small,"
+    )
+    process = start(
+        tmp_path / "run.py", bomb, bomb, tmp_path / "out", "none", 1, stderr=subprocess.PIPE, program=program
+    )
+    assert "a.jsonl.zst:1: more than 1,000,000 bytes" in process.communicate()[1]
+    print(peak := int((tmp_path / "peak").read_text()), "MB")
+    assert peak < 150
+
+
+def working(process, folder):
+    """The processes that one has started, once it has written some and they do not answer to Ctrl-C."""
     deadline = time.monotonic() + 60
-    written = []
-    while not any(path.stat().st_size for path in written):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while True:
         assert process.poll() is None
         assert time.monotonic() < deadline
-        written = list(tmp_path.glob(".out.saving-*/input_ids.npy"))
         time.sleep(0.01)
-    workers = children.read_text().split()
-    assert len(workers) >= 2
-    process.send_signal(signal.SIGKILL)
+        if sum(path.stat().st_size for path in folder.glob(".out.saving-*/input_ids.npy")) == 0:
+            continue
+        found = [Path(f"/proc/{child}/status") for child in children.read_text().split()]
+        ignored = [int(re.search(r"SigIgn:\s*(\w+)", status.read_text())[1], 16) for status in found]
+        if len(found) >= 2 and all(mask >> (signal.SIGINT - 1) & 1 for mask in ignored):
+            return found
+
+
+def wait_for(workers):
+    """Wait until processes have ended."""
+    deadline = time.monotonic() + 60
+    while workers:
+        assert time.monotonic() < deadline, "the processes that tokenize end with the one that started them"
+        time.sleep(0.01)
+        workers = [status for status in workers if status.exists() and "State:\tZ" not in status.read_text()]
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """A process, those that it has started, and the folder that it is writing."""
+    row = json.dumps({"text": "w3 " * 3000}).encode() + b"\n"
+    large = write_bytes(tmp_path / "large.jsonl", row * 6000)
+    options = {"stderr": subprocess.PIPE, "start_new_session": True}
+    with start(tmp_path / "run.py", large, large, tmp_path / "out", "concat", 2, **options) as process:
+        yield process, working(process, tmp_path), tmp_path / "out"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_kill_leaves_nothing_that_looks_whole_and_no_process(interrupted, tmp_path):
+    process, workers, out = interrupted
+    process.kill()
     process.wait()
     assert not out.exists()
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        assert time.monotonic() < deadline, "the processes that tokenize end with the one that started them"
-        time.sleep(0.05)
+    wait_for(workers)
+    small = write_lines(tmp_path / "small.jsonl", [{"text": "w3 " * 3000}])
     prepare(small, out, tokenizer=word_tokenizer(), length=64)
     assert read_manifest(out).tokens == 3001
     assert list(tmp_path.glob(".out*")) == []
 
 
-def test_an_interrupt_ends_all_and_leaves_nothing(tmp_path):
-    row = json.dumps({"text": "w3 " * 3000}).encode() + b"\n"
-    large = write_bytes(tmp_path / "large.jsonl", row * 20_000)
-    process = start(tmp_path / "run.py", large, large, tmp_path / "out", "concat", 2, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.saving-*/input_ids.npy")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_interrupt_ends_all_and_leaves_nothing(interrupted, tmp_path):
+    process, workers, _ = interrupted
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     errors = process.communicate()[1]
     assert process.returncode != 0
     assert errors.count("Traceback") == 1
     assert "KeyboardInterrupt" in errors
     assert not list(tmp_path.glob("*out*"))
+    wait_for(workers)
