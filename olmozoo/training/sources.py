@@ -184,8 +184,13 @@ def _check_file(path: Path) -> None:
         raise InputError(f"{path} is of a kind that is not read: expected {NAMES}")
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise InputError(f"{path} is not a regular file")
+    try:
+        with path.open("rb") as stream:
+            is_pointer = stream.read(len(GIT_LFS)) == GIT_LFS
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     problem = file_problem(path)
-    if problem and (_kind(path) is not TEXT or path.open("rb").read(len(GIT_LFS)) == GIT_LFS):  # a text may be HTML
+    if problem and (is_pointer or _kind(path) is not TEXT):  # a text may be HTML
         raise InputError(problem)
 
 
@@ -251,7 +256,9 @@ def _rows(path: Path, raw: IO[bytes]) -> Iterator[Record]:
         for rows in table.iter_batches(ROWS, columns=columns):
             for row in rows.to_pylist():
                 yield Record(f"{path}: row {next(numbers)}", row)
-    except (pyarrow.ArrowException, OSError) as error:
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # a text that is not UTF-8 is a ValueError
         raise InputError(f"{path} is not a readable parquet file: {error}") from error
 
 
