@@ -29,8 +29,11 @@ from olmozoo.checkpoint.matching import load_weights
 from olmozoo.checkpoint.reader import Checkpoint
 from olmozoo.families.config import ModelConfig
 from olmozoo.generation.config import GenerationConfig
+from olmozoo.training.sources import Record, find_files, parse, read_batches
+from olmozoo.training.templates import TULU_TEMPLATE, Encoder
 from tests.helpers.checkpoints import train_tokenizer, write_checkpoint
 from tests.helpers.conversions import FIXTURES, Attack
+from tests.helpers.training import write_lines, write_tokenizer
 
 CONFIG = Olmo2Config(
     vocab_size=37,
@@ -643,3 +646,49 @@ def test_bin_files(bin_files, trace, data, kind):
         for name in checkpoint.tensors:
             assert checkpoint[name].nbytes < 1 << 20
     assert not trace.exists()
+
+
+# -- training data ----------------------------------------------------------------------------------------------------
+
+messages = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={"role": st.sampled_from(["user", "assistant"]) | values, "content": texts | values, "x": values},
+    )
+    | values,
+    max_size=4,
+)
+documents = st.fixed_dictionaries(
+    {},
+    optional={"text": texts | values, "prompt": texts | values, "completion": texts | values, "messages": messages},
+)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    tokenizer.chat_template = TULU_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    return [Encoder(tokenizer), Encoder(tokenizer, "tulu")]
+
+
+@fuzz
+@given(st.lists(st.one_of(documents, documents, values).map(dump), min_size=1, max_size=3))
+@example([b"[" * 100_000])
+def test_lines_of_training_data(encoders, lines):
+    for encoder in encoders:
+        with ours():
+            encoded = encoder([Record(f"file:{n}", line) for n, line in enumerate(lines)])
+            assert len(encoded.ids) == len(encoded.mask) == sum(encoded.lengths)
+
+
+@fuzz
+@given(st.data())
+def test_files_of_training_data(tmp_path_factory, data):
+    name = data.draw(st.sampled_from(["fuzz.jsonl", "fuzz.jsonl.gz", "fuzz.jsonl.zst", "fuzz.txt", "fuzz.txt.zst"]))
+    file = tmp_path_factory.getbasetemp() / name
+    whole = write_lines(file, [{"text": "Größe " * 9}, {"prompt": "a", "completion": "b"}] * 9).read_bytes()
+    file.write_bytes(data.draw(damaged(whole)))
+    with ours():
+        for batch, _ in read_batches(find_files([file])):
+            for record in batch:
+                parse(record)

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 def prepare(
     data: Annotated[
         list[str],
-        typer.Argument(metavar="DATA", help="Files (.txt, .jsonl, .parquet; .gz and .zst of the first two), folders with such, globs."),
+        typer.Argument(
+            metavar="DATA",
+            help="Files (.txt, .jsonl, .parquet; .gz and .zst of the first two), folders with such, globs.",
+        ),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     tokenizer: Annotated[str, typer.Option(metavar="MODEL", help="A folder or a repository with the tokenizer.")],
