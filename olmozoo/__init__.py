@@ -8,6 +8,7 @@ from olmozoo.errors import CheckpointError, ConfigError, HubError, InputError, M
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config
+from olmozoo.families.olmo3 import Olmo3Config
 from olmozoo.families.opt import OPTConfig
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.interop import convert
@@ -27,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "OPTConfig",
     "Olmo2Config",
+    "Olmo3Config",
     "OlmoConfig",
     "OlmozooError",
     "TextIteratorStreamer",

@@ -101,16 +101,20 @@ class KVCache:
 class StaticCache(KVCache):
     """A cache whose every use has the same shapes, as `torch.compile` wants: attention sees all of its positions.
 
-    A mask (batch, 1, seq, max_length) says which of them count, and `positions` where the next keys go.
+    A mask (batch, max_length) says which of them are real, and `positions` where the next keys go.
     """
 
     def __init__(self, cache: KVCache) -> None:
         super().__init__(cache.keys, cache.values, cache.get_seq_length())
-        self.positions = torch.zeros(0, dtype=torch.long)
+        self.positions = torch.tensor([self.lengths[0]])
         for tensor in (*self.keys, *self.values):
             tensor[:, :, self.lengths[0] :] = 0  # a weight of 0 times memory that was never written might be NaN
             # So CUDA graphs use the memory where it is. Not public; see test_a_static_cache_is_at_a_static_address.
             torch._dynamo.mark_static_address(tensor)
+
+    def get_seq_length(self, layer: int = 0) -> Tensor:
+        """The number of positions before `positions`, a scalar."""
+        return self.positions[0]
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Write key and value (batch, kv_heads, new, head_dim) of a layer at `positions`; return all of the layer."""
@@ -169,3 +173,8 @@ def close_cache(cache: Any) -> Any:
 def cached_length(cache: Any) -> int:
     """The number of positions cached; 0 for None."""
     return 0 if cache is None else cache.get_seq_length()
+
+
+def key_count(cache: Any, new: int) -> int:
+    """The number of keys that the queries of a call that adds `new` positions are compared with."""
+    return cache.max_length if isinstance(cache, StaticCache) else cached_length(cache) + new

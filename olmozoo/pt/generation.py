@@ -235,7 +235,6 @@ class GenerationMixin:
     def _compiled_read(self, cache: KVCache, mask: Tensor, positions: Tensor) -> tuple[Callable[..., Tensor], KVCache]:
         """`read` for the steps after the prompt, with shapes that never change, and the cache that it uses."""
         cache = StaticCache(cache)
-        key = torch.arange(mask.shape[1], device=mask.device)
         step = self.__dict__.get("_step")
         if step is None:
             mode = "reduce-overhead" if mask.is_cuda else "default"
@@ -243,10 +242,9 @@ class GenerationMixin:
 
         def read(ids: Tensor, start: int, end: int, embeds: Tensor | None = None, keep: int = 1) -> Tensor:
             cache.positions = torch.arange(start, end, device=mask.device)
-            seen = mask[:, None, None, :] & (key <= cache.positions[:, None])
             output = step(
                 ids,
-                attention_mask=seen,
+                attention_mask=mask,
                 position_ids=positions[:, start:end].contiguous(),
                 past_key_values=cache,
                 logits_to_keep=keep,
