@@ -9,7 +9,6 @@ Reading needs neither OLMo-core nor PyTorch; `--reverse` needs PyTorch, whose cl
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +30,8 @@ from conversion.common import (
     from_canonical,
     run,
     to_canonical,
+    yarn_factor,
+    yarn_fields,
 )
 from conversion.sharded import METADATA, read_distributed, write_distributed
 from olmozoo.checkpoint.files import CONFIG, FolderHandle, remove, write_json
@@ -41,7 +42,6 @@ from olmozoo.families.config import ModelConfig, is_number, read_json
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config, PostNormConfig
 from olmozoo.families.olmo3 import FULL, SLIDING, Olmo3Config
-from olmozoo.families.rope import rope_kind
 
 FOLDER = "model_and_optim"
 PREFIX = "model."  # of names in the index; the optimizer's have another
@@ -279,12 +279,7 @@ def _yarn(model: Fields, scaling: Any) -> dict[str, Any] | None:
     if not is_number(found["factor"]) or found["factor"] <= 1:
         model.problems.append(f"rope.scaling.factor is {found['factor']!r}, expected more than 1")
         return None
-    return {"rope_type": "yarn", **found, "attention_factor": _yarn_factor(found["factor"])}
-
-
-def _yarn_factor(factor: float) -> float:
-    """What OLMo-core multiplies cosines and sines by (arXiv:2309.00071, section 3.4)."""
-    return 0.1 * math.log(factor) + 1.0
+    return {"rope_type": "yarn", **found, "attention_factor": yarn_factor(found["factor"])}
 
 
 def _trained_length(data: dict[str, Any]) -> int:
@@ -310,11 +305,11 @@ def from_config(config: ModelConfig, where: Path, dtype: str) -> dict[str, Any]:
     """
     if not isinstance(config, (OlmoConfig, Olmo2Config, Olmo3Config)):
         raise ConfigError(f"{where}: model_type is {config.model_type!r}, expected 'olmo', 'olmo2' or 'olmo3'")
-    scaling = _core_yarn(config) if isinstance(config, Olmo3Config) else None
+    yarn = yarn_fields(config) if isinstance(config, Olmo3Config) else None
     expected: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", "swish"),
         "attention_bias": (False,),
-        "rope_scaling": (None, config.rope_scaling if scaling else None),
+        "rope_scaling": (None, config.rope_scaling if yarn else None),
         "head_dim": (config.hidden_size // config.num_attention_heads,),
         "rope_theta": (int(config.rope_theta),),
     }
@@ -352,7 +347,7 @@ def from_config(config: ModelConfig, where: Path, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "_CLASS_": "olmo_core.nn.feed_forward.FeedForwardConfig",
     }
-    block = {
+    block: dict[str, Any] = {
         "name": "reordered_norm" if post_norm else "default",
         "sequence_mixer": attention,
         "layer_norm": norm,
@@ -376,9 +371,10 @@ def from_config(config: ModelConfig, where: Path, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "_CLASS_": "olmo_core.nn.transformer.config.TransformerConfig",
     }
-    if scaling:
+    if yarn:
         scaled = copy.deepcopy(block)
-        scaled["sequence_mixer"]["rope"]["scaling"] = scaling
+        scaling = {theirs: yarn[ours] for theirs, ours in _YARN_FIELDS.items()}
+        scaled["sequence_mixer"]["rope"]["scaling"] = scaling | {"_CLASS_": YARN}
         model["block_overrides"] = {str(i): scaled for i, window in enumerate(config.windows) if window is None}
     tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     dataset = {
@@ -399,19 +395,6 @@ def _core_window(config: Olmo3Config) -> dict[str, Any]:
         "force_full_attention_on_last_layer": False,
         "_CLASS_": "olmo_core.nn.attention.SlidingWindowAttentionConfig",
     }
-
-
-def _core_yarn(config: Olmo3Config) -> dict[str, Any] | None:
-    """The `rope.scaling` of full layers; None where there is none, or OLMo-core has no such one."""
-    ours = {"original_max_position_embeddings": config.max_position_embeddings, **(config.rope_scaling or {})}
-    known = {"rope_type", "type", "attention_factor", *_YARN_FIELDS.values()}
-    if rope_kind(config.rope_scaling) != "yarn" or ours.keys() - known:
-        return None
-    expected = _yarn_factor(ours["factor"])
-    if not math.isclose(ours.get("attention_factor") or expected, expected):
-        return None
-    found = {theirs: ours.get(name, _YARN_DEFAULTS[theirs]) for theirs, name in _YARN_FIELDS.items()}
-    return {**found, "_CLASS_": YARN}
 
 
 # -- the program ------------------------------------------------------------------------------------------------------

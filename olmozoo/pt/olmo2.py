@@ -9,7 +9,7 @@ c hidden size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -72,7 +72,7 @@ class Olmo2Block(nn.Module):
 class Olmo2Model(Decoder):
     """The OLMo 2 decoder without a head."""
 
-    config_class = Olmo2Config
+    config_class: ClassVar[type[PostNormConfig]] = Olmo2Config
 
     def make_layers(self) -> None:
         config = self.config

@@ -9,7 +9,7 @@ c hidden size.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -74,7 +74,7 @@ class Olmo2Block(Layer):
 class TFOlmo2Model(Decoder):
     """The OLMo 2 decoder without a head."""
 
-    config_class = Olmo2Config
+    config_class: ClassVar[type[PostNormConfig]] = Olmo2Config
 
     def make_layers(self) -> None:
         config = self.config
