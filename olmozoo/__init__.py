@@ -1,4 +1,4 @@
-"""olmozoo: OLMo, OLMo 2 and OPT in PyTorch, in Keras/TensorFlow and in JAX/Flax.
+"""olmozoo: OLMo, OLMo 2, OLMo 3 and OPT in PyTorch, in Keras/TensorFlow and in JAX/Flax.
 
 Configs and the neutral parts are here; models are in `olmozoo.pt`, `olmozoo.tf` and `olmozoo.flax`. Importing this
 package imports no framework.
