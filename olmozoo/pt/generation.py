@@ -15,8 +15,10 @@ from olmozoo.generation.decode import decode_step, propose_draft
 from olmozoo.generation.prepare import Call, finalize, prepare
 from olmozoo.generation.state import State
 from olmozoo.outputs import GenerateOutput
-from olmozoo.pt.cache import KVCache, StaticCache, TupleCache, cached_length, open_cache
+from olmozoo.pt.cache import KVCache, StaticCache, TupleCache, WindowCache, cached_length, open_cache
 from olmozoo.pt.layers import at_least_float32
+
+SPARE = 256  # positions that a layer with a window generates before what it sees is moved in memory
 
 
 class GenerationMixin:
@@ -158,7 +160,12 @@ class GenerationMixin:
         mask = torch.from_numpy(call.mask).to(device)
         padded = compile or not call.mask.all()
         positions = (mask.long().cumsum(-1) - 1).clamp(0, (self.config.position_limit or len(mask[0])) - 1)
-        cache = self.init_cache(len(mask), mask.shape[1])
+        need_all = compile or call.settings.return_dict_in_generate
+        if need_all or not any(self.config.windows):
+            cache = self.init_cache(len(mask), mask.shape[1])
+        else:
+            spare = max(SPARE, 1 + options.draft_tokens)
+            cache = WindowCache(self.config, len(mask), mask.shape[1], spare, dtype=self.dtype, device=device)
         if past is not None:
             cache.begin_with(past, layout.past_slots)
 

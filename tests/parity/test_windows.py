@@ -119,3 +119,36 @@ def test_a_mask_of_four_dimensions_is_the_answer_itself(folder, wing):
     assert np.abs(windowed[1] - plain[1]).max() <= BOUND  # after the first layer, which slides
     assert np.abs(windowed[2] - plain[2]).max() > 1e-3  # the second is full, and this mask is not
     assert np.abs(whole[1] - plain[1]).max() > 1e-3
+
+
+@pytest.mark.pt
+@pytest.mark.parametrize("spare", [1, 3])
+def test_a_cache_of_windows_gives_the_same_tokens_and_keeps_few(folder, greedy, monkeypatch, spare):
+    torch = pytest.importorskip("torch")
+    from olmozoo.pt import generation
+
+    caches = []
+
+    class Watched(generation.WindowCache):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            caches.append(self)
+
+    monkeypatch.setattr(generation, "SPARE", spare)
+    monkeypatch.setattr(generation, "WindowCache", Watched)
+    backend = load(folder, "pt", "float64")
+    ids, mask, expected = greedy
+    beams = np.asarray(
+        backend.model._generate(ids, mask, max_new_tokens=NEW, num_beams=3, return_dict_in_generate=True).sequences
+    )
+    assert not caches
+    for settings in ({}, {"prefill_chunk_size": 3}, {"prefill_chunk_size": 5, "prompt_lookup_num_tokens": 6}):
+        assert np.array_equal(backend.generate(ids, mask, max_new_tokens=NEW, **settings), expected), settings
+        kept = WINDOW + max(spare, 1 + settings.get("prompt_lookup_num_tokens", 0))
+        full = caches[-1].max_length
+        assert full >= expected.shape[1] - 1 > kept
+        assert [key.shape[2] for key in caches[-1].keys] == [kept, full, kept]
+    assert np.array_equal(backend.generate(ids, mask, max_new_tokens=NEW, num_beams=3), beams)
+    start = [torch.from_numpy(x[:, :9]) for x in (ids, mask, np.maximum(mask.cumsum(1) - 1, 0))]
+    past = backend.model(*start, use_cache=True).past_key_values
+    assert np.array_equal(backend.generate(ids, mask, max_new_tokens=NEW, past_key_values=past), expected)
