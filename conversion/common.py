@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +31,8 @@ from olmozoo.cli.common import printable
 from olmozoo.errors import CheckpointError, OlmozooError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
+from olmozoo.families.rope import rope_kind
+from olmozoo.families.rotary import RotaryConfig
 from olmozoo.typing import Array
 
 Rule = tuple[str, tuple[str, ...]]  # a foreign name, and the canonical names whose rows it stacks, in order
@@ -133,6 +136,32 @@ def check_tied(head: LazyTensor, embedding: LazyTensor | None, name: str) -> Non
     """Raise a CheckpointError unless a tied head that is there all the same is the embedding."""
     if embedding is not None and not same_bits(head.read(), embedding.read()):
         raise CheckpointError(f"{head.file}: {name} differs from the embedding, to which the config ties it")
+
+
+def yarn_factor(factor: float) -> float:
+    """What YaRN multiplies cosines and sines by (arXiv:2309.00071, section 3.4)."""
+    return 0.1 * math.log(factor) + 1.0
+
+
+def yarn_fields(config: RotaryConfig) -> dict[str, Any] | None:
+    """`factor`, `beta_fast`, `beta_slow` and `original_max_position_embeddings` of a config's YaRN.
+
+    None where `rope_scaling` is of another kind, or has anything beyond these, such as an `attention_factor` other than
+    `yarn_factor`: foreign formats have no field for it.
+    """
+    scaling = config.rope_scaling or {}
+    found = {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_position_embeddings": config.max_position_embeddings,
+        **{name: value for name, value in scaling.items() if name not in ("rope_type", "type")},
+    }
+    attention = found.pop("attention_factor", None)
+    if rope_kind(scaling) != "yarn" or len(found) > 4:
+        return None
+    if attention is not None and not math.isclose(attention, yarn_factor(found["factor"])):
+        return None
+    return found
 
 
 # -- from and to the canonical folder ---------------------------------------------------------------------------------

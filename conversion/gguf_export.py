@@ -2,8 +2,8 @@
 
     python -m conversion.gguf_export SRC OUT.gguf
 
-OLMo and OLMo 2, in the checkpoint's own dtype (float64 becomes float32, and norms are float32, as llama.cpp wants
-them); llama.cpp's own `llama-quantize` makes smaller ones of it. llama.cpp has no OPT.
+OLMo, OLMo 2 and OLMo 3, in the checkpoint's own dtype (float64 becomes float32, and norms are float32, as llama.cpp
+wants them); llama.cpp's own `llama-quantize` makes smaller ones of it. llama.cpp has no OPT.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from conversion.common import (
     progress,
     run,
     tokenizer_files,
+    yarn_fields,
 )
 from olmozoo.checkpoint.files import FolderHandle
 from olmozoo.checkpoint.reader import read_unchanged
@@ -38,12 +39,14 @@ from olmozoo.checkpoint.tensors import LazyTensor, MappedFile
 from olmozoo.errors import CheckpointError, ConfigError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig, read_json
 from olmozoo.families.olmo import OlmoConfig
-from olmozoo.families.olmo2 import Olmo2Config
+from olmozoo.families.olmo2 import Olmo2Config, PostNormConfig
+from olmozoo.families.olmo3 import SLIDING, Olmo3Config
 from olmozoo.families.parameter import Parameter
 from olmozoo.text.chat import chat_templates
 from olmozoo.typing import Array
 
 Kind = gguf.GGMLQuantizationType
+Exportable = OlmoConfig | Olmo2Config | Olmo3Config
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 KINDS = {np.dtype(np.float32): Kind.F32, np.dtype(np.float16): Kind.F16, BFLOAT16: Kind.BF16}
 FILE_KINDS = {
@@ -53,15 +56,15 @@ FILE_KINDS = {
 }
 
 
-def check_config(config: ModelConfig, where: Path) -> OlmoConfig | Olmo2Config:
+def check_config(config: ModelConfig, where: Path) -> Exportable:
     """The config, where llama.cpp can express it.
 
     Raises:
         ConfigError: it cannot. One error names every field that is in the way.
     """
-    if not isinstance(config, (OlmoConfig, Olmo2Config)):
+    if not isinstance(config, Exportable):
         raise ConfigError(
-            f"{where}: model_type is {config.model_type!r}, expected 'olmo' or 'olmo2': llama.cpp has no other"
+            f"{where}: model_type is {config.model_type!r}, expected 'olmo', 'olmo2' or 'olmo3': llama.cpp has no other"
         )
     expected: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", "swish"),
@@ -69,6 +72,10 @@ def check_config(config: ModelConfig, where: Path) -> OlmoConfig | Olmo2Config:
         "rope_scaling": (None,),
         "head_dim": (config.hidden_size // config.num_attention_heads,),
     }
+    if isinstance(config, Olmo3Config):  # sliding layers have the same theta there, and no scaling
+        expected |= {"sliding_rope_theta": (None,), "sliding_rope_scaling": (None,)}
+        if yarn_fields(config):
+            expected["rope_scaling"] = (config.rope_scaling,)
     raise_problems(
         f"{where}: llama.cpp has no such model",
         (
@@ -81,8 +88,8 @@ def check_config(config: ModelConfig, where: Path) -> OlmoConfig | Olmo2Config:
     return config
 
 
-def arch_of(config: OlmoConfig | Olmo2Config) -> gguf.MODEL_ARCH:
-    """The gguf library's name for the family."""
+def arch_of(config: Exportable) -> gguf.MODEL_ARCH:
+    """The gguf library's name for the family; llama.cpp runs OLMo 3 as OLMo 2 with windows."""
     return gguf.MODEL_ARCH.OLMO if isinstance(config, OlmoConfig) else gguf.MODEL_ARCH.OLMO2
 
 
@@ -105,7 +112,7 @@ def exported(name: str, parameter: Parameter, source: LazyTensor, config: ModelC
     return LazyTensor(name, dtype, parameter.shape, read)
 
 
-def plan(config: OlmoConfig | Olmo2Config, sources: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+def plan(config: Exportable, sources: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     """The tensors of the file, in order, by canonical name, under the names that the gguf library has for them."""
     names = gguf.get_tensor_name_map(arch_of(config), config.num_hidden_layers)
     tensors = {}
@@ -120,7 +127,7 @@ def plan(config: OlmoConfig | Olmo2Config, sources: dict[str, LazyTensor]) -> di
     return tensors
 
 
-def add_config(writer: gguf.GGUFWriter, config: OlmoConfig | Olmo2Config, name: str, kind: Kind) -> None:
+def add_config(writer: gguf.GGUFWriter, config: Exportable, name: str, kind: Kind) -> None:
     """Write what llama.cpp needs to know of the model."""
     writer.add_name(name)
     writer.add_file_type(FILE_KINDS[kind])
@@ -132,12 +139,22 @@ def add_config(writer: gguf.GGUFWriter, config: OlmoConfig | Olmo2Config, name: 
     writer.add_head_count_kv(config.kv_heads)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_vocab_size(config.vocab_size)
-    if isinstance(config, Olmo2Config):
+    if isinstance(config, PostNormConfig):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     else:
         writer.add_layer_norm_eps(1e-5)
         if config.clip_qkv is not None:
             writer.add_clamp_kqv(config.clip_qkv)
+    if isinstance(config, Olmo3Config):
+        if config.sliding_window is not None:
+            writer.add_sliding_window(config.sliding_window)
+            writer.add_sliding_window_pattern([kind == SLIDING for kind in config.layer_types or ()])
+        if yarn := yarn_fields(config):  # the attention factor is computed from the factor there
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(yarn["factor"])
+            writer.add_rope_scaling_orig_ctx_len(yarn["original_max_position_embeddings"])
+            writer.add_rope_scaling_yarn_beta_fast(yarn["beta_fast"])
+            writer.add_rope_scaling_yarn_beta_slow(yarn["beta_slow"])
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, config: ModelConfig, src: Path) -> None:
@@ -201,9 +218,7 @@ def pre_tokenizer(data: Any, where: Path) -> str:
     )
 
 
-def write(
-    file: Path, config: OlmoConfig | Olmo2Config, tensors: list[LazyTensor], source: FolderHandle, verify: bool
-) -> None:
+def write(file: Path, config: Exportable, tensors: list[LazyTensor], source: FolderHandle, verify: bool) -> None:
     """Write a temporary file, one tensor in memory at a time, and rename it when it is complete and checked.
 
     Raises:
@@ -263,13 +278,13 @@ def main(
     verify: Verify = True,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if there is such a file.")] = False,
 ) -> None:
-    """Convert a canonical OLMo or OLMo 2 checkpoint to a GGUF file for llama.cpp."""
+    """Convert a canonical OLMo, OLMo 2 or OLMo 3 checkpoint to a GGUF file for llama.cpp."""
     if out_file.suffix != ".gguf":  # such as a file of SRC
         raise InputError(f"OUT is {str(out_file)!r}, expected a name that ends in .gguf")
     if out_file.exists() and not force and not dry_run:
         raise InputError(f"{out_file} exists already: choose another name, or replace it with --force")
 
-    def read_source() -> tuple[FolderHandle, OlmoConfig | Olmo2Config, dict[str, LazyTensor]]:
+    def read_source() -> tuple[FolderHandle, Exportable, dict[str, LazyTensor]]:
         source, config = FolderHandle(src), check_config(ModelConfig.from_folder(src), src)
         return source, config, plan(config, canonical_sources(src, config))
 

@@ -8,6 +8,7 @@ Reading needs neither OLMo-core nor PyTorch; `--reverse` needs PyTorch, whose cl
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,8 @@ from conversion.common import (
     from_canonical,
     run,
     to_canonical,
+    yarn_factor,
+    yarn_fields,
 )
 from conversion.sharded import METADATA, read_distributed, write_distributed
 from olmozoo.checkpoint.files import CONFIG, FolderHandle, remove, write_json
@@ -37,7 +40,8 @@ from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError, ConfigError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig, is_number, read_json
 from olmozoo.families.olmo import OlmoConfig
-from olmozoo.families.olmo2 import Olmo2Config
+from olmozoo.families.olmo2 import Olmo2Config, PostNormConfig
+from olmozoo.families.olmo3 import FULL, SLIDING, Olmo3Config
 
 FOLDER = "model_and_optim"
 PREFIX = "model."  # of names in the index; the optimizer's have another
@@ -68,7 +72,6 @@ _ABSENT = (None, False)
 # what a path that is not there has.
 _ALWAYS: dict[str, tuple[Any, ...]] = {
     "name": ("default", None),
-    "block_overrides": (None, {}),
     "block_pattern": (None,),
     "embedding_norm": (None,),
     "embed_scale": (None, 1.0),
@@ -83,17 +86,20 @@ _ALWAYS: dict[str, tuple[Any, ...]] = {
     "attention.name": ("default", None),
     "attention.bias": (False,),
     "attention.gate": (None,),
-    "attention.sliding_window": (None,),
     "attention.use_head_qk_norm": _ABSENT,
     "attention.qk_norm_per_head_gains": _ABSENT,
     "attention.scalable_softmax": _ABSENT,
     "attention.attention_sinks": _ABSENT,
     "attention.rope.name": ("default", "fused", None),
-    "attention.rope.scaling": (None,),
     "attention.rope.no_global_rope": _ABSENT,
     "attention.rope.partial_rotary_factor": (1.0, None),
 }
-_OLMO2: dict[str, tuple[Any, ...]] = {
+_ALIKE: dict[str, tuple[Any, ...]] = {  # of families whose layers are all of one kind
+    "block_overrides": (None, {}),
+    "attention.sliding_window": (None,),
+    "attention.rope.scaling": (None,),
+}
+_POST_NORM: dict[str, tuple[Any, ...]] = {
     f"{norm}.{field}": values
     for norm in ("block.layer_norm", "attention.qk_norm", "lm_head.layer_norm")
     for field, values in {"name": RMS, "bias": (False,), "elementwise_affine": (True, None)}.items()
@@ -103,6 +109,15 @@ _OLMO: dict[str, tuple[Any, ...]] = {
     for norm in ("block.layer_norm", "lm_head.layer_norm")
     for field, values in {"name": ("default",), "elementwise_affine": (False,), "eps": (1e-5, None)}.items()
 } | {"attention.qk_norm": (None,)}
+_WANTED = {"olmo": _ALIKE | _OLMO, "olmo2": _ALIKE | _POST_NORM, "olmo3": _POST_NORM}
+YARN = "olmo_core.nn.rope.YaRNRoPEScalingConfig"
+_YARN_FIELDS = {  # theirs, and ours
+    "factor": "factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "old_context_len": "original_max_position_embeddings",
+}
+_YARN_DEFAULTS = {"factor": 8.0, "beta_fast": 32, "beta_slow": 1, "old_context_len": 8192}
 
 
 class Fields:
@@ -143,7 +158,7 @@ class Fields:
 
 
 def to_config(data: dict[str, Any], where: Path, length: int | None) -> ModelConfig:
-    """The canonical config of an OLMo-core one; blocks with `reordered_norm` are OLMo 2's.
+    """The canonical config of an OLMo-core one; blocks with `reordered_norm` are OLMo 2's, and OLMo 3's with a window.
 
     Args:
         data: the contents of config.json.
@@ -151,14 +166,16 @@ def to_config(data: dict[str, Any], where: Path, length: int | None) -> ModelCon
         length: max_position_embeddings; default what the file says of the length of training sequences.
 
     Raises:
-        ConfigError: neither OLMo nor OLMo 2 can express it. One error names every field that is in the way.
+        ConfigError: no OLMo can express it. One error names every field that is in the way.
     """
     model = Fields(data, where)
     block = model["block.name"]
-    family = Olmo2Config if block == "reordered_norm" else OlmoConfig
+    family: type[OlmoConfig | Olmo2Config | Olmo3Config] = OlmoConfig
+    if block == "reordered_norm":
+        family = Olmo2Config if model["attention.sliding_window"] is None else Olmo3Config
     if block not in ("reordered_norm", "default"):
         model.problems.append(f"model.block.name is {block!r}, expected 'reordered_norm' (OLMo 2) or 'default' (OLMo)")
-    model.require(_ALWAYS | (_OLMO2 if family is Olmo2Config else _OLMO), family.name)
+    model.require(_ALWAYS | _WANTED[family.model_type], family.name)
     heads, hidden = model.number("attention.n_heads"), model.number("d_model")
     if model["attention.head_dim"] not in (None, hidden // heads):
         model.problems.append(
@@ -177,7 +194,7 @@ def to_config(data: dict[str, Any], where: Path, length: int | None) -> ModelCon
         "max_position_embeddings": length or _trained_length(data),
         **_special_tokens(data),
     }
-    if family is Olmo2Config:
+    if issubclass(family, PostNormConfig):
         eps = model.number("block.layer_norm.eps", 1e-5)
         same = (eps, None) if eps == 1e-5 else (eps,)
         model.require(dict.fromkeys(("attention.qk_norm.eps", "lm_head.layer_norm.eps"), same), family.name)
@@ -186,8 +203,83 @@ def to_config(data: dict[str, Any], where: Path, length: int | None) -> ModelCon
         fields["clip_qkv"] = model["attention.clip_qkv"]
     if model["attention.rope"] is None:
         model.problems.append(f"model.{model.path('attention.rope')} is None, expected rotary positions")
-    raise_problems(f"{where} is not one of an OLMo or OLMo 2 model", model.problems, ConfigError)
+    if family is Olmo3Config:
+        fields |= _layer_fields(model, fields["num_hidden_layers"])
+    raise_problems(f"{where} is not one of an OLMo, OLMo 2 or OLMo 3 model", model.problems, ConfigError)
     return family.from_dict(fields)
+
+
+def _layer_fields(model: Fields, layers: int) -> dict[str, Any]:
+    """The fields of an OLMo 3 that are by the type of layer."""
+    windows, scalings = _windows(model, layers), _scalings(model, layers)
+    sizes = sorted({window for window in windows if window != -1})
+    if len(sizes) > 1:
+        path = model.path("attention.sliding_window")
+        model.problems.append(f"model.{path} has the windows {sizes}, expected one size")
+    types = [FULL if window == -1 else SLIDING for window in windows]
+    found = {}
+    for kind in (FULL, SLIDING):
+        of_kind = [scaling for scaling, other in zip(scalings, types, strict=True) if other == kind]
+        if any(scaling != of_kind[0] for scaling in of_kind):
+            model.problems.append(f"model.block_overrides: rope.scaling differs between layers with {kind}")
+        found[kind] = _yarn(model, of_kind[0]) if of_kind else None
+    return {
+        "layer_types": types,
+        "sliding_window": sizes[0] if sizes else None,
+        "rope_scaling": found[FULL],
+        "sliding_rope_scaling": found[SLIDING],
+    }
+
+
+def _windows(model: Fields, layers: int) -> list[int]:
+    """The window of each layer, its own position included; -1 where attention is full."""
+    path = "attention.sliding_window"
+    pattern = model[f"{path}.pattern"]
+    if not isinstance(pattern, list) or not pattern or any(type(w) is not int or w == 0 or w < -1 for w in pattern):
+        model.problems.append(f"model.{model.path(path)}.pattern is {pattern!r}, expected positive numbers and -1")
+        return [-1] * layers
+    first, last = (model[f"{path}.force_full_attention_on_{end}_layer"] is not False for end in ("first", "last"))
+    windows = [pattern[(layer - first) % len(pattern)] for layer in range(layers)]
+    for forced, layer in ((first, 0), (last, layers - 1)):
+        if forced:
+            windows[layer] = -1
+    return windows
+
+
+def _scalings(model: Fields, layers: int) -> list[Any]:
+    """`rope.scaling` of each layer: the block's, or that of a block that overrides it and is the same but for that."""
+    found = [model["attention.rope.scaling"]] * layers
+    overrides = model["block_overrides"] or {}
+
+    def without_scaling(block: Any) -> tuple[Any, Any]:
+        block = copy.deepcopy(block)
+        try:
+            return block, block[model.mixer]["rope"].pop("scaling", None)
+        except (KeyError, TypeError, AttributeError):
+            return None, None
+
+    plain, _ = without_scaling(model["block"])
+    for layer, block in overrides.items() if isinstance(overrides, dict) else [("", overrides)]:
+        other, scaling = without_scaling(block)
+        if not str(layer).isdecimal() or int(layer) >= layers or other != plain:
+            model.problems.append(f"model.block_overrides.{layer} differs from model.block in more than rope.scaling")
+        else:
+            found[int(layer)] = scaling
+    return found
+
+
+def _yarn(model: Fields, scaling: Any) -> dict[str, Any] | None:
+    """A `rope_scaling` of one of OLMo-core."""
+    if scaling is None:
+        return None
+    if not isinstance(scaling, dict) or scaling.get("_CLASS_") != YARN:
+        model.problems.append(f"rope.scaling is {scaling!r}, expected one of {YARN}")
+        return None
+    found = {ours: scaling.get(theirs, _YARN_DEFAULTS[theirs]) for theirs, ours in _YARN_FIELDS.items()}
+    if not is_number(found["factor"]) or found["factor"] <= 1:
+        model.problems.append(f"rope.scaling.factor is {found['factor']!r}, expected more than 1")
+        return None
+    return {"rope_type": "yarn", **found, "attention_factor": yarn_factor(found["factor"])}
 
 
 def _trained_length(data: dict[str, Any]) -> int:
@@ -209,26 +301,29 @@ def from_config(config: ModelConfig, where: Path, dtype: str) -> dict[str, Any]:
     """The contents of the config.json that means a canonical config: the inverse of `to_config`.
 
     Raises:
-        ConfigError: it is not an OLMo or OLMo 2 that OLMo-core can express. One error names every field.
+        ConfigError: it is not an OLMo, OLMo 2 or OLMo 3 that OLMo-core can express. One error names every field.
     """
-    if not isinstance(config, (OlmoConfig, Olmo2Config)):
-        raise ConfigError(f"{where}: model_type is {config.model_type!r}, expected 'olmo' or 'olmo2'")
+    if not isinstance(config, (OlmoConfig, Olmo2Config, Olmo3Config)):
+        raise ConfigError(f"{where}: model_type is {config.model_type!r}, expected 'olmo', 'olmo2' or 'olmo3'")
+    yarn = yarn_fields(config) if isinstance(config, Olmo3Config) else None
     expected: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", "swish"),
         "attention_bias": (False,),
-        "rope_scaling": (None,),
+        "rope_scaling": (None, config.rope_scaling if yarn else None),
         "head_dim": (config.hidden_size // config.num_attention_heads,),
         "rope_theta": (int(config.rope_theta),),
     }
+    if isinstance(config, Olmo3Config):
+        expected |= {"sliding_rope_theta": (None,), "sliding_rope_scaling": (None,)}
     problems = [
         f"{name} is {getattr(config, name)!r}, expected {' or '.join(map(repr, values))}"
         for name, values in expected.items()
         if getattr(config, name) not in values
     ]
     raise_problems(f"{where}: this program writes no such OLMo-core config", problems, ConfigError)
-    second = isinstance(config, Olmo2Config)
+    post_norm = isinstance(config, PostNormConfig)
     norm: dict[str, Any] = {"name": "default", "eps": 1e-5, "elementwise_affine": False, "bias": False}
-    if isinstance(config, Olmo2Config):
+    if isinstance(config, PostNormConfig):
         norm = {"name": "rms", "eps": config.rms_norm_eps, "bias": False}
     norm |= {"dtype": dtype, "_CLASS_": "olmo_core.nn.layer_norm.LayerNormConfig"}
     attention = {
@@ -239,10 +334,12 @@ def from_config(config: ModelConfig, where: Path, dtype: str) -> dict[str, Any]:
         "bias": False,
         "clip_qkv": config.clip_qkv if isinstance(config, OlmoConfig) else None,
         "rope": {"name": "default", "theta": int(config.rope_theta), "_CLASS_": "olmo_core.nn.rope.RoPEConfig"},
-        "qk_norm": norm if second else None,
+        "qk_norm": norm if post_norm else None,
         "dtype": dtype,
         "_CLASS_": "olmo_core.nn.attention.AttentionConfig",
     }
+    if isinstance(config, Olmo3Config):
+        attention["sliding_window"] = _core_window(config)
     feed_forward = {
         "hidden_size": config.intermediate_size,
         "name": "default",
@@ -250,8 +347,8 @@ def from_config(config: ModelConfig, where: Path, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "_CLASS_": "olmo_core.nn.feed_forward.FeedForwardConfig",
     }
-    block = {
-        "name": "reordered_norm" if second else "default",
+    block: dict[str, Any] = {
+        "name": "reordered_norm" if post_norm else "default",
         "sequence_mixer": attention,
         "layer_norm": norm,
         "feed_forward": feed_forward,
@@ -274,12 +371,30 @@ def from_config(config: ModelConfig, where: Path, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "_CLASS_": "olmo_core.nn.transformer.config.TransformerConfig",
     }
+    if yarn:
+        scaled = copy.deepcopy(block)
+        scaling = {theirs: yarn[ours] for theirs, ours in _YARN_FIELDS.items()}
+        scaled["sequence_mixer"]["rope"]["scaling"] = scaling | {"_CLASS_": YARN}
+        model["block_overrides"] = {str(i): scaled for i, window in enumerate(config.windows) if window is None}
     tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     dataset = {
         "sequence_length": config.max_position_embeddings,
         "tokenizer": {"vocab_size": config.vocab_size, **tokens},
     }
     return {"model": model, "dataset": dataset}
+
+
+def _core_window(config: Olmo3Config) -> dict[str, Any]:
+    """The `sliding_window` of a block, whose pattern is as short as can be."""
+    windows = [-1 if window is None else window for window in config.windows]
+    count = len(windows)
+    period = next(n for n in range(1, count + 1) if windows == (windows[:n] * count)[:count])
+    return {
+        "pattern": windows[:period],
+        "force_full_attention_on_first_layer": False,
+        "force_full_attention_on_last_layer": False,
+        "_CLASS_": "olmo_core.nn.attention.SlidingWindowAttentionConfig",
+    }
 
 
 # -- the program ------------------------------------------------------------------------------------------------------

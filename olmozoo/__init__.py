@@ -1,4 +1,4 @@
-"""olmozoo: OLMo, OLMo 2 and OPT in PyTorch, in Keras/TensorFlow and in JAX/Flax.
+"""olmozoo: OLMo, OLMo 2, OLMo 3 and OPT in PyTorch, in Keras/TensorFlow and in JAX/Flax.
 
 Configs and the neutral parts are here; models are in `olmozoo.pt`, `olmozoo.tf` and `olmozoo.flax`. Importing this
 package imports no framework.
@@ -8,6 +8,7 @@ from olmozoo.errors import CheckpointError, ConfigError, HubError, InputError, M
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config
+from olmozoo.families.olmo3 import Olmo3Config
 from olmozoo.families.opt import OPTConfig
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.interop import convert
@@ -27,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "OPTConfig",
     "Olmo2Config",
+    "Olmo3Config",
     "OlmoConfig",
     "OlmozooError",
     "TextIteratorStreamer",

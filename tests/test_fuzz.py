@@ -22,7 +22,16 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from olmozoo import CheckpointError, ConfigError, Olmo2Config, OlmoConfig, OlmozooError, OPTConfig, Tokenizer
+from olmozoo import (
+    CheckpointError,
+    ConfigError,
+    Olmo2Config,
+    Olmo3Config,
+    OlmoConfig,
+    OlmozooError,
+    OPTConfig,
+    Tokenizer,
+)
 from olmozoo.checkpoint.convert import convert_checkpoint
 from olmozoo.checkpoint.formats.safetensors import read_tensors
 from olmozoo.checkpoint.matching import load_weights
@@ -319,7 +328,10 @@ ropes = st.fixed_dictionaries(
     {"rope_type": st.sampled_from(["linear", "dynamic", "yarn", "longrope", "llama3"])},
     optional=dict.fromkeys(ROPE_KEYS[2:], rope_values),
 ) | st.dictionaries(st.sampled_from(ROPE_KEYS), rope_values, max_size=6)
-FAMILIES = {cls.model_type: cls(num_hidden_layers=2).to_dict() for cls in (OlmoConfig, Olmo2Config, OPTConfig)}
+typed_ropes = st.dictionaries(st.sampled_from(["full_attention", "sliding_attention", "rope_type"]), ropes | values)
+FAMILIES = {
+    cls.model_type: cls(num_hidden_layers=2).to_dict() for cls in (OlmoConfig, Olmo2Config, Olmo3Config, OPTConfig)
+}
 EXTRA = ("head_dim", "pruned_heads", "rope_parameters", "id2label", "label2id", "num_labels", "problem_type",
          "architectures", "dtype", "torch_dtype", "model_type", "extra", "name", "heads", "unknown")  # fmt: skip
 
@@ -330,7 +342,7 @@ def configs(draw):
     data = dict(FAMILIES[draw(st.sampled_from(sorted(FAMILIES)))])
     for _ in range(draw(st.integers(1, 4))):
         name = draw(st.sampled_from([*data, *EXTRA]) | texts)
-        data[name] = draw(ropes if name.startswith("rope_") and draw(st.booleans()) else values)
+        data[name] = draw(ropes | typed_ropes if name.startswith("rope_") and draw(st.booleans()) else values)
     return data
 
 

@@ -63,7 +63,7 @@ def options(
         bool, typer.Option("--version", help="Show the version.", callback=show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """OLMo, OLMo 2 and OPT in PyTorch, Keras/TensorFlow and JAX/Flax: one checkpoint, one answer."""
+    """OLMo, OLMo 2, OLMo 3 and OPT in PyTorch, Keras/TensorFlow and JAX/Flax: one checkpoint, one answer."""
 
 
 def main() -> None:

@@ -39,6 +39,8 @@ from olmozoo.errors import InputError, OlmozooError
 if TYPE_CHECKING:
     from olmozoo.text.pipeline import TextGenerationPipeline
 
+THINK = "<think>"  # which the templates of reasoning models may put in front of an answer
+
 
 def generate(
     model: Model,
@@ -221,10 +223,17 @@ def _answer(
     settings: dict[str, Any],
     allow_long: bool,
 ) -> list[dict[str, str]]:
-    """Write the answer to a chat, and return the chat with it; without the question too, if nothing was written."""
-    pieces: list[str] = []
+    """Write the answer to a chat, and return the chat with it; without the question too, if nothing was written.
+
+    Where the template opens a thought, its `<think>` is a part of the answer.
+    """
+    opened, pieces = "", list[str]()
     try:
         _count_tokens(pipe, [messages], settings["max_new_tokens"], allow_long)
+        prompt = pipe.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        if prompt.endswith(THINK):
+            opened = THINK
+            write(THINK)
         with contextlib.closing(pipe.stream(messages, stream_index=number, **settings)) as answer:
             for piece in answer:
                 pieces.append(piece)
@@ -234,7 +243,7 @@ def _answer(
     except OlmozooError as error:  # such as a chat that has grown too long
         write(f"olmozoo: {error}")
     write("\n")
-    return [*messages, {"role": "assistant", "content": "".join(pieces)}] if pieces else messages[:-1]
+    return [*messages, {"role": "assistant", "content": opened + "".join(pieces)}] if pieces else messages[:-1]
 
 
 def _count_tokens(pipe: TextGenerationPipeline, prompts: list[Any], max_new_tokens: int, allow_long: bool) -> int:

@@ -106,6 +106,11 @@ class ModelConfig(ABC):
         return self.kv_heads
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many keys a query sees in each layer, its own and those right before it; None where it sees all."""
+        return (None,) * self.num_hidden_layers
+
+    @property
     def position_limit(self) -> int | None:
         """The most positions a sequence can have; None where a longer one is computed as well."""
         return None

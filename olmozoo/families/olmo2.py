@@ -27,24 +27,13 @@ def _preset(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> 
     }
 
 
-@register
 @dataclass(kw_only=True)
-class Olmo2Config(RotaryConfig):
-    """Configuration of OLMo 2 models: the fields of `RotaryConfig` and one more.
+class PostNormConfig(RotaryConfig):
+    """What OLMo 2 and the families with its blocks share: the fields of `RotaryConfig` and one more.
 
     Attributes:
         rms_norm_eps: epsilon of every RMS norm.
     """
-
-    model_type: ClassVar[str] = "olmo2"
-    name: ClassVar[str] = "Olmo2"
-    heads: ClassVar[tuple[Head, ...]] = ("causal_lm", "sequence_classification")
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "olmo2-1b": _preset(2048, 8192, 16, 16, 16),
-        "olmo2-7b": _preset(4096, 11008, 32, 32, 32),
-        "olmo2-13b": _preset(5120, 13824, 40, 40, 40),
-        "olmo2-32b": _preset(5120, 27648, 64, 40, 8),
-    }
 
     rms_norm_eps: float = 1e-5
 
@@ -66,3 +55,19 @@ class Olmo2Config(RotaryConfig):
             yield Parameter(f"{block}.post_attention_layernorm.weight", (hidden,), ("embed",), "norm")
             yield Parameter(f"{block}.post_feedforward_layernorm.weight", (hidden,), ("embed",), "norm")
         yield Parameter("model.norm.weight", (hidden,), ("embed",), "norm")
+
+
+@register
+@dataclass(kw_only=True)
+class Olmo2Config(PostNormConfig):
+    """Configuration of OLMo 2 models: the fields of `PostNormConfig`."""
+
+    model_type: ClassVar[str] = "olmo2"
+    name: ClassVar[str] = "Olmo2"
+    heads: ClassVar[tuple[Head, ...]] = ("causal_lm", "sequence_classification")
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "olmo2-1b": _preset(2048, 8192, 16, 16, 16),
+        "olmo2-7b": _preset(4096, 11008, 32, 32, 32),
+        "olmo2-13b": _preset(5120, 13824, 40, 40, 40),
+        "olmo2-32b": _preset(5120, 27648, 64, 40, 8),
+    }

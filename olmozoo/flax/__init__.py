@@ -18,6 +18,7 @@ from olmozoo.flax.base import canonical_state
 from olmozoo.flax.cache import KVCache
 from olmozoo.flax.olmo import FlaxOlmoForCausalLM, FlaxOlmoForSequenceClassification, FlaxOlmoModel
 from olmozoo.flax.olmo2 import FlaxOlmo2ForCausalLM, FlaxOlmo2ForSequenceClassification, FlaxOlmo2Model
+from olmozoo.flax.olmo3 import FlaxOlmo3ForCausalLM, FlaxOlmo3ForSequenceClassification, FlaxOlmo3Model
 from olmozoo.flax.opt import (
     FlaxOPTForCausalLM,
     FlaxOPTForQuestionAnswering,
@@ -37,6 +38,9 @@ __all__ = [
     "FlaxOlmo2ForCausalLM",
     "FlaxOlmo2ForSequenceClassification",
     "FlaxOlmo2Model",
+    "FlaxOlmo3ForCausalLM",
+    "FlaxOlmo3ForSequenceClassification",
+    "FlaxOlmo3Model",
     "FlaxOlmoForCausalLM",
     "FlaxOlmoForSequenceClassification",
     "FlaxOlmoModel",

@@ -70,16 +70,17 @@ class DecoderModule(nn.Module):
         hidden = hidden.astype(self.dtype)  # (b, s, c)
         batch, length, _ = hidden.shape
         pasts, past, keys = open_cache(past_key_values, len(blocks), length)
-        mask = causal_mask(attention_mask, batch, length, past, keys)
+        windows = self.config.windows
+        masks = {w: causal_mask(attention_mask, batch, length, past, keys, w) for w in dict.fromkeys(windows)}
         if position_ids is None and cache_position is not None:
             position_ids = jnp.asarray(cache_position)[None]
         hidden, layer_inputs = self.embed_positions(hidden, position_ids, attention_mask, past, **family_inputs)
 
         layerdrop = getattr(self.config, "layerdrop", 0.0)
         states, presents, attentions = [hidden], [], []
-        for block, layer_input, layer_past in zip(blocks, layer_inputs, pasts, strict=True):
+        for block, layer_input, layer_past, window in zip(blocks, layer_inputs, pasts, windows, strict=True):
             before = hidden
-            hidden, present, weights = block(hidden, mask, layer_input, layer_past, deterministic)
+            hidden, present, weights = block(hidden, masks[window], layer_input, layer_past, deterministic)
             if layerdrop and not deterministic:
                 hidden = jnp.where(jax.random.uniform(self.make_rng("dropout")) < layerdrop, before, hidden)
             states.append(hidden)
@@ -109,7 +110,11 @@ class DecoderModule(nn.Module):
         position_ids = jnp.asarray(position_ids)
         if position_ids.shape not in ((batch, length), (1, length)):
             raise InputError(f"position_ids has shape {position_ids.shape}, expected ({batch} or 1, {length})")
-        return hidden, [rotary(self.rope, position_ids, hidden.dtype)] * self.config.num_hidden_layers
+        return hidden, self.rotary_tables(position_ids, hidden.dtype)
+
+    def rotary_tables(self, position_ids: Array, dtype: Any) -> list[tuple[Array, Array]]:
+        """Cosines and sines of each layer; where layers differ in them, a family has a method of its own."""
+        return [rotary(self.rope, position_ids, dtype)] * self.config.num_hidden_layers
 
     def final_norm(self, hidden: Array) -> Array:
         """The hidden states after the last block, normed."""

@@ -95,21 +95,24 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return (wide * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
 
 
-def causal_mask(attention_mask: Array | None, batch: int, length: int, past: Any, keys: int) -> Array:
+def causal_mask(
+    attention_mask: Array | None, batch: int, length: int, past: Any, keys: int, window: int | None = None
+) -> Array:
     """Which keys each query sees: bool (b or 1, 1, s, t).
 
-    A query sees the real keys up to its own position. One that would see none (padding on the left) sees itself, so
-    that no softmax is over nothing. Positions of a `KVCache` that are not written yet come after every query's own, so
-    none sees them.
+    A query sees the real keys up to its own position, in a window the last of these alone. One that would see none
+    (padding on the left) sees itself, so that no softmax is over nothing. Positions of a `KVCache` that are not written
+    yet come after every query's own, so none sees them.
 
     Args:
         attention_mask: (b, past + s), 1 for real tokens; it may be as wide as (b, t). Or (b or 1, h or 1, s, past + s
-            to t), which is the answer itself: true where a query sees a key, or floats, which `attention` adds to the
-            scores.
+            to t), which is the answer itself, with no window: true where a query sees a key, or floats, which
+            `attention` adds to the scores.
         batch: b.
         length: s.
         past: positions in the cache before this call; it may be traced.
         keys: t; past + s, but for a `KVCache` its `max_length`.
+        window: how many positions a query sees, padding and its own included; None for all.
 
     Raises:
         InputError: attention_mask has another shape.
@@ -120,6 +123,8 @@ def causal_mask(attention_mask: Array | None, batch: int, length: int, past: Any
     query = past + jnp.arange(length)[:, None]
     key = jnp.arange(keys)[None, :]
     causal = (key <= query)[None, None]
+    if window is not None:
+        causal &= key > query - window
     if attention_mask is None:
         return causal
     real = jnp.asarray(attention_mask).astype(bool)

@@ -15,7 +15,7 @@ from typing import Any
 from flax import linen as nn
 from jax import Array
 
-from olmozoo.families.olmo2 import Olmo2Config
+from olmozoo.families.olmo2 import Olmo2Config, PostNormConfig
 from olmozoo.flax.cache import update
 from olmozoo.flax.decoder import Decoder, DecoderModule, Layers
 from olmozoo.flax.heads import CausalLM, SequenceClassifier
@@ -25,7 +25,7 @@ from olmozoo.flax.layers import GatedMLP, RMSNorm, attention, rotate, split_head
 class Olmo2Attention(nn.Module):
     """Grouped-query attention; queries and keys are normed over all heads together, before they are split."""
 
-    config: Olmo2Config
+    config: PostNormConfig
     dtype: Any
     param_dtype: Any
 
@@ -58,7 +58,7 @@ class Olmo2Attention(nn.Module):
 class Olmo2Block(nn.Module):
     """One decoder block, norms after the sublayers."""
 
-    config: Olmo2Config
+    config: PostNormConfig
     dtype: Any
     param_dtype: Any
     layer: int

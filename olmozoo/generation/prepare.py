@@ -141,7 +141,9 @@ def prepare(
     layout = _resolve_layout(settings, config, changes, real, cached, ids is not None, compiled)
 
     copies = settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences
-    _check_memory(settings, config, layout, len(real) * copies)
+    is_whole = compiled or settings.return_dict_in_generate
+    windows = (None,) * config.num_hidden_layers if is_whole else config.windows
+    _check_memory(settings, config, layout, len(real) * copies, windows)
     tokens = np.full((len(real) * copies, layout.text_slots + layout.answer_slots), pad, np.int64)
     is_text = np.zeros(tokens.shape, bool)
     is_text[:, layout.text_slots :] = True
@@ -311,14 +313,19 @@ def _resolve_layout(
     )
 
 
-def _check_memory(settings: GenerationConfig, config: ModelConfig, layout: Layout, rows: int) -> None:
-    """Refuse a call whose cache and buffers cannot be in the memory of this machine, before any is allocated."""
+def _check_memory(
+    settings: GenerationConfig, config: ModelConfig, layout: Layout, rows: int, windows: tuple[int | None, ...]
+) -> None:
+    """Refuse a call whose cache and buffers cannot be in the memory of this machine, before any is allocated.
+
+    Of a layer with one of the `windows`, the cache keeps no more than that for sure.
+    """
     if not hasattr(os, "sysconf"):
         return
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    heads = sum(config.kv_heads_in(layer) for layer in range(config.num_hidden_layers))
     slots = layout.answer_start + layout.answer_slots + layout.draft_slots
-    needed = rows * slots * heads * config.head_dim * 2 * 2  # keys and values, of at least two bytes
+    keys = sum(config.kv_heads_in(layer) * min(slots, window or slots) for layer, window in enumerate(windows))
+    needed = rows * keys * config.head_dim * 2 * 2  # keys and values, of at least two bytes
     needed += rows * (layout.text_slots + layout.answer_slots) * 9  # tokens, and which of them are text
     needed += rows * layout.answer_slots * config.vocab_size * 8 * settings.output_scores
     if needed > memory:

@@ -17,6 +17,7 @@ from olmozoo.pt.base import canonical_state
 from olmozoo.pt.cache import KVCache
 from olmozoo.pt.olmo import OlmoForCausalLM, OlmoForSequenceClassification, OlmoModel
 from olmozoo.pt.olmo2 import Olmo2ForCausalLM, Olmo2ForSequenceClassification, Olmo2Model
+from olmozoo.pt.olmo3 import Olmo3ForCausalLM, Olmo3ForSequenceClassification, Olmo3Model
 from olmozoo.pt.opt import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, OPTModel
 
 __all__ = [
@@ -32,6 +33,9 @@ __all__ = [
     "Olmo2ForCausalLM",
     "Olmo2ForSequenceClassification",
     "Olmo2Model",
+    "Olmo3ForCausalLM",
+    "Olmo3ForSequenceClassification",
+    "Olmo3Model",
     "OlmoForCausalLM",
     "OlmoForSequenceClassification",
     "OlmoModel",

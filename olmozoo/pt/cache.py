@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
@@ -58,9 +59,7 @@ class KVCache:
         Raises:
             InputError: there is no room, or the cache has other rows or heads.
         """
-        cached, new = tuple(self.keys[layer].shape[:2]), tuple(key.shape[:2])
-        if cached != new:
-            raise InputError(f"the cache has {cached} rows and heads, expected {new}")
+        self.check_rows(key, layer)
         start = self.lengths[layer]
         end = start + key.shape[2]
         if end > self.max_length:
@@ -70,19 +69,21 @@ class KVCache:
         self.lengths[layer] = end
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
+    def check_rows(self, key: Tensor, layer: int) -> None:
+        """Raise an InputError unless new keys have the rows and heads of those cached."""
+        cached, new = tuple(self.keys[layer].shape[:2]), tuple(key.shape[:2])
+        if cached != new:
+            raise InputError(f"the cache has {cached} rows and heads, expected {new}")
+
     def begin_with(self, cache: Any, length: int) -> None:
         """Copy another cache to the end of the first `length` positions; zeros before it pad it on the left."""
-        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+        for layer, key in enumerate(self.keys):
             none = key[:, :, :0]  # added to any kind of cache, it returns what is cached
             old_key, old_value = cache.update(none, none, layer)
             if old_key.shape != (shape := (*key.shape[:2], cache.get_seq_length(), key.shape[3])):
                 raise InputError(f"past_key_values is {tuple(old_key.shape)} in layer {layer}, expected {shape}")
-            start = length - old_key.shape[2]
-            key[:, :, :start] = 0
-            value[:, :, :start] = 0
-            key[:, :, start:length] = old_key
-            value[:, :, start:length] = old_value
-            self.lengths[layer] = length
+            left = (0, 0, length - old_key.shape[2], 0)
+            self.update(pad(old_key, left), pad(old_value, left), layer)
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i by row `rows[i]`."""
@@ -98,19 +99,73 @@ class KVCache:
         return tuple((k[:, :, positions], v[:, :, positions]) for k, v in zip(self.keys, self.values, strict=True))
 
 
+class WindowCache(KVCache):
+    """A cache that keeps, of a layer with a window, the positions that the next query sees and some more.
+
+    `update` returns at least what the new queries see; these are the last of all keys, as `attention` takes them. When
+    the memory of such a layer is full, what the window sees moves to its front.
+
+    Args:
+        windows: the window of each layer, or None.
+        spare: positions beyond a window; what is cached can be rewound by so many.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, spare: int, **options: Any) -> None:
+        shapes = [
+            (batch_size, config.kv_heads_in(layer), min(max_length, (window or max_length) + spare), config.head_dim)
+            for layer, window in enumerate(config.windows)
+        ]
+        super().__init__(*([torch.empty(shape, **options) for shape in shapes] for _ in range(2)))
+        self.windows, self.limit = config.windows, max_length
+        self.firsts = [0] * len(shapes)  # the positions that memory begins with
+
+    @property
+    def max_length(self) -> int:
+        """See `KVCache.max_length`; layers with a window have memory for fewer."""
+        return self.limit
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """See `KVCache.update`; of a layer with a window, the last keys alone are returned."""
+        self.check_rows(key, layer)
+        memory, new, room = (self.keys[layer], self.values[layer]), (key, value), self.keys[layer].shape[2]
+        used = self.lengths[layer] - self.firsts[layer]
+        end = used + key.shape[2]
+        self.lengths[layer] += key.shape[2]
+        if end <= room:
+            for old, x in zip(memory, new, strict=True):
+                old[:, :, used:end] = x
+            return memory[0][:, :, :end], memory[1][:, :, :end]
+        window = self.windows[layer]
+        if window is None:
+            raise InputError(f"the cache has room for {room} positions, {end} are needed")
+        kept = min(used, window - 1)
+        both = [
+            torch.cat([old[:, :, used - kept : used], x.to(old.dtype)], 2) for old, x in zip(memory, new, strict=True)
+        ]
+        stored = min(both[0].shape[2], room)
+        for old, x in zip(memory, both, strict=True):
+            old[:, :, :stored] = x[:, :, -stored:]
+        self.firsts[layer] = self.lengths[layer] - stored
+        return both[0], both[1]
+
+
 class StaticCache(KVCache):
     """A cache whose every use has the same shapes, as `torch.compile` wants: attention sees all of its positions.
 
-    A mask (batch, 1, seq, max_length) says which of them count, and `positions` where the next keys go.
+    A mask (batch, max_length) says which of them are real, and `positions` where the next keys go.
     """
 
     def __init__(self, cache: KVCache) -> None:
         super().__init__(cache.keys, cache.values, cache.get_seq_length())
-        self.positions = torch.zeros(0, dtype=torch.long)
+        self.positions = torch.tensor([self.lengths[0]])
         for tensor in (*self.keys, *self.values):
             tensor[:, :, self.lengths[0] :] = 0  # a weight of 0 times memory that was never written might be NaN
             # So CUDA graphs use the memory where it is. Not public; see test_a_static_cache_is_at_a_static_address.
             torch._dynamo.mark_static_address(tensor)
+
+    def get_seq_length(self, layer: int = 0) -> Tensor:
+        """The number of positions before `positions`, a scalar."""
+        return self.positions[0]
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Write key and value (batch, kv_heads, new, head_dim) of a layer at `positions`; return all of the layer."""
@@ -169,3 +224,8 @@ def close_cache(cache: Any) -> Any:
 def cached_length(cache: Any) -> int:
     """The number of positions cached; 0 for None."""
     return 0 if cache is None else cache.get_seq_length()
+
+
+def key_count(cache: Any, new: int) -> int:
+    """The number of keys that the queries of a call that adds `new` positions are compared with."""
+    return cache.max_length if isinstance(cache, StaticCache) else cached_length(cache) + new

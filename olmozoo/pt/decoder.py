@@ -12,7 +12,7 @@ from olmozoo.errors import InputError
 from olmozoo.modeling import check_inputs, check_range
 from olmozoo.outputs import BaseModelOutput
 from olmozoo.pt.base import PreTrainedModel
-from olmozoo.pt.cache import cached_length, close_cache, open_cache
+from olmozoo.pt.cache import cached_length, close_cache, key_count, open_cache
 from olmozoo.pt.layers import as_tensor, causal_mask, concrete, rotary
 
 
@@ -81,14 +81,17 @@ class Decoder(PreTrainedModel):
 
         hidden = self.stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (b, s, c)
         batch, length, _ = hidden.shape
-        mask = causal_mask(attention_mask, batch, length, past, hidden.device)
+        masks = {
+            window: causal_mask(attention_mask, batch, length, past, key_count(cache, length), hidden.device, window)
+            for window in dict.fromkeys(self.config.windows)
+        }
         if position_ids is None and cache_position is not None:
             position_ids = cache_position[None]
         hidden, layer_inputs = self.embed_positions(hidden, position_ids, attention_mask, past, **inputs)
 
         states, attentions = [hidden], []
-        for layer, layer_input in zip(layers, layer_inputs, strict=True):
-            before, arguments = hidden, (mask, layer_input, cache, output_attentions)
+        for layer, layer_input, window in zip(layers, layer_inputs, self.config.windows, strict=True):
+            before, arguments = hidden, (masks[window], layer_input, cache, output_attentions)
             if recompute and cache is None:
                 hidden, weights = checkpoint(layer, hidden, *arguments, use_reentrant=False)
             else:
@@ -114,7 +117,11 @@ class Decoder(PreTrainedModel):
             position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
         if position_ids.ndim != 2:
             raise InputError(f"position_ids has shape {tuple(position_ids.shape)}, expected (batch or 1, seq)")
-        return hidden, [rotary(self.rope, position_ids, hidden.dtype)] * len(self.stack.layers)
+        return hidden, self.rotary_tables(position_ids, hidden.dtype)
+
+    def rotary_tables(self, position_ids: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and sines of each layer; where layers differ in them, a family has a method of its own."""
+        return [rotary(self.rope, position_ids, dtype)] * len(self.stack.layers)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The hidden states after the last block, normed."""

@@ -15,8 +15,10 @@ from olmozoo.generation.decode import decode_step, propose_draft
 from olmozoo.generation.prepare import Call, finalize, prepare
 from olmozoo.generation.state import State
 from olmozoo.outputs import GenerateOutput
-from olmozoo.pt.cache import KVCache, StaticCache, TupleCache, cached_length, open_cache
+from olmozoo.pt.cache import KVCache, StaticCache, TupleCache, WindowCache, cached_length, open_cache
 from olmozoo.pt.layers import at_least_float32
+
+SPARE = 256  # positions that a layer with a window generates before what it sees is moved in memory
 
 
 class GenerationMixin:
@@ -158,7 +160,12 @@ class GenerationMixin:
         mask = torch.from_numpy(call.mask).to(device)
         padded = compile or not call.mask.all()
         positions = (mask.long().cumsum(-1) - 1).clamp(0, (self.config.position_limit or len(mask[0])) - 1)
-        cache = self.init_cache(len(mask), mask.shape[1])
+        need_all = compile or call.settings.return_dict_in_generate
+        if need_all or not any(self.config.windows):
+            cache = self.init_cache(len(mask), mask.shape[1])
+        else:
+            spare = max(SPARE, 1 + options.draft_tokens)
+            cache = WindowCache(self.config, len(mask), mask.shape[1], spare, dtype=self.dtype, device=device)
         if past is not None:
             cache.begin_with(past, layout.past_slots)
 
@@ -235,7 +242,6 @@ class GenerationMixin:
     def _compiled_read(self, cache: KVCache, mask: Tensor, positions: Tensor) -> tuple[Callable[..., Tensor], KVCache]:
         """`read` for the steps after the prompt, with shapes that never change, and the cache that it uses."""
         cache = StaticCache(cache)
-        key = torch.arange(mask.shape[1], device=mask.device)
         step = self.__dict__.get("_step")
         if step is None:
             mode = "reduce-overhead" if mask.is_cuda else "default"
@@ -243,10 +249,9 @@ class GenerationMixin:
 
         def read(ids: Tensor, start: int, end: int, embeds: Tensor | None = None, keep: int = 1) -> Tensor:
             cache.positions = torch.arange(start, end, device=mask.device)
-            seen = mask[:, None, None, :] & (key <= cache.positions[:, None])
             output = step(
                 ids,
-                attention_mask=seen,
+                attention_mask=mask,
                 position_ids=positions[:, start:end].contiguous(),
                 past_key_values=cache,
                 logits_to_keep=keep,

@@ -119,36 +119,48 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_mask(
-    attention_mask: Tensor | None, batch: int, length: int, past: int, device: torch.device
+    attention_mask: Tensor | None,
+    batch: int,
+    length: int,
+    past: int | Tensor,
+    keys: int,
+    device: torch.device,
+    window: int | None = None,
 ) -> Tensor | None:
     """Which keys each query sees: bool (b or 1, 1, s, t), or None where that is plain causality.
 
-    A query sees the real keys up to its own position. One that would see none (padding on the left) sees itself, so
-    that no softmax is over nothing.
+    A query sees the real keys up to its own position, in a window the last of these alone. One that would see none
+    (padding on the left) sees itself, so that no softmax is over nothing.
 
     Args:
-        attention_mask: (b, past + s), 1 for real tokens. Or (b or 1, h or 1, s, t), which is the answer itself: true
-            where a query sees a key, or floats, which `attention` adds to the scores.
+        attention_mask: (b, t), 1 for real tokens. Or (b or 1, h or 1, s, t), which is the answer itself, with no
+            window: true where a query sees a key, or floats, which `attention` adds to the scores.
         batch: b.
         length: s.
         past: positions in the cache before this call.
+        keys: t; past + s, but for a `StaticCache` its `max_length`.
         device: of the result.
+        window: how many positions a query sees, padding and its own included; None for all.
 
     Raises:
         InputError: attention_mask has another shape.
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask if attention_mask.is_floating_point() else attention_mask.to(torch.bool)
-    if attention_mask is None and (past == 0 or length == 1):
+    if window is not None and not torch.compiler.is_exporting() and keys <= window:  # a graph serves any length
+        window = None
+    if attention_mask is None and window is None and (past == 0 or length == 1):
         return None
-    query = torch.arange(past, past + length, device=device)[:, None]
-    key = torch.arange(past + length, device=device)[None, :]
+    query = past + torch.arange(length, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None, :]
     causal = (key <= query)[None, None]
+    if window is not None:
+        causal = causal & (key > query - window)
     if attention_mask is None:
         return causal
-    if attention_mask.shape != (batch, past + length):
+    if attention_mask.shape != (batch, keys):
         raise InputError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(batch, past + length)}: "
+            f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(batch, keys)}: "
             f"{past} cached and {length} new positions"
         )
     seen = causal & attention_mask.to(torch.bool)[:, None, None, :]
@@ -178,13 +190,16 @@ def attention(
     """Softmax attention of query (b, h, s, d) on key and value (b, g, t, d); key head i serves h/g query heads.
 
     A mask of floats is added to the scores. A head_mask (h,) multiplies each head's weights. Dropout of the weights
-    has the probability `dropout`.
+    has the probability `dropout`. Where a layer has a window, a cache of Transformers keeps the last keys alone; the
+    last columns of the mask are theirs.
 
     Returns:
         The heads' outputs, side by side, (b, s, h * d); and the weights (b, h, s, t) where they are wanted.
     """
     weights, wide = None, at_least_float32(query.dtype)
     key, value = key.to(query.dtype), value.to(query.dtype)  # a cache may be narrower
+    if mask is not None:
+        mask = mask[..., -key.shape[2] :]
     if mask is not None and mask.is_floating_point():
         mask = mask.to(wide).clamp(min=torch.finfo(query.dtype).min).to(query.dtype)  # no row of infinities alone
     if want_weights or head_mask is not None:

@@ -9,11 +9,11 @@ c hidden size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from olmozoo.families.olmo2 import Olmo2Config
+from olmozoo.families.olmo2 import Olmo2Config, PostNormConfig
 from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.heads import CausalLM, SequenceClassifier
 from olmozoo.pt.layers import GatedMLP, RMSNorm, attention, rotate, split_heads
@@ -22,7 +22,7 @@ from olmozoo.pt.layers import GatedMLP, RMSNorm, attention, rotate, split_heads
 class Olmo2Attention(nn.Module):
     """Grouped-query attention; queries and keys are normed over all heads together, before they are split."""
 
-    def __init__(self, config: Olmo2Config, layer: int) -> None:
+    def __init__(self, config: PostNormConfig, layer: int) -> None:
         super().__init__()
         c, bias = config.hidden_size, config.attention_bias
         q, kv = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
@@ -53,7 +53,7 @@ class Olmo2Attention(nn.Module):
 class Olmo2Block(nn.Module):
     """One decoder block, norms after the sublayers."""
 
-    def __init__(self, config: Olmo2Config, layer: int) -> None:
+    def __init__(self, config: PostNormConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = Olmo2Attention(config, layer)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
@@ -72,7 +72,7 @@ class Olmo2Block(nn.Module):
 class Olmo2Model(Decoder):
     """The OLMo 2 decoder without a head."""
 
-    config_class = Olmo2Config
+    config_class: ClassVar[type[PostNormConfig]] = Olmo2Config
 
     def make_layers(self) -> None:
         config = self.config

@@ -26,6 +26,7 @@ from olmozoo.tf.base import canonical_state
 from olmozoo.tf.cache import KVCache
 from olmozoo.tf.olmo import TFOlmoForCausalLM, TFOlmoForSequenceClassification, TFOlmoModel
 from olmozoo.tf.olmo2 import TFOlmo2ForCausalLM, TFOlmo2ForSequenceClassification, TFOlmo2Model
+from olmozoo.tf.olmo3 import TFOlmo3ForCausalLM, TFOlmo3ForSequenceClassification, TFOlmo3Model
 from olmozoo.tf.opt import TFOPTForCausalLM, TFOPTForQuestionAnswering, TFOPTForSequenceClassification, TFOPTModel
 
 __all__ = [
@@ -41,6 +42,9 @@ __all__ = [
     "TFOlmo2ForCausalLM",
     "TFOlmo2ForSequenceClassification",
     "TFOlmo2Model",
+    "TFOlmo3ForCausalLM",
+    "TFOlmo3ForSequenceClassification",
+    "TFOlmo3Model",
     "TFOlmoForCausalLM",
     "TFOlmoForSequenceClassification",
     "TFOlmoModel",

@@ -84,7 +84,8 @@ class Decoder(TrackedBlocks, PreTrainedModel):
         hidden = ops.cast(hidden, self.compute_dtype)  # (b, s, c)
         batch, length, _ = ops.shape(hidden)
         pasts, past, keys = open_cache(past_key_values, len(blocks), length)
-        mask = causal_mask(attention_mask, batch, length, past, keys)
+        windows = self.config.windows
+        masks = {w: causal_mask(attention_mask, batch, length, past, keys, w) for w in dict.fromkeys(windows)}
         if position_ids is None and cache_position is not None:
             position_ids = cache_position[None]
         hidden, layer_inputs = self.embed_positions(
@@ -93,8 +94,8 @@ class Decoder(TrackedBlocks, PreTrainedModel):
         seeds = split_seed(self.seeds.next() if training else None, 2 * len(blocks))
 
         states, presents, attentions = [hidden], [], []
-        for block, layer_input, layer_past in zip(blocks, layer_inputs, pasts, strict=True):
-            before, seed, drop_seed = hidden, seeds.pop(), seeds.pop()
+        for block, layer_input, layer_past, window in zip(blocks, layer_inputs, pasts, windows, strict=True):
+            before, mask, seed, drop_seed = hidden, masks[window], seeds.pop(), seeds.pop()
             if recompute:
                 hidden = recomputed(block, mask, layer_input, seed)(hidden)
             else:
@@ -122,7 +123,11 @@ class Decoder(TrackedBlocks, PreTrainedModel):
         position_ids = ops.convert_to_tensor(position_ids)
         if position_ids.shape.rank not in (2, None):
             raise InputError(f"position_ids has shape {tuple(position_ids.shape)}, expected (batch or 1, seq)")
-        return hidden, [rotary(self.rope, position_ids, hidden.dtype)] * len(self.stack.blocks)
+        return hidden, self.rotary_tables(position_ids, hidden.dtype)
+
+    def rotary_tables(self, position_ids: Tensor, dtype: Any) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and sines of each layer; where layers differ in them, a family has a method of its own."""
+        return [rotary(self.rope, position_ids, dtype)] * len(self.stack.blocks)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The hidden states after the last block, normed."""

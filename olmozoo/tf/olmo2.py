@@ -9,12 +9,12 @@ c hidden size.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import keras
 import tensorflow as tf
 
-from olmozoo.families.olmo2 import Olmo2Config
+from olmozoo.families.olmo2 import Olmo2Config, PostNormConfig
 from olmozoo.tf.cache import update
 from olmozoo.tf.decoder import Decoder
 from olmozoo.tf.heads import CausalLM, SequenceClassifier
@@ -26,7 +26,7 @@ Tensor: TypeAlias = tf.Tensor
 class Olmo2Attention(Layer):
     """Grouped-query attention; queries and keys are normed over all heads together, before they are split."""
 
-    def __init__(self, config: Olmo2Config, name: str) -> None:
+    def __init__(self, config: PostNormConfig, name: str) -> None:
         super().__init__(name)
         c, bias = config.hidden_size, config.attention_bias
         q, kv = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
@@ -54,7 +54,7 @@ class Olmo2Attention(Layer):
 class Olmo2Block(Layer):
     """One decoder block, norms after the sublayers."""
 
-    def __init__(self, config: Olmo2Config, name: str) -> None:
+    def __init__(self, config: PostNormConfig, name: str) -> None:
         super().__init__(name)
         self.self_attn = Olmo2Attention(config, name="self_attn")
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act, name="mlp")
@@ -74,7 +74,7 @@ class Olmo2Block(Layer):
 class TFOlmo2Model(Decoder):
     """The OLMo 2 decoder without a head."""
 
-    config_class = Olmo2Config
+    config_class: ClassVar[type[PostNormConfig]] = Olmo2Config
 
     def make_layers(self) -> None:
         config = self.config

@@ -13,6 +13,7 @@ import pytest
 
 from olmozoo import Olmo2Config, cli
 from olmozoo.cli.common import printable
+from olmozoo.cli.generate import _answer
 from olmozoo.text.pipeline import pipeline
 from tests.helpers.checkpoints import train_tokenizer, write_checkpoint
 from tests.helpers.wings import WINGS
@@ -180,3 +181,17 @@ def test_a_model_without_a_chat_template_is_refused(folder, tmp_path, monkeypatc
         cli.main()
     assert ended.value.code == 2
     assert "has no chat template, so it is no chat model" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.pt
+def test_an_answer_keeps_the_thought_that_the_template_opens(folder, tmp_path, capsys):
+    pytest.importorskip("torch")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE.replace("<a>", "<a><think>"))
+    pipe = pipeline("text-generation", tmp_path, backend="pt")
+    question = [{"role": "user", "content": "dog"}]
+    answer = pipe(question, max_new_tokens=5)
+    chat = _answer(pipe, question, 0, {"max_new_tokens": 5}, False)
+    assert chat == [*question, {"role": "assistant", "content": f"<think>{answer}"}]
+    assert capsys.readouterr().out == f"<think>{printable(answer, chr(10))}\n"

@@ -20,7 +20,7 @@ from tests.helpers.wings import WINGS
 yaml = pytest.importorskip("yaml")
 
 from conversion import archives, common, olmo_core, olmo_native, pickles, tensors
-from olmozoo import Olmo2Config, OlmoConfig, OPTConfig
+from olmozoo import Olmo2Config, Olmo3Config, OlmoConfig, OPTConfig
 from olmozoo.checkpoint.formats.pytorch import write as write_pickled
 from olmozoo.checkpoint.formats.safetensors import read_tensors as read_safetensors
 from olmozoo.checkpoint.formats.safetensors import write as write_safetensors
@@ -69,6 +69,93 @@ def test_an_olmo_in_olmo_core_goes_back_and_forth(tmp_path):
     olmo_core.main(tmp_path / "canonical", tmp_path / "core", reverse=True)
     olmo_core.main(tmp_path / "core", tmp_path / "again")
     assert tree(tmp_path / "canonical") == tree(tmp_path / "again")
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 30, "beta_slow": 2}
+OLMO3 = Olmo3Config(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    sliding_window=8,
+    layer_types=["sliding_attention", "full_attention", "sliding_attention"] * 2,
+    rope_scaling={**YARN, "attention_factor": 1.1386294361119891},
+    rms_norm_eps=1e-6,
+    pad_token_id=1,
+    eos_token_id=2,
+)
+WINDOWS = {"_CLASS_": "olmo_core.nn.attention.SlidingWindowAttentionConfig", "pattern": [8, 8, 8, -1]}
+FORCED = [f"force_full_attention_on_{end}_layer" for end in ("first", "last")]
+
+
+def core_of(folder, config=OLMO3):
+    """The config.json that an OLMo 3 has in OLMo-core."""
+    olmo_core.main(write_checkpoint(folder / "canonical", config, dtype="float32"), folder / "core", reverse=True)
+    return read_json(folder / "core/config.json")
+
+
+@pytest.mark.parametrize("scaling", [None, YARN, OLMO3.rope_scaling], ids=["none", "yarn", "factor"])
+def test_an_olmo3_in_olmo_core_goes_back_and_forth(tmp_path, scaling):
+    model = core_of(tmp_path, OLMO3.replace(rope_scaling=scaling))["model"]
+    mixer = model["block"]["sequence_mixer"]
+    assert mixer["sliding_window"] == WINDOWS | {"pattern": [8, -1, 8]} | dict.fromkeys(FORCED, False)
+    assert "scaling" not in mixer["rope"]
+    assert list(model.get("block_overrides", ())) == ([] if scaling is None else ["1", "4"])
+    for block in model.get("block_overrides", {}).values():
+        found = block["sequence_mixer"]["rope"].pop("scaling")
+        assert found == {
+            "_CLASS_": "olmo_core.nn.rope.YaRNRoPEScalingConfig",
+            "factor": 4.0,
+            "beta_fast": 30,
+            "beta_slow": 2,
+            "old_context_len": 32,
+        }
+        assert block == model["block"]
+    olmo_core.main(tmp_path / "core", tmp_path / "again")
+    again = ModelConfig.from_folder(tmp_path / "again")
+    expected = OLMO3 if scaling else OLMO3.replace(rope_scaling=None)  # with its attention factor written out
+    assert again.replace(extra={}) == expected
+    olmo_core.main(tmp_path / "again", tmp_path / "core2", reverse=True)
+    olmo_core.main(tmp_path / "core2", tmp_path / "last")
+    assert tree(tmp_path / "again") == tree(tmp_path / "last")
+
+
+@pytest.mark.parametrize(
+    ("free", "full"), [([], {0, 4, 5}), (FORCED[:1], {3, 5}), (FORCED[1:], {0, 4}), (FORCED, {3})], ids=str
+)
+def test_the_windows_of_olmo_core(tmp_path, free, full):
+    """The first and the last layer are full by default; the pattern begins after such a first one."""
+    data = core_of(tmp_path)
+    data["model"]["block_overrides"] = None
+    data["model"]["block"]["sequence_mixer"]["sliding_window"] = WINDOWS | dict.fromkeys(free, False)
+    config = olmo_core.to_config(data, tmp_path, None)
+    assert {i for i, window in enumerate(config.windows) if window is None} == full
+    assert config.sliding_window == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["block"]["sequence_mixer"]["sliding_window"].update(pattern=[8, 4, -1]), r"the windows \[4, 8\]"),
+        (lambda m: m["block"]["sequence_mixer"]["sliding_window"].update(pattern=[8, 0]), r"pattern is \[8, 0\]"),
+        (lambda m: m["block_overrides"]["1"]["feed_forward"].update(hidden_size=1), r"block_overrides\.1 differs"),
+        (lambda m: m["block_overrides"].update({"9": m["block"]}), r"block_overrides\.9 differs"),
+        (lambda m: m["block_overrides"].pop("1"), "rope.scaling differs between layers with full_attention"),
+        (
+            lambda m: m["block_overrides"]["1"]["sequence_mixer"]["rope"]["scaling"].update(_CLASS_="other"),
+            "expected one of olmo_core.nn.rope.YaRN",
+        ),
+        (lambda m: m.update(block_overrides=7), "block_overrides"),
+    ],
+)
+def test_an_olmo3_of_olmo_core_that_cannot_be_expressed_is_refused(tmp_path, change, message):
+    data = core_of(tmp_path)
+    change(data["model"])
+    with pytest.raises(ConfigError, match=message):
+        olmo_core.to_config(data, tmp_path, None)
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -252,7 +339,7 @@ def test_every_problem_of_a_config_is_in_one_error(tmp_path):
     ("path", "value"),
     [
         ("block.name", "peri_norm"),
-        ("block.sequence_mixer.sliding_window", {"pattern": [4096]}),
+        ("block.sequence_mixer.sliding_window", {"pattern": []}),
         ("block.sequence_mixer.use_head_qk_norm", True),
         ("block.sequence_mixer.qk_norm", None),
         ("block.sequence_mixer.rope", None),
@@ -304,6 +391,8 @@ def test_olmo_core_configs_before_version_3_say_attention():
         (OlmoConfig(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (OlmoConfig(rope_theta=10000.5), "rope_theta is 10000.5"),
         (OlmoConfig(extra={"head_dim": 64}), "head_dim is 64"),
+        (OLMO3.replace(sliding_rope_theta=1e4), "sliding_rope_theta is 10000|model_type is 'olmo3'"),
+        (OLMO3.replace(rope_scaling={**YARN, "attention_factor": 2.0}), "rope_scaling is .*|model_type is 'olmo3'"),
     ],
 )
 def test_reverse_refuses_what_the_trainers_do_not_have(tmp_path, module, config, message):

@@ -11,7 +11,7 @@ from tests.helpers.conversions import run_program
 gguf = pytest.importorskip("gguf")
 
 from conversion import gguf_export
-from olmozoo import Olmo2Config, OlmoConfig, OPTConfig
+from olmozoo import Olmo2Config, Olmo3Config, OlmoConfig, OPTConfig
 from olmozoo.checkpoint.reader import Checkpoint
 from olmozoo.errors import CheckpointError, ConfigError
 from olmozoo.families.config import read_json
@@ -32,6 +32,12 @@ CONFIGS = {
     "olmo-tied": OlmoConfig(**SHAPE, tie_word_embeddings=True, rope_theta=5000.0),
     "olmo2": Olmo2Config(**SHAPE, rms_norm_eps=1e-4, rope_theta=500000.0),
     "olmo2-tied": Olmo2Config(**SHAPE, tie_word_embeddings=True),
+    "olmo3": Olmo3Config(
+        **SHAPE,
+        layer_types=["full_attention", "sliding_attention"],
+        sliding_window=8,
+        rope_scaling={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8, "beta_fast": 30.0},
+    ),
 }
 TEXT = "the quick brown fox jumps over the lazy dog, in 2048 steps; don't stop"
 
@@ -56,18 +62,18 @@ def test_the_gguf_library_reads_the_same_tensors(tmp_path, name, dtype):
         "blk.0.ffn_gate.weight": "model.layers.0.mlp.gate_proj.weight",
         "token_embd.weight": "model.embed_tokens.weight",
     }
-    if name.startswith("olmo2"):
+    if name.startswith(("olmo2", "olmo3")):
         names |= {"blk.1.attn_k_norm.weight": "model.layers.1.self_attn.k_norm.weight"}
         names |= {"blk.1.post_ffw_norm.weight": "model.layers.1.post_feedforward_layernorm.weight"}
     for key, canonical in names.items():
         array = found[key].read()
         assert array.dtype.name == ("float32" if table[canonical].kind == "norm" else wanted)
         expected = source[canonical].astype(array.dtype)
-        if name.startswith("olmo2") or "attn" not in key:
+        if name.startswith(("olmo2", "olmo3")) or "attn" not in key:
             assert np.array_equal(array, expected)
         else:  # the first pair of a head that llama.cpp turns is the first and the ninth row of ours
             assert np.array_equal(array[:4], expected[[0, 8, 1, 9]])
-    tied, second = config.tie_word_embeddings, name.startswith("olmo2")
+    tied, second = config.tie_word_embeddings, name.startswith(("olmo2", "olmo3"))
     assert ("output.weight" in found) == (second or not tied)
     assert len(found) == len(list(config.backbone())) + (second or not tied)
 
@@ -77,7 +83,7 @@ def test_the_metadata_that_llama_cpp_needs(tmp_path):
         write_checkpoint(tmp_path / name, config, dtype="bfloat16")
         train_tokenizer(tmp_path / name, TEXT)
         gguf_export.main(tmp_path / name, tmp_path / "x.gguf", force=True)
-        found, arch = fields(tmp_path / "x.gguf"), config.model_type
+        found, arch = fields(tmp_path / "x.gguf"), "olmo" if config.model_type == "olmo" else "olmo2"
         expected = {
             "general.architecture": arch,
             "general.name": name,
@@ -103,6 +109,26 @@ def test_the_metadata_that_llama_cpp_needs(tmp_path):
             assert found["olmo2.attention.layer_norm_rms_epsilon"] == pytest.approx(config.rms_norm_eps)
         else:
             assert found.get("olmo.attention.clamp_kqv") == config.clip_qkv
+
+
+def test_windows_and_yarn_of_an_olmo3(tmp_path):
+    config = CONFIGS["olmo3"].replace(
+        rope_scaling=CONFIGS["olmo3"].rope_scaling | {"attention_factor": 1.2079441541679836}
+    )
+    write_checkpoint(tmp_path / "src", config, dtype="float32")
+    gguf_export.main(tmp_path / "src", tmp_path / "x.gguf")
+    found = fields(tmp_path / "x.gguf")
+    expected = {
+        "olmo2.attention.sliding_window": 8,
+        "olmo2.attention.sliding_window_pattern": [False, True],
+        "olmo2.rope.scaling.type": "yarn",
+        "olmo2.rope.scaling.factor": 8.0,
+        "olmo2.rope.scaling.original_context_length": 8,
+        "olmo2.rope.scaling.yarn_beta_fast": 30.0,
+        "olmo2.rope.scaling.yarn_beta_slow": 1.0,
+    }
+    assert {key: found.get(key) for key in expected} == expected
+    assert not [key for key in found if key.endswith("attn_factor")]  # which llama.cpp would multiply its own by
 
 
 def test_the_chat_template_comes_along_from_wherever_it_is(tmp_path):
@@ -158,6 +184,12 @@ def test_how_text_is_split(tmp_path, rule, expected):
         (CONFIGS["olmo"].replace(attention_bias=True), "attention_bias is True"),
         (CONFIGS["olmo"].replace(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (CONFIGS["olmo2"].replace(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling is"),
+        (CONFIGS["olmo3"].replace(sliding_rope_theta=1e4), "sliding_rope_theta is 10000"),
+        (CONFIGS["olmo3"].replace(rope_scaling={"type": "yarn", "factor": 2.0, "mscale": 2.0}), "rope_scaling is"),
+        (
+            CONFIGS["olmo3"].replace(rope_scaling={"type": "yarn", "factor": 2.0, "attention_factor": 2.0}),
+            "rope_scaling is",
+        ),
     ],
 )
 def test_what_llama_cpp_does_not_have_is_refused(tmp_path, config, message):

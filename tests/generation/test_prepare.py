@@ -121,6 +121,9 @@ def test_lengths_are_bounded_by_positions_or_by_memory(monkeypatch):
         call([[5]], max_new_tokens=2**31 - 1)
     with pytest.raises(InputError, match=r"need \d+\.\d GiB"):
         call([[5]], max_new_tokens=2**28, output_scores=True)
+    for whole, expected in ((True, "498.0 GiB"), (False, "178.0 GiB")):  # two layers of three have a window
+        with pytest.raises(InputError, match=f"need {expected}"):
+            call([[5]], config="olmo3", max_new_tokens=2**31 - 1, return_dict_in_generate=whole)
     found = call([[5]], max_new_tokens=9, prompt_lookup_num_tokens=10**6)
     assert found.mask.shape == (1, 1 + 9 + 9)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from olmozoo import Olmo2Config, OlmoConfig, OPTConfig
+from olmozoo import Olmo2Config, Olmo3Config, OlmoConfig, OPTConfig
 from tests.helpers.wings import PRESENT, WINGS
 
 BOUND, GRADIENT_BOUND = 1e-9, 1e-8  # of hidden states and logits, and of gradients, in float64
@@ -55,6 +55,14 @@ CONFIGS = {
             original_max_position_embeddings=12,
         ),
     ),
+    "olmo3": Olmo3Config(  # a window shorter than the tests' texts, and each rotary table another
+        **ROTARY | {"num_hidden_layers": 3},
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        sliding_window=4,
+        rope_theta=5e5,
+        sliding_rope_theta=1e4,
+        **scaled("yarn", factor=4.0, original_max_position_embeddings=8),
+    ),
     "olmo-clip-tied": OlmoConfig(**ROTARY, clip_qkv=0.4, tie_word_embeddings=True),
     "olmo-bias": OlmoConfig(**ROTARY | {"num_key_value_heads": 1}, attention_bias=True),
     "opt": OPTConfig(**OPT),
@@ -71,5 +79,6 @@ OTHERS = [  # each is compared with the reference, so that it needs both
 ]
 # One of each family that never ends by itself, for what a wing does beyond the numbers.
 SMALL_OLMO2 = CONFIGS["olmo2"].replace(max_position_embeddings=4096, eos_token_id=None)
+SMALL_OLMO3 = CONFIGS["olmo3"].replace(max_position_embeddings=4096, eos_token_id=None)
 SMALL_OLMO = CONFIGS["olmo-bias"].replace(max_position_embeddings=4096, eos_token_id=None, tie_word_embeddings=True)
 SMALL_OPT = CONFIGS["opt-projected-post-norm"].replace(eos_token_id=None)

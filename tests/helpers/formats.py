@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from olmozoo import Olmo2Config, OlmoConfig, OPTConfig
+from olmozoo import Olmo2Config, Olmo3Config, OlmoConfig, OPTConfig
 from olmozoo.families.parameter import ARCHITECTURES
 from tests.helpers.checkpoints import left_padded
 from tests.helpers.wings import scope
@@ -23,6 +23,17 @@ CONFIGS = {
     ),
     "olmo2": Olmo2Config(
         **COMMON, hidden_size=24, num_attention_heads=6, num_key_value_heads=2, intermediate_size=20, eos_token_id=0
+    ),
+    "olmo3": Olmo3Config(
+        **COMMON,
+        hidden_size=24,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=20,
+        eos_token_id=0,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        sliding_window=3,
+        rope_scaling={"rope_type": "linear", "factor": 2.0},
     ),
     "opt": OPTConfig(**COMMON, hidden_size=16, num_attention_heads=4, ffn_dim=24, word_embed_proj_dim=8, dropout=0.0),
 }

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.configs import SMALL_OLMO, SMALL_OLMO2, SMALL_OPT
+from tests.helpers.configs import SMALL_OLMO, SMALL_OLMO2, SMALL_OLMO3, SMALL_OPT
 
 pytest.importorskip("torch")
 
@@ -12,4 +12,5 @@ CLASSES = [getattr(pt, name) for name in pt.__all__ if hasattr(getattr(pt, name)
 
 
 def config_of(cls):
-    return next(config for config in (SMALL_OLMO2, SMALL_OPT, SMALL_OLMO) if isinstance(config, cls.config_class))
+    configs = (SMALL_OLMO2, SMALL_OLMO3, SMALL_OPT, SMALL_OLMO)
+    return next(config for config in configs if isinstance(config, cls.config_class))

@@ -13,7 +13,7 @@ from tests.helpers.configs import CONFIGS, GRADIENT_BOUND, OTHERS, REFERENCE
 from tests.helpers.wings import WINGS, call, gradients, model_class, scope
 
 BOUND = 1e-9
-CLASSIFIERS = ["olmo2-mqa-bias-tied", "olmo-clip-tied", "opt-projected-post-norm"]
+CLASSIFIERS = ["olmo2-mqa-bias-tied", "olmo3", "olmo-clip-tied", "opt-projected-post-norm"]
 LABELS = {
     "single_label_classification": np.array([2, 0, 1]),
     "multi_label_classification": np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]),

@@ -48,6 +48,35 @@ CASES = {
     ),
     "olmo2-yarn": ("Olmo2", ROTARY | {"max_position_embeddings": 64, "rope_parameters": YARN}),
     "olmo2-llama3": ("Olmo2", ROTARY | {"num_key_value_heads": 3, "rope_parameters": LLAMA3}),
+    "olmo3-thetas-yarn": (
+        "Olmo3",
+        ROTARY
+        | {
+            "num_key_value_heads": 2,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "max_position_embeddings": 64,
+            "rope_parameters": {
+                "full_attention": YARN | {"rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "olmo3-mqa-bias-tied": (
+        "Olmo3",
+        ROTARY
+        | {
+            "num_hidden_layers": 5,
+            "num_key_value_heads": 1,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "sliding_window": 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4},
+                "sliding_attention": LLAMA3,
+            },
+        },
+    ),
     "olmo-clip-mqa-tied": (
         "Olmo",
         ROTARY | {"clip_qkv": 0.3, "num_key_value_heads": 1, "tie_word_embeddings": True},
@@ -122,7 +151,9 @@ def test_a_checkpoint_of_transformers_gives_its_answers(tmp_path, case, wing):
 
 
 @pytest.mark.parametrize("wing", WINGS)
-@pytest.mark.parametrize("case", ["olmo2-gqa", "olmo2-mqa-bias-tied", "olmo-clip-mqa-tied", "opt-projected-post-norm"])
+@pytest.mark.parametrize(
+    "case", ["olmo2-gqa", "olmo2-mqa-bias-tied", "olmo3-thetas-yarn", "olmo-clip-mqa-tied", "opt-projected-post-norm"]
+)
 def test_a_folder_we_saved_loads_in_transformers(tmp_path, case, wing):
     model = theirs(case)
     model.save_pretrained(tmp_path / "theirs")

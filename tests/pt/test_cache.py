@@ -3,7 +3,7 @@
 import pytest
 
 from olmozoo import InputError
-from tests.helpers.configs import SMALL_OLMO, SMALL_OLMO2, SMALL_OPT
+from tests.helpers.configs import SMALL_OLMO, SMALL_OLMO2, SMALL_OLMO3, SMALL_OPT
 
 torch = pytest.importorskip("torch")
 
@@ -55,3 +55,20 @@ def test_a_cache_of_transformers_serves(model, batch):
     output = model(ids[:, 6:], mask, past_key_values=cache)
     assert output.past_key_values is cache
     torch.testing.assert_close(output.logits, model(ids, mask).logits[:, 6:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_cache_of_transformers_that_keeps_windows_alone_serves(batch, masked):
+    transformers = pytest.importorskip("transformers")
+    config = SMALL_OLMO3
+    model = pt.Olmo3ForCausalLM(config, seed=1).double().eval()
+    ids, mask = batch
+    mask = mask if masked else torch.ones_like(mask)
+    cache = transformers.DynamicCache(config=transformers.Olmo3Config.from_dict(config.to_dict()))
+    logits = [
+        model(ids[:, start:end], mask[:, :end] if masked else None, past_key_values=cache).logits
+        for start, end in ((0, 5), (5, 6), (6, 11))
+    ]
+    assert [layer.keys.shape[2] for layer in cache.layers] == [3, 11, 3]
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(logits, 1)[real], model(ids, mask).logits[real], rtol=1e-9, atol=1e-9)

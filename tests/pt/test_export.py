@@ -8,8 +8,10 @@ torch = pytest.importorskip("torch")
 
 from olmozoo import pt
 
+CAUSAL = [pt.Olmo2ForCausalLM, pt.Olmo3ForCausalLM, pt.OlmoForCausalLM, pt.OPTForCausalLM]
 
-@pytest.mark.parametrize("cls", [pt.Olmo2ForCausalLM, pt.OlmoForCausalLM, pt.OPTForCausalLM], ids=lambda c: c.__name__)
+
+@pytest.mark.parametrize("cls", CAUSAL, ids=lambda c: c.__name__)
 def test_it_compiles_without_graph_breaks(cls, batch):
     model = cls(config_of(cls), seed=1).eval()
     torch._dynamo.reset()
@@ -23,7 +25,7 @@ def test_it_compiles_without_graph_breaks(cls, batch):
         torch.testing.assert_close(compiled(ids[:, :length]).logits, model(ids[:, :length]).logits)
 
 
-@pytest.mark.parametrize("cls", [pt.Olmo2ForCausalLM, pt.OlmoForCausalLM, pt.OPTForCausalLM], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", CAUSAL, ids=lambda c: c.__name__)
 def test_it_exports_without_a_mask(cls, batch):
     model, ids = cls(config_of(cls), seed=1).eval(), batch[0]
     length = torch.export.Dim("length", min=2, max=32)

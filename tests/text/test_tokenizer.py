@@ -533,6 +533,46 @@ def test_templates_run_as_in_transformers(folders, oracles, program):
     assert text.strip()
 
 
+# ChatML as OLMo 3 speaks it: a system turn of its own where there is none, functions, an end after the last answer, and
+# in the Think models an opened thought in front of an answer.
+CHATML = """{% set systems = messages | selectattr('role', 'equalto', 'system') | list %}
+{%- if systems | length == 0 %}{{ '<|im_start|>system\nNo functions. <functions></functions><|im_end|>\n' }}{% endif %}
+{%- for message in messages %}
+    {%- if message['role'] == 'system' %}
+        {{- '<|im_start|>system\n' + message['content'] }}
+        {%- if message.get('functions', none) is not none %}
+            {{- ' <functions>' + message['functions'] + '</functions><|im_end|>\n' }}
+        {%- else %}{{ ' <functions></functions><|im_end|>\n' }}{% endif %}
+    {%- elif message['role'] == 'assistant' %}
+        {{- '<|im_start|>assistant\n' }}
+        {%- if message.get('content', none) is not none %}{{ message['content'] }}{% endif %}
+        {%- if message.get('function_calls', none) is not none %}
+            {{- '<function_calls>' + message['function_calls'] + '</function_calls>' }}
+        {%- endif %}
+        {{- eos_token if loop.last else '<|im_end|>\n' }}
+    {%- else %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}
+    {%- if loop.last and add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{{ opened }}{% endif %}
+{%- endfor %}"""
+
+
+@pytest.mark.parametrize("opened", ["", "<think>"])
+def test_chatml_is_that_of_transformers(folders, oracles, opened):
+    ours, theirs = Tokenizer.from_pretrained(folders["olmo2"]), oracles["olmo2"]
+    calls = [
+        {"role": "system", "content": "Be brief.", "functions": '[{"name": "f"}]'},
+        CHAT[1],
+        {"role": "assistant", "content": "Wait.", "function_calls": "f(x=1)"},
+        {"role": "environment", "content": "2"},
+        CHAT[2],
+    ]
+    for chat in (CHAT, CHAT[1:2], calls, calls[:2]):
+        for prompt in (False, True):
+            options = {"chat_template": CHATML, "add_generation_prompt": prompt, "opened": opened, "tokenize": False}
+            text = ours.apply_chat_template(chat, **options)
+            assert text == theirs.apply_chat_template(chat, **options)
+            assert text.endswith(f"<|im_start|>assistant\n{opened}") or not prompt
+
+
 def test_keys_of_messages_that_hold_none_are_left_out(folders, oracles):
     options = {"chat_template": "{{ messages[0].name is defined }}", "tokenize": False}
     for message, shown in (({**CHAT[0], "name": None}, "False"), ({**CHAT[0], "name": "x"}, "True")):
