@@ -13,7 +13,7 @@ from olmozoo.outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceCla
 from olmozoo.pt.base import PreTrainedModel
 from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.generation import GenerationMixin
-from olmozoo.pt.layers import as_tensor
+from olmozoo.pt.layers import Linear, as_tensor
 from olmozoo.pt.losses import answer_position_loss, classification_loss, next_token_loss
 
 
@@ -28,7 +28,7 @@ class HeadedModel(PreTrainedModel):
         self.model = self.base_class(self.config, seed=None)
         for module, parameters in self.config.head_modules(self.head).items():
             labels, width = parameters[0].shape
-            setattr(self, module, nn.Linear(width, labels, bias=len(parameters) > 1))
+            setattr(self, module, Linear(width, labels, bias=len(parameters) > 1))
 
     def forward(
         self,

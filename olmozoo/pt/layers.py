@@ -6,7 +6,8 @@ d head_dim, c hidden size, f MLP width.
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,74 @@ def concrete(x: Tensor) -> np.ndarray | None:
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` with the faster of two float32 products on the CPU.
+
+    PyTorch's builds take them from MKL, which runs at about half of its speed on processors of AMD. oneDNN, which is
+    part of the same builds, does not; its operator takes the plain weight and repacks nothing.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not takes_onednn(x, self.weight):
+            return F.linear(x, self.weight, self.bias)
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            out = Product.apply(x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+            return out if self.bias is None else out + self.bias
+        return product(x, self.weight, self.bias)
+
+
+class Product(torch.autograd.Function):
+    """`x @ weight.T` of x (n, in) and weight (out, in), and the same operator for both of its gradients."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return product(x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad
+        grad_x = Product.apply(grad, weight.t()) if wants_x else None  # (n, out) @ (out, in)
+        grad_weight = Product.apply(grad.t(), x.t()) if wants_weight else None  # (out, n) @ (n, in)
+        return grad_x, grad_weight
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product is oneDNN's: of plain float32 tensors on the CPU, where nothing traces or casts it."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not onednn_is_faster():
+        return False
+    return (
+        x.dtype is weight.dtype is torch.float32
+        and x.device.type == "cpu"
+        and type(x) in (Tensor, nn.Parameter)
+        and type(weight) in (Tensor, nn.Parameter)
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._functorch.peek_interpreter_stack() is None  # torch.func; see tests/pt/test_layers.py
+    )
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether this build takes products from MKL, has oneDNN's operator, and runs on a processor of AMD."""
+    has_operator = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not has_operator or "BLAS_INFO=mkl" not in torch.__config__.show():
+        return False
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 class RMSNorm(nn.Module):
@@ -229,9 +298,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, activation: str) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
         self.act = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:

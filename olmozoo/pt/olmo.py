@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.heads import CausalLM, SequenceClassifier
-from olmozoo.pt.layers import GatedMLP, LayerNorm, attention, clip, rotate, split_heads
+from olmozoo.pt.layers import GatedMLP, LayerNorm, Linear, attention, clip, rotate, split_heads
 
 
 class OlmoAttention(nn.Module):
@@ -26,10 +26,10 @@ class OlmoAttention(nn.Module):
         super().__init__()
         c, bias = config.hidden_size, config.attention_bias
         q, kv = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(c, q, bias=bias)
-        self.k_proj = nn.Linear(c, kv, bias=bias)
-        self.v_proj = nn.Linear(c, kv, bias=bias)
-        self.o_proj = nn.Linear(q, c, bias=bias)
+        self.q_proj = Linear(c, q, bias=bias)
+        self.k_proj = Linear(c, kv, bias=bias)
+        self.v_proj = Linear(c, kv, bias=bias)
+        self.o_proj = Linear(q, c, bias=bias)
         self.head_dim = config.head_dim
         self.dropout = config.attention_dropout
         self.limit = config.clip_qkv

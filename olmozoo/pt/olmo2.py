@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from olmozoo.families.olmo2 import Olmo2Config, PostNormConfig
 from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.heads import CausalLM, SequenceClassifier
-from olmozoo.pt.layers import GatedMLP, RMSNorm, attention, rotate, split_heads
+from olmozoo.pt.layers import GatedMLP, Linear, RMSNorm, attention, rotate, split_heads
 
 
 class Olmo2Attention(nn.Module):
@@ -26,10 +26,10 @@ class Olmo2Attention(nn.Module):
         super().__init__()
         c, bias = config.hidden_size, config.attention_bias
         q, kv = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(c, q, bias=bias)
-        self.k_proj = nn.Linear(c, kv, bias=bias)
-        self.v_proj = nn.Linear(c, kv, bias=bias)
-        self.o_proj = nn.Linear(q, c, bias=bias)
+        self.q_proj = Linear(c, q, bias=bias)
+        self.k_proj = Linear(c, kv, bias=bias)
+        self.v_proj = Linear(c, kv, bias=bias)
+        self.o_proj = Linear(q, c, bias=bias)
         self.q_norm = RMSNorm(q, config.rms_norm_eps)
         self.k_norm = RMSNorm(kv, config.rms_norm_eps)
         self.head_dim = config.head_dim

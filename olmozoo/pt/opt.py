@@ -21,7 +21,7 @@ from olmozoo.families.opt import POSITION_OFFSET, OPTConfig
 from olmozoo.modeling import check_range
 from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.heads import CausalLM, QuestionAnswerer, SequenceClassifier
-from olmozoo.pt.layers import ACTIVATIONS, LayerNorm, attention, concrete, split_heads
+from olmozoo.pt.layers import ACTIVATIONS, LayerNorm, Linear, attention, concrete, split_heads
 
 
 class OPTAttention(nn.Module):
@@ -31,10 +31,10 @@ class OPTAttention(nn.Module):
         super().__init__()
         c, bias = config.hidden_size, config.enable_bias
         heads = config.kv_heads_in(layer) * config.head_dim
-        self.q_proj = nn.Linear(c, heads, bias=bias)
-        self.k_proj = nn.Linear(c, heads, bias=bias)
-        self.v_proj = nn.Linear(c, heads, bias=bias)
-        self.out_proj = nn.Linear(heads, c, bias=bias)
+        self.q_proj = Linear(c, heads, bias=bias)
+        self.k_proj = Linear(c, heads, bias=bias)
+        self.v_proj = Linear(c, heads, bias=bias)
+        self.out_proj = Linear(heads, c, bias=bias)
         self.head_dim = config.head_dim
         self.dropout = config.attention_dropout
         self.layer = layer
@@ -60,8 +60,8 @@ class OPTBlock(nn.Module):
         c, bias, affine = config.hidden_size, config.enable_bias, config.layer_norm_elementwise_affine
         self.self_attn = OPTAttention(config, layer)
         self.self_attn_layer_norm = LayerNorm(c, affine)
-        self.fc1 = nn.Linear(c, config.ffn_dim, bias=bias)
-        self.fc2 = nn.Linear(config.ffn_dim, c, bias=bias)
+        self.fc1 = Linear(c, config.ffn_dim, bias=bias)
+        self.fc2 = Linear(config.ffn_dim, c, bias=bias)
         self.final_layer_norm = LayerNorm(c, affine)
         self.act = ACTIVATIONS[config.activation_function]
         self.dropout = config.dropout
@@ -91,8 +91,8 @@ class OPTDecoder(nn.Module):
         c, e = config.hidden_size, config.embedding.shape[1]
         self.embed_tokens = nn.Embedding(config.vocab_size, e)
         self.embed_positions = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, c)
-        self.project_in = nn.Linear(e, c, bias=False) if config.projects else None
-        self.project_out = nn.Linear(c, e, bias=False) if config.projects else None
+        self.project_in = Linear(e, c, bias=False) if config.projects else None
+        self.project_out = Linear(c, e, bias=False) if config.projects else None
         self.layers = nn.ModuleList(OPTBlock(config, layer) for layer in range(config.num_hidden_layers))
         self.final_layer_norm = LayerNorm(c, config.layer_norm_elementwise_affine) if config.has_final_norm else None
 
