@@ -6,6 +6,7 @@ config and parameters, and is what users call.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +18,7 @@ from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.flax.base import PreTrainedModel
 from olmozoo.flax.cache import close_cache, open_cache
-from olmozoo.flax.layers import causal_mask, concrete, rotary
+from olmozoo.flax.layers import causal_mask, concrete, query_mask, rotary
 from olmozoo.modeling import check_inputs, check_range
 from olmozoo.outputs import BaseModelOutput
 
@@ -71,7 +72,9 @@ class DecoderModule(nn.Module):
         batch, length, _ = hidden.shape
         pasts, past, keys = open_cache(past_key_values, len(blocks), length)
         windows = self.config.windows
-        masks = {w: causal_mask(attention_mask, batch, length, past, keys, w) for w in dict.fromkeys(windows)}
+        needs_weights = output_attentions or (not deterministic and getattr(self.config, "attention_dropout", 0) > 0)
+        make_mask = causal_mask if needs_weights else partial(query_mask, heads=self.config.num_attention_heads)
+        masks = {w: make_mask(attention_mask, batch, length, past, keys, w) for w in dict.fromkeys(windows)}
         if position_ids is None and cache_position is not None:
             position_ids = jnp.asarray(cache_position)[None]
         hidden, layer_inputs = self.embed_positions(hidden, position_ids, attention_mask, past, **family_inputs)

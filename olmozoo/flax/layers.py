@@ -7,6 +7,7 @@ n = h / g query heads a key/value head, d head_dim, c hidden size, f MLP width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,9 @@ from jax import Array, lax
 
 from olmozoo.errors import InputError
 from olmozoo.families.rope import Rope
+
+SCORE_BYTES = 1 << 26  # the most that the scores of attention take at once, where nobody asks for the weights
+MIN_ROWS = 8  # queries
 
 ACTIVATIONS = {
     "relu": nn.relu,
@@ -128,14 +132,76 @@ def causal_mask(
     if attention_mask is None:
         return causal
     real = jnp.asarray(attention_mask).astype(bool)
-    if real.ndim != 2 or real.shape[0] != batch or not least <= real.shape[1] <= keys:
-        raise InputError(
-            f"attention_mask has shape {real.shape}, expected ({batch}, {least}"
-            f"{'' if least == keys else f' to {keys}'}), the cached positions and {length} new ones"
-        )
+    check_mask(real, batch, least, keys)
     real = jnp.pad(real, ((0, 0), (0, keys - real.shape[1])))
     seen = causal & real[:, None, None, :]
     return seen | (~seen.any(-1, keepdims=True) & (key == query))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["attention_mask", "past"],
+    meta_fields=["batch", "keys", "window", "rows"],
+)
+@dataclass(frozen=True)
+class QueryBlocks:
+    """The masks of a long call, made for `rows` queries at a time; the other fields are arguments of `causal_mask`."""
+
+    attention_mask: Array | None
+    past: Any
+    batch: int
+    keys: int
+    window: int | None
+    rows: int
+
+    def run(self, attend: Callable[..., Array], query: Array, key: Array, value: Array) -> Array:
+        """`attend(query, key, value, mask)` by blocks of queries, in memory linear in s and t (arXiv:2112.05682).
+
+        In a window, a block is given the keys in it alone. The backward pass computes each block again.
+        """
+        batch, heads, length, head_dim = query.shape
+        count = -(-length // self.rows)
+        query = jnp.pad(query, ((0, 0), (0, 0), (0, count * self.rows - length), (0, 0)))
+        blocks = query.reshape(batch, heads, count, self.rows, head_dim).transpose(2, 0, 1, 3, 4)
+        width = self.keys if self.window is None else min(self.keys, self.window + self.rows - 1)
+
+        @jax.checkpoint
+        def one(start: Array, block: Array) -> Array:
+            first = self.past + start
+            mask = causal_mask(self.attention_mask, self.batch, self.rows, first, self.keys, self.window)
+            if width == self.keys:
+                return attend(block, key, value, mask)
+            begin = jnp.clip(first - self.window + 1, 0, self.keys - width)
+            return attend(
+                block,
+                *(lax.dynamic_slice_in_dim(x, begin, width, axis) for x, axis in ((key, 2), (value, 2), (mask, 3))),
+            )
+
+        out = lax.map(lambda args: one(*args), (jnp.arange(count) * self.rows, blocks))  # (count, b, rows, h * d)
+        return out.transpose(1, 0, 2, 3).reshape(batch, count * self.rows, -1)[:, :length]
+
+
+def query_mask(
+    attention_mask: Array | None, batch: int, length: int, past: Any, keys: int, window: int | None, heads: int
+) -> Array | QueryBlocks:
+    """`causal_mask`, or `QueryBlocks` where the scores of `heads` heads would take more than `SCORE_BYTES`."""
+    width = keys if window is None else min(keys, 2 * window)
+    rows = SCORE_BYTES // (4 * batch * heads * width)
+    if length <= max(rows, 1) or (attention_mask is not None and jnp.ndim(attention_mask) == 4):
+        return causal_mask(attention_mask, batch, length, past, keys, window)
+    if attention_mask is not None:
+        attention_mask = jnp.asarray(attention_mask)
+        check_mask(attention_mask, batch, length if isinstance(past, jax.core.Tracer) else int(past) + length, keys)
+    return QueryBlocks(attention_mask, past, batch, keys, window, max(rows, MIN_ROWS))
+
+
+def check_mask(mask: Array, batch: int, least: int, keys: int) -> None:
+    """Check the shape of an attention_mask of two dimensions; see `causal_mask`."""
+    if mask.ndim != 2 or mask.shape[0] != batch or not least <= mask.shape[1] <= keys:
+        raise InputError(
+            f"attention_mask has shape {mask.shape}, expected ({batch}, {least}"
+            f"{'' if least == keys else f' to {keys}'}), the cached positions and the new ones"
+        )
 
 
 def whole_mask(mask: Array, length: int, least: int, keys: int) -> Array:
@@ -165,19 +231,23 @@ def attention(
     query: Array,
     key: Array,
     value: Array,
-    mask: Array,
+    mask: Array | QueryBlocks,
     scale: float,
     dropout: Callable[[Array], Array],
     head_mask: Array | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array | None]:
     """Softmax attention of query (b, h, s, d) on key and value (b, g, t, d); key head i serves h/g query heads.
 
     A mask of floats is added to the scores. A head_mask (h,) multiplies each head's weights. `dropout` is a function
     of the weights.
 
     Returns:
-        The heads' outputs, side by side, (b, s, h * d); and the weights (b, h, s, t).
+        The heads' outputs, side by side, (b, s, h * d); and the weights (b, h, s, t). For `QueryBlocks` these are None,
+        and there is no dropout.
     """
+    if isinstance(mask, QueryBlocks):
+        attend = partial(attention, scale=scale, dropout=lambda weights: weights, head_mask=head_mask)
+        return mask.run(lambda *args: attend(*args)[0], query, key, value), None
     batch, heads, length, head_dim = query.shape
     groups, keys = key.shape[1:3]
     wide = at_least_float32(query.dtype)

@@ -19,7 +19,7 @@ from olmozoo.families.olmo import OlmoConfig
 from olmozoo.flax.cache import update
 from olmozoo.flax.decoder import Decoder, DecoderModule, Layers
 from olmozoo.flax.heads import CausalLM, SequenceClassifier
-from olmozoo.flax.layers import GatedMLP, LayerNorm, attention, clip, rotate, split_heads
+from olmozoo.flax.layers import GatedMLP, LayerNorm, QueryBlocks, attention, clip, rotate, split_heads
 
 
 class OlmoAttention(nn.Module):
@@ -40,7 +40,7 @@ class OlmoAttention(nn.Module):
         self.dropout = nn.Dropout(config.attention_dropout)
 
     def __call__(
-        self, x: Array, mask: Array, cos_sin: tuple[Array, Array], past: Any, deterministic: bool
+        self, x: Array, mask: Array | QueryBlocks, cos_sin: tuple[Array, Array], past: Any, deterministic: bool
     ) -> tuple[Array, tuple[Array, Array], Array]:
         head_dim, limit = self.config.head_dim, self.config.clip_qkv
         query = split_heads(clip(self.q_proj(x), limit), head_dim)  # (b, h, s, d)
@@ -69,7 +69,7 @@ class OlmoBlock(nn.Module):
         self.post_attention_layernorm = LayerNorm(False, self.param_dtype)
 
     def __call__(
-        self, x: Array, mask: Array, cos_sin: tuple[Array, Array], past: Any, deterministic: bool
+        self, x: Array, mask: Array | QueryBlocks, cos_sin: tuple[Array, Array], past: Any, deterministic: bool
     ) -> tuple[Array, tuple[Array, Array], Array]:
         out, present, weights = self.self_attn(self.input_layernorm(x), mask, cos_sin, past, deterministic)
         x = x + out  # (b, s, c)

@@ -19,7 +19,7 @@ from olmozoo.families.olmo2 import Olmo2Config, PostNormConfig
 from olmozoo.flax.cache import update
 from olmozoo.flax.decoder import Decoder, DecoderModule, Layers
 from olmozoo.flax.heads import CausalLM, SequenceClassifier
-from olmozoo.flax.layers import GatedMLP, RMSNorm, attention, rotate, split_heads
+from olmozoo.flax.layers import GatedMLP, QueryBlocks, RMSNorm, attention, rotate, split_heads
 
 
 class Olmo2Attention(nn.Module):
@@ -42,7 +42,7 @@ class Olmo2Attention(nn.Module):
         self.dropout = nn.Dropout(config.attention_dropout)
 
     def __call__(
-        self, x: Array, mask: Array, cos_sin: tuple[Array, Array], past: Any, deterministic: bool
+        self, x: Array, mask: Array | QueryBlocks, cos_sin: tuple[Array, Array], past: Any, deterministic: bool
     ) -> tuple[Array, tuple[Array, Array], Array]:
         head_dim = self.config.head_dim
         query = split_heads(self.q_norm(self.q_proj(x)), head_dim)  # (b, h, s, d)
@@ -71,7 +71,7 @@ class Olmo2Block(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(config.rms_norm_eps, self.param_dtype)
 
     def __call__(
-        self, x: Array, mask: Array, cos_sin: tuple[Array, Array], past: Any, deterministic: bool
+        self, x: Array, mask: Array | QueryBlocks, cos_sin: tuple[Array, Array], past: Any, deterministic: bool
     ) -> tuple[Array, tuple[Array, Array], Array]:
         out, present, weights = self.self_attn(x, mask, cos_sin, past, deterministic)
         x = x + self.post_attention_layernorm(out)  # (b, s, c)

@@ -22,7 +22,7 @@ from olmozoo.families.opt import POSITION_OFFSET, OPTConfig
 from olmozoo.flax.cache import update
 from olmozoo.flax.decoder import Decoder, DecoderModule, Layers
 from olmozoo.flax.heads import CausalLM, QuestionAnswerer, SequenceClassifier
-from olmozoo.flax.layers import ACTIVATIONS, LayerNorm, attention, concrete, split_heads
+from olmozoo.flax.layers import ACTIVATIONS, LayerNorm, QueryBlocks, attention, concrete, split_heads
 from olmozoo.modeling import check_range
 
 
@@ -45,7 +45,7 @@ class OPTAttention(nn.Module):
         self.dropout = nn.Dropout(config.attention_dropout)
 
     def __call__(
-        self, x: Array, mask: Array, head_mask: Array | None, past: Any, deterministic: bool
+        self, x: Array, mask: Array | QueryBlocks, head_mask: Array | None, past: Any, deterministic: bool
     ) -> tuple[Array, tuple[Array, Array], Array]:
         head_dim = self.config.head_dim
         query = split_heads(self.q_proj(x) * head_dim**-0.5, head_dim)  # (b, h, s, d)
@@ -77,7 +77,7 @@ class OPTBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def __call__(
-        self, x: Array, mask: Array, head_mask: Array | None, past: Any, deterministic: bool
+        self, x: Array, mask: Array | QueryBlocks, head_mask: Array | None, past: Any, deterministic: bool
     ) -> tuple[Array, tuple[Array, Array], Array]:
         norm_first = self.config.do_layer_norm_before
         out = self.self_attn_layer_norm(x) if norm_first else x

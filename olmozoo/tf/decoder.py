@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import keras
@@ -13,7 +14,7 @@ from olmozoo.modeling import check_inputs, check_range
 from olmozoo.outputs import BaseModelOutput
 from olmozoo.tf.base import PreTrainedModel
 from olmozoo.tf.cache import close_cache, open_cache
-from olmozoo.tf.layers import Tensor, TrackedBlocks, causal_mask, concrete, rotary, split_seed
+from olmozoo.tf.layers import Tensor, TrackedBlocks, causal_mask, concrete, query_mask, rotary, split_seed
 
 
 class Decoder(TrackedBlocks, PreTrainedModel):
@@ -85,7 +86,9 @@ class Decoder(TrackedBlocks, PreTrainedModel):
         batch, length, _ = ops.shape(hidden)
         pasts, past, keys = open_cache(past_key_values, len(blocks), length)
         windows = self.config.windows
-        masks = {w: causal_mask(attention_mask, batch, length, past, keys, w) for w in dict.fromkeys(windows)}
+        needs_weights = output_attentions or (training and getattr(self.config, "attention_dropout", 0) > 0)
+        make_mask = causal_mask if needs_weights else partial(query_mask, heads=self.config.num_attention_heads)
+        masks = {w: make_mask(attention_mask, batch, length, past, keys, w) for w in dict.fromkeys(windows)}
         if position_ids is None and cache_position is not None:
             position_ids = cache_position[None]
         hidden, layer_inputs = self.embed_positions(
@@ -99,7 +102,7 @@ class Decoder(TrackedBlocks, PreTrainedModel):
             if recompute:
                 hidden = recomputed(block, mask, layer_input, seed)(hidden)
             else:
-                hidden, present, weights = block(hidden, mask, layer_input, layer_past, seed)
+                hidden, present, weights = block(hidden, layer_input, layer_past, seed, mask=mask)
                 presents.append(present)
                 attentions.append(weights)
             if training and self.layerdrop:
@@ -136,4 +139,4 @@ class Decoder(TrackedBlocks, PreTrainedModel):
 
 def recomputed(block: keras.Layer, mask: Tensor, layer_input: Any, seed: Tensor | None) -> Any:
     """A function from the hidden states before a block to those after it that keeps nothing for the backward pass."""
-    return keras.remat(lambda hidden: block(hidden, mask, layer_input, None, seed)[0])
+    return keras.remat(lambda hidden: block(hidden, layer_input, None, seed, mask=mask)[0])

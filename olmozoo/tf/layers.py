@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import keras
@@ -20,6 +22,8 @@ from olmozoo.errors import InputError
 from olmozoo.families.rope import Rope
 
 Tensor: TypeAlias = tf.Tensor
+SCORE_BYTES = 1 << 26  # the most that the scores of attention take at once, where nobody asks for the weights
+MIN_ROWS = 8  # queries
 
 
 def at_least_float32(dtype: Any) -> str:
@@ -277,6 +281,95 @@ def causal_mask(
         causal &= key > query - window
     if attention_mask is None:
         return causal
+    real = real_keys(attention_mask, batch, length, past, keys)
+    seen = causal & real[:, None, None, :]
+    return seen | (~ops.any(seen, -1, keepdims=True) & (key == query))
+
+
+@dataclass(frozen=True)
+class QueryBlocks:
+    """The masks of a long call, made for `rows` queries at a time; the other fields are arguments of `causal_mask`."""
+
+    attention_mask: Tensor | None
+    past: Any
+    batch: Any
+    keys: int
+    window: int | None
+    rows: int
+
+    def run(self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`attend(query, key, value, mask)` by blocks of queries, in memory linear in s and t (arXiv:2112.05682).
+
+        In a window, a block is given the keys in it alone. The backward pass computes each block again.
+        """
+        batch, heads, length, head_dim = ops.shape(query)
+        count = -(-length // self.rows)
+        query = tf.pad(query, [[0, 0], [0, 0], [0, count * self.rows - length], [0, 0]])
+        blocks = ops.transpose(ops.reshape(query, (batch, heads, count, self.rows, head_dim)), (2, 0, 1, 3, 4))
+        starts = tf.range(count) * self.rows
+        width = self.keys if self.window is None else min(self.keys, self.window + self.rows - 1)
+
+        def one(start: Tensor, block: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            first = self.past + start
+            mask = causal_mask(self.attention_mask, self.batch, self.rows, first, self.keys, self.window)
+            if width < self.keys:
+                begin = tf.clip_by_value(first - self.window + 1, 0, self.keys - width)
+                key, value = (tf.slice(x, [0, 0, begin, 0], [-1, -1, width, -1]) for x in (key, value))
+                mask = tf.slice(mask, [0, 0, 0, begin], [-1, -1, -1, width])
+            return attend(block, key, value, mask)
+
+        @tf.custom_gradient
+        def run(blocks: Tensor, key: Tensor, value: Tensor) -> Any:
+            out = tf.map_fn(
+                lambda part: one(part[0], part[1], key, value), (starts, blocks), fn_output_signature=blocks.dtype
+            )
+
+            def gradient(upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                def add(i: Tensor, of_blocks: Any, of_key: Tensor, of_value: Tensor) -> tuple[Any, ...]:
+                    inputs = blocks[i], key, value
+                    with tf.GradientTape(watch_accessed_variables=False) as tape:
+                        tape.watch(inputs)
+                        part = one(starts[i], *inputs)
+                    of_block, more_key, more_value = tape.gradient(part, inputs, upstream[i])
+                    return i + 1, of_blocks.write(i, of_block), of_key + more_key, of_value + more_value
+
+                array = tf.TensorArray(blocks.dtype, count, element_shape=blocks.shape[1:])
+                state = tf.constant(0), array, tf.zeros_like(key), tf.zeros_like(value)
+                _, array, *others = tf.while_loop(lambda i, *_: i < count, add, state, maximum_iterations=count)
+                return array.stack(), *others
+
+            return out, gradient
+
+        out = run(blocks, key, value)  # (count, b, rows, h * d)
+        return ops.reshape(ops.transpose(out, (1, 0, 2, 3)), (batch, count * self.rows, heads * head_dim))[:, :length]
+
+
+def query_mask(
+    attention_mask: Tensor | None, batch: Any, length: Any, past: Any, keys: Any, window: int | None, heads: int
+) -> Tensor | QueryBlocks:
+    """`causal_mask`, or `QueryBlocks` where the scores of `heads` heads would take more than `SCORE_BYTES`.
+
+    In a graph that serves any length, it is the former.
+    """
+    rows, queries, known = static(batch), static(length), static(keys)
+    if (
+        rows is None
+        or queries is None
+        or known is None
+        or (attention_mask is not None and len(attention_mask.shape) == 4)
+    ):
+        return causal_mask(attention_mask, batch, length, past, keys, window)
+    width = known if window is None else min(known, 2 * window)
+    at_once = SCORE_BYTES // (4 * rows * heads * width)
+    if queries <= max(at_once, 1):
+        return causal_mask(attention_mask, batch, length, past, keys, window)
+    if attention_mask is not None:
+        attention_mask = real_keys(attention_mask, batch, length, past, keys)
+    return QueryBlocks(attention_mask, past, batch, known, window, max(at_once, MIN_ROWS))
+
+
+def real_keys(attention_mask: Tensor, batch: Any, length: Any, past: Any, keys: Any) -> Tensor:
+    """An attention_mask of two dimensions as bools of all keys, (b, t); see `causal_mask`."""
     real = ops.cast(attention_mask, "bool")
     rows, width = (*real.shape, None)[:2]
     written = static(past + length)
@@ -288,10 +381,7 @@ def causal_mask(
             f"{static(past)} cached and {static(length)} new positions"
         )
     unwritten = keys - ops.shape(real)[1]
-    if static(unwritten) != 0:
-        real = tf.pad(real, [[0, 0], [0, unwritten]])
-    seen = causal & real[:, None, None, :]
-    return seen | (~ops.any(seen, -1, keepdims=True) & (key == query))
+    return real if static(unwritten) == 0 else tf.pad(real, [[0, 0], [0, unwritten]])
 
 
 def whole_mask(mask: Tensor, length: Any, past: Any, keys: Any) -> Tensor:
@@ -334,20 +424,24 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor,
+    mask: Tensor | QueryBlocks,
     scale: float,
     rate: float,
     seed: Tensor | None,
     head_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of query (b, h, s, d) on key and value (b, g, t, d); key head i serves h/g query heads.
 
     A mask of floats is added to the scores. A head_mask (h,) multiplies each head's weights. Dropout of the weights
     is drawn from `seed`; none without.
 
     Returns:
-        The heads' outputs, side by side, (b, s, h * d); and the weights (b, h, s, t).
+        The heads' outputs, side by side, (b, s, h * d); and the weights (b, h, s, t). For `QueryBlocks` these are None,
+        and there is no dropout.
     """
+    if isinstance(mask, QueryBlocks):
+        attend = partial(attention, scale=scale, rate=0.0, seed=None, head_mask=head_mask)
+        return mask.run(lambda *args: attend(*args)[0], query, key, value), None
     b, h, s, d = ops.shape(query)
     g, t = ops.shape(key)[1:3]
     wide, value = at_least_float32(query.dtype), ops.cast(value, query.dtype)  # a cache may be narrower

@@ -18,7 +18,18 @@ from olmozoo.families.olmo import OlmoConfig
 from olmozoo.tf.cache import update
 from olmozoo.tf.decoder import Decoder
 from olmozoo.tf.heads import CausalLM, SequenceClassifier
-from olmozoo.tf.layers import GatedMLP, Layer, LayerNorm, attention, clip, embedding, linear, rotate, split_heads
+from olmozoo.tf.layers import (
+    GatedMLP,
+    Layer,
+    LayerNorm,
+    QueryBlocks,
+    attention,
+    clip,
+    embedding,
+    linear,
+    rotate,
+    split_heads,
+)
 
 Tensor: TypeAlias = tf.Tensor
 
@@ -39,7 +50,7 @@ class OlmoAttention(Layer):
         self.limit = config.clip_qkv
 
     def call(
-        self, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None, mask: Tensor | QueryBlocks
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         query = split_heads(clip(self.q_proj(x), self.limit), self.head_dim)  # (b, h, s, d)
         key = split_heads(clip(self.k_proj(x), self.limit), self.head_dim)  # (b, g, s, d)
@@ -61,9 +72,9 @@ class OlmoBlock(Layer):
         self.post_attention_layernorm = LayerNorm(False, name="post_attention_layernorm")
 
     def call(
-        self, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None, mask: Tensor | QueryBlocks
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        out, present, weights = self.self_attn(self.input_layernorm(x), mask, cos_sin, past, seed)
+        out, present, weights = self.self_attn(self.input_layernorm(x), cos_sin, past, seed, mask=mask)
         x = x + out  # (b, s, c)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x, present, weights

@@ -18,7 +18,7 @@ from olmozoo.families.olmo2 import Olmo2Config, PostNormConfig
 from olmozoo.tf.cache import update
 from olmozoo.tf.decoder import Decoder
 from olmozoo.tf.heads import CausalLM, SequenceClassifier
-from olmozoo.tf.layers import GatedMLP, Layer, RMSNorm, attention, embedding, linear, rotate, split_heads
+from olmozoo.tf.layers import GatedMLP, Layer, QueryBlocks, RMSNorm, attention, embedding, linear, rotate, split_heads
 
 Tensor: TypeAlias = tf.Tensor
 
@@ -40,7 +40,7 @@ class Olmo2Attention(Layer):
         self.dropout = config.attention_dropout
 
     def call(
-        self, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None, mask: Tensor | QueryBlocks
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         query = split_heads(self.q_norm(self.q_proj(x)), self.head_dim)  # (b, h, s, d)
         key = split_heads(self.k_norm(self.k_proj(x)), self.head_dim)  # (b, g, s, d)
@@ -62,9 +62,9 @@ class Olmo2Block(Layer):
         self.post_feedforward_layernorm = RMSNorm(config.rms_norm_eps, name="post_feedforward_layernorm")
 
     def call(
-        self, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None, mask: Tensor | QueryBlocks
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        out, present, weights = self.self_attn(x, mask, cos_sin, past, seed)
+        out, present, weights = self.self_attn(x, cos_sin, past, seed, mask=mask)
         x = x + self.post_attention_layernorm(out)  # (b, s, c)
         x = x + self.post_feedforward_layernorm(self.mlp(x))
         return x, present, weights

@@ -26,6 +26,7 @@ from olmozoo.tf.layers import (
     ACTIVATIONS,
     Layer,
     LayerNorm,
+    QueryBlocks,
     TrackedBlocks,
     attention,
     concrete,
@@ -54,7 +55,7 @@ class OPTAttention(Layer):
         self.dropout = config.attention_dropout
 
     def call(
-        self, x: Tensor, mask: Tensor, head_mask: Tensor | None, past: Any, seed: Tensor | None
+        self, x: Tensor, head_mask: Tensor | None, past: Any, seed: Tensor | None, mask: Tensor | QueryBlocks
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         query = split_heads(self.q_proj(x) * self.head_dim**-0.5, self.head_dim)  # (b, h, s, d)
         key = split_heads(self.k_proj(x), self.head_dim)
@@ -80,11 +81,11 @@ class OPTBlock(Layer):
         self.norm_first = config.do_layer_norm_before
 
     def call(
-        self, x: Tensor, mask: Tensor, head_mask: Tensor | None, past: Any, seed: Tensor | None
+        self, x: Tensor, head_mask: Tensor | None, past: Any, seed: Tensor | None, mask: Tensor | QueryBlocks
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         seeds = split_seed(seed, 3)
         out = self.self_attn_layer_norm(x) if self.norm_first else x
-        out, present, weights = self.self_attn(out, mask, head_mask, past, seeds[0])
+        out, present, weights = self.self_attn(out, head_mask, past, seeds[0], mask=mask)
         x = x + dropout(out, self.dropout, seeds[1])  # (b, s, c)
         if not self.norm_first:
             x = self.self_attn_layer_norm(x)

@@ -16,9 +16,9 @@ class ToyBlock(Layer):
         self.self_attn = OlmoAttention(config, name="self_attn")
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act, name="mlp")
 
-    def call(self, x, mask, cos_sin, past, seed):
+    def call(self, x, cos_sin, past, seed, mask):
         normed = self.input_norm(x)
-        out, present, weights = self.self_attn(normed, mask, cos_sin, past, seed)
+        out, present, weights = self.self_attn(normed, cos_sin, past, seed, mask=mask)
         return x + out + self.mlp(normed), present, weights
 
 
