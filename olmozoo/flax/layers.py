@@ -20,7 +20,7 @@ from jax import Array, lax
 from olmozoo.errors import InputError
 from olmozoo.families.rope import Rope
 
-SCORE_BYTES = 1 << 26  # the most that the scores of attention take at once, where nobody asks for the weights
+SCORE_BYTES = 1 << 26  # scores of attention that would take more are computed by blocks of a quarter of it
 MIN_ROWS = 8  # queries
 
 ACTIVATIONS = {
@@ -186,13 +186,13 @@ def query_mask(
 ) -> Array | QueryBlocks:
     """`causal_mask`, or `QueryBlocks` where the scores of `heads` heads would take more than `SCORE_BYTES`."""
     width = keys if window is None else min(keys, 2 * window)
-    rows = SCORE_BYTES // (4 * batch * heads * width)
-    if length <= max(rows, 1) or (attention_mask is not None and jnp.ndim(attention_mask) == 4):
+    at_once = SCORE_BYTES // (4 * batch * heads * width)  # queries
+    if length <= max(at_once, 1) or (attention_mask is not None and jnp.ndim(attention_mask) == 4):
         return causal_mask(attention_mask, batch, length, past, keys, window)
     if attention_mask is not None:
         attention_mask = jnp.asarray(attention_mask)
         check_mask(attention_mask, batch, length if isinstance(past, jax.core.Tracer) else int(past) + length, keys)
-    return QueryBlocks(attention_mask, past, batch, keys, window, max(rows, MIN_ROWS))
+    return QueryBlocks(attention_mask, past, batch, keys, window, max(at_once // 4, MIN_ROWS))
 
 
 def check_mask(mask: Array, batch: int, least: int, keys: int) -> None:

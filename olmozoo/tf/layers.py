@@ -22,7 +22,7 @@ from olmozoo.errors import InputError
 from olmozoo.families.rope import Rope
 
 Tensor: TypeAlias = tf.Tensor
-SCORE_BYTES = 1 << 26  # the most that the scores of attention take at once, where nobody asks for the weights
+SCORE_BYTES = 1 << 26  # scores of attention that would take more are computed by blocks of a quarter of it
 MIN_ROWS = 8  # queries
 
 
@@ -360,12 +360,12 @@ def query_mask(
     ):
         return causal_mask(attention_mask, batch, length, past, keys, window)
     width = known if window is None else min(known, 2 * window)
-    at_once = SCORE_BYTES // (4 * rows * heads * width)
+    at_once = SCORE_BYTES // (4 * rows * heads * width)  # queries
     if queries <= max(at_once, 1):
         return causal_mask(attention_mask, batch, length, past, keys, window)
     if attention_mask is not None:
         attention_mask = real_keys(attention_mask, batch, length, past, keys)
-    return QueryBlocks(attention_mask, past, batch, known, window, max(at_once, MIN_ROWS))
+    return QueryBlocks(attention_mask, past, batch, known, window, max(at_once // 4, MIN_ROWS))
 
 
 def real_keys(attention_mask: Tensor, batch: Any, length: Any, past: Any, keys: Any) -> Tensor:
