@@ -10,6 +10,7 @@ import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, ClassVar, Self, Unpack
@@ -100,6 +101,11 @@ class Backend(ABC):
         """The wing, imported."""
 
     @classmethod
+    def training(cls) -> ModuleType:
+        """The wing's module of training steps, imported."""
+        return import_module(f"{cls.module().__name__}.training")
+
+    @classmethod
     def model_class(cls, config: ModelConfig | type[ModelConfig], head: Head | None) -> type[Any]:
         """The wing's class of a family with a head.
 
@@ -121,8 +127,9 @@ class Backend(ABC):
         """
         return cls.model_class(config, head)(config, seed=None, dtype=dtype.name)
 
+    @classmethod
     @abstractmethod
-    def choose_device(self, dtype: str, device: str | None) -> Any:
+    def choose_device(cls, dtype: str, device: str | None) -> Any:
         """The device for a model in that dtype, in the framework's own form."""
 
     def load(self, cls: type[Any], source: OpenCheckpoint, dtype: str | None) -> Any:
@@ -160,7 +167,8 @@ class PyTorch(Backend):
         """The device of the model's parameters."""
         return next(model.parameters()).device
 
-    def choose_device(self, dtype: str, device: str | None) -> Any:
+    @classmethod
+    def choose_device(cls, dtype: str, device: str | None) -> Any:
         """The one asked for; by default CUDA or another accelerator if there is one (MPS not for float64)."""
         import torch
 
@@ -211,7 +219,8 @@ class TensorFlow(Backend):
 
         return olmozoo.tf
 
-    def choose_device(self, dtype: str, device: str | None) -> Any:
+    @classmethod
+    def choose_device(cls, dtype: str, device: str | None) -> Any:
         """The one asked for; by default TensorFlow takes a GPU by itself."""
         if device is None:
             return None
@@ -252,7 +261,8 @@ class Flax(Backend):
         """See `Backend.empty_model`."""
         return cls.model_class(config, head)(config, dtype=dtype, param_dtype=dtype, _do_init=False)
 
-    def choose_device(self, dtype: str, device: str | None) -> Any:
+    @classmethod
+    def choose_device(cls, dtype: str, device: str | None) -> Any:
         """The one asked for; by default JAX takes an accelerator by itself."""
         if device is None:
             return None
