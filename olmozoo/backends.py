@@ -132,6 +132,11 @@ class Backend(ABC):
     def choose_device(cls, dtype: str, device: str | None) -> Any:
         """The device for a model in that dtype, in the framework's own form."""
 
+    @classmethod
+    @abstractmethod
+    def is_cpu(cls, device: Any) -> bool:
+        """Whether a device that `choose_device` has chosen is the CPU."""
+
     def load(self, cls: type[Any], source: OpenCheckpoint, dtype: str | None) -> Any:
         """A model of the class with the weights of a checkpoint."""
         with self.scope():
@@ -183,6 +188,11 @@ class PyTorch(Backend):
                 return chosen
         raise _no_device(device, "PyTorch", here)
 
+    @classmethod
+    def is_cpu(cls, device: Any) -> bool:
+        """See `Backend.is_cpu`."""
+        return bool(device.type == "cpu")
+
     def load(self, cls: type[Any], source: OpenCheckpoint, dtype: str | None) -> Any:
         """See `Backend.load`."""
         return cls._from_checkpoint(source, dtype=dtype, device=self.device)
@@ -232,6 +242,13 @@ class TensorFlow(Backend):
             return devices[index].name
         raise _no_device(device, "TensorFlow", {d.device_type.lower() for d in tf.config.list_logical_devices()})
 
+    @classmethod
+    def is_cpu(cls, device: Any) -> bool:
+        """See `Backend.is_cpu`."""
+        import tensorflow as tf
+
+        return "CPU" in device if device else not tf.config.list_logical_devices("GPU")
+
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """The device."""
         import tensorflow as tf
@@ -273,6 +290,13 @@ class Flax(Backend):
             if index < len(devices := jax.devices(kind)):
                 return devices[index]
         raise _no_device(device, "JAX", {d.platform for d in jax.devices()} | {"cpu"})
+
+    @classmethod
+    def is_cpu(cls, device: Any) -> bool:
+        """See `Backend.is_cpu`."""
+        import jax
+
+        return bool((device or jax.devices()[0]).platform == "cpu")
 
     def load(self, cls: type[Any], source: OpenCheckpoint, dtype: str | None) -> Any:
         """See `Backend.load`. In the dtype of the file, whatever that is: float64 needs to be enabled."""

@@ -66,7 +66,7 @@ class TrainStep:
     """
 
     def __init__(self, model: Any, trained: Sequence[Parameter], decays: Sequence[float], config: TrainConfig) -> None:
-        self.model, self.names = model.train(), [parameter.name for parameter in trained]
+        self.model, self.names = model, [parameter.name for parameter in trained]
         self.config = config
         if config.lora is not None:
             add_adapters(model, trained, config)
@@ -113,6 +113,7 @@ class TrainStep:
         Returns:
             The sums of the cross-entropy and of the squared log-partition, before the division.
         """
+        self.model.train()
         torch.manual_seed(seed)
         z_factor = self.config.z_factor
         targets = torch.from_numpy(batch.targets).to(self.model.device)
@@ -137,17 +138,16 @@ class TrainStep:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> np.ndarray:
         """The summed cross-entropy of each row, (batch,)."""
-        self.model.eval()
+        self.model.eval()  # `gradients` sets it back
         targets = torch.from_numpy(batch.targets).to(self.model.device)
         losses, _ = target_losses(self._outputs(batch), targets, False)
-        self.model.train()
         return losses.cpu().numpy()
 
     # -- state ----------------------------------------------------------------------------------------------------
 
     def sync(self) -> Any:
-        """The model with the weights as they are now."""
-        return self.model
+        """The model with the weights as they are now, in evaluation mode."""
+        return self.model.eval()
 
     def values(self) -> dict[str, np.ndarray]:
         """The trained parameters by name."""

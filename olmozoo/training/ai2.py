@@ -187,6 +187,7 @@ def translate(data: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
     if top["precision"] not in (None, "fp32", "amp_bf16"):
         problems.append(f"precision is {top['precision']!r}, expected 'fp32' or 'amp_bf16'")
     ours["precision"] = "fp32" if top["precision"] in (None, "fp32") else "amp_bf16"
+    ours["amp_on_cpu"] = False
     if data.get("load_path"):
         if top["reset_trainer_state"] and not top["reset_optimizer_state"]:
             ours["restore_optimizer_settings"] = "all"

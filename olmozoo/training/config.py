@@ -181,6 +181,7 @@ class TrainConfig:
         backend: "pt", "tf" or "flax"; default the first that is installed.
         device: default an accelerator if there is one.
         precision: "fp32"; "amp_bf16", which computes in bfloat16 with weights in float32; or "fp64".
+        amp_on_cpu: whether "amp_bf16" computes in bfloat16 on the CPU too. AI2's trainer does not.
         load_path: a model's folder or repository in any format that is read, a checkpoint of AI2's trainer or of
             OLMo-core, or a step of another run; None for a new model, as `model` says.
         model: of a new model, a `preset` or a `model_type`, and fields of its config; of a loaded one, fields that
@@ -230,6 +231,7 @@ class TrainConfig:
     backend: str | None = None
     device: str | None = None
     precision: str = "fp32"
+    amp_on_cpu: bool = True
     load_path: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None

@@ -161,10 +161,11 @@ def _open(path: Path, dtype: str, length: int, problems: list[str]) -> Array:
 
 
 def _unlikely(path: Path, tokens: Array, dtype: str, vocab_size: int) -> list[str]:
-    """What says that the first rows are of another dtype."""
+    """What says, in some of the rows, that the tokens are of another dtype or vocabulary."""
     if not len(tokens):
         return []
-    part = np.asarray(tokens[:64]).reshape(-1)
+    rows = np.unique([*range(min(len(tokens), 64)), *np.linspace(0, len(tokens) - 1, 256).astype(int)])
+    part = np.asarray(tokens[rows]).reshape(-1)
     if part.size > 16 and dtype == "uint16" and (part[1::2] <= 1).all() and (part[::2] > 1).any():
         return [f"{path}: every second token is 0 or 1: it is of uint32, and memmap_dtype is uint16"]
     if (part.astype(np.int64) >= vocab_size).any():

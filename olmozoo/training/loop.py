@@ -7,6 +7,7 @@ parameters.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import signal
 import time
@@ -22,7 +23,7 @@ from olmozoo.backends import Backend, backend_class
 from olmozoo.errors import InputError, TrainingError
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.training import evaluators, outputs, state
-from olmozoo.training.config import DURATION, TrainConfig
+from olmozoo.training.config import DURATION, TrainConfig, check
 from olmozoo.training.data import Batch, TrainingData, open_data
 from olmozoo.training.metrics import Metrics
 from olmozoo.training.parameters import Clipping, total_norm, trained_parameters, weight_decays
@@ -69,7 +70,7 @@ def plan(config: TrainConfig, data: TrainingData, progress: Progress) -> Plan:
     """The length of a run from where it is.
 
     Raises:
-        InputError: there is nothing to do, or the schedule does not fit.
+        InputError: there is nothing to do.
     """
     per_batch = config.global_train_batch_size * data.files.length
     duration, extra = config.max_duration, config.extra_steps
@@ -87,9 +88,6 @@ def plan(config: TrainConfig, data: TrainingData, progress: Progress) -> Plan:
         raise InputError(f"max_duration is {duration!r}, which is no step: expected at least one")
     stop = steps + extra if config.stop_at is None else config.stop_at
     total = steps if config.scheduler.units == "steps" else tokens
-    warmup, end = config.scheduler.t_warmup, config.scheduler.t_max or total
-    if config.loss_divisor == "targets" and warmup >= end > 0 and config.scheduler.name != "constant":
-        raise InputError(f"scheduler.t_warmup is {warmup} {config.scheduler.units}, expected less than the run's {end}")
     return Plan(steps, total, stop, -(-steps // data.batches_per_epoch))
 
 
@@ -110,6 +108,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
         TrainingError: the loss or a gradient is not finite; the message names the step and the instances.
     """
     console = console or Console(stderr=True)
+    config = copy.deepcopy(config)  # a checkpoint may bring settings of its own
+    check(config)
     start = open_start(config)
     data = open_data(config, start.model)
     run = Run(config, start, data, console)
@@ -129,6 +129,9 @@ class Run:
         self.backend_class = backend_class(config.backend)
         self.training: Any = self.backend_class.training()
         self.device = self.backend_class.choose_device(DTYPES[config.precision], config.device)
+        if config.precision == "amp_bf16" and not config.amp_on_cpu and self.backend_class.is_cpu(self.device):
+            config.precision = "fp32"
+            start.lines.append("precision: fp32: amp_on_cpu is false, and the device is the CPU")
         self.tokenizer = outputs.open_tokenizer(config, start)
         self.evaluators = evaluators.open_evaluators(config, start.model, data, self.tokenizer)
         self.stopped: str | None = None
@@ -170,13 +173,19 @@ class Run:
     def train(self) -> Result:
         """Run to the end, or to where it is stopped."""
         config, progress = self.config, self.progress
-        folder = Path(config.save_folder)
+        folder, last = Path(config.save_folder), self._last_step()
+        if progress.step >= last and (folder / outputs.MODEL).is_dir():
+            self._print(f"the run is complete at step {progress.step}: {folder / outputs.MODEL}")
+            return Result(progress.step, None, True, folder / outputs.MODEL)
         outputs.prepare_folder(config)
         self._prepare()
-        last = self._last_step()
         metrics = self.metrics = Metrics(config, progress.step, last, self.console)
         for line in self.start.lines:
             metrics.text(line)
+        end = config.scheduler.t_max or self.plan.total
+        if config.scheduler.t_warmup >= end:
+            units = config.scheduler.units
+            metrics.text(f"the run's {end} {units} end within the warmup of {config.scheduler.t_warmup}")
         started, first_step, loss = time.monotonic(), progress.step, None
         try:
             with self._signals():
@@ -203,14 +212,12 @@ class Run:
         finally:
             metrics.close(plot=True)
         if self.stopped is not None:
-            self.console.print(
-                f"stopped by {self.stopped} at step {progress.step}; the same command goes on from there",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            self._print(f"stopped by {self.stopped} at step {progress.step}; the same command goes on from there")
             return Result(progress.step, loss, False, None)
         return Result(progress.step, loss, True, folder / outputs.MODEL)
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _last_step(self) -> int:
         """The step that the run ends at: where it is to stop, or where the data of its epochs end."""

@@ -18,7 +18,7 @@ from olmozoo.text.pipeline import TextGenerationPipeline
 from olmozoo.text.tokenizer import Tokenizer
 from olmozoo.training import state
 from olmozoo.training.config import TrainConfig
-from olmozoo.training.manifest import TOKENIZER
+from olmozoo.training.manifest import TOKENIZER, read_manifest, tokenizer_hash
 from olmozoo.training.start import Start
 from olmozoo.typing import Array
 
@@ -30,14 +30,13 @@ PEFT_PREFIX = "base_model.model."
 
 
 def tokenizer_folder(config: TrainConfig, start: Start) -> Path | None:
-    """Where the tokenizer of a run is; None where nothing names one."""
-    named = config.tokenizer or start.tokenizer
+    """Where the tokenizer of a run is: of the config, of prepared data, or of the model; None where none is named."""
     prepared = [Path(path) / TOKENIZER for path in config.data.paths if (Path(path) / TOKENIZER).is_dir()]
+    named = config.tokenizer or next(iter(prepared), start.tokenizer)
     if named is None:
-        return prepared[0] if prepared else None
-    path = Path(named)
-    if path.is_file():
-        return path
+        return None
+    if Path(named).is_file():
+        return Path(named)
     return resolve(named, need="tokenizer")
 
 
@@ -61,6 +60,11 @@ def open_tokenizer(config: TrainConfig, start: Start) -> Tokenizer | None:
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, and the model's vocabulary has "
             f"{start.model.vocab_size}"
         )
+    for path in map(Path, config.data.paths):
+        if path.is_dir() and read_manifest(path).tokenizer_sha256 != tokenizer_hash(tokenizer):
+            raise InputError(
+                f"{path} was prepared with another tokenizer than {folder}: prepare it again with this one"
+            )
     return tokenizer
 
 
@@ -75,6 +79,8 @@ def prepare_folder(config: TrainConfig) -> None:
         for path in (*state.steps(folder).values(), folder / MODEL):
             if path.is_dir():
                 shutil.rmtree(path)
+    elif (folder / MODEL).is_dir() and not state.steps(folder):
+        raise InputError(f"{folder} has a finished model and no step to go on from: set save_overwrite to start over")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "config.json").is_file():
         raise InputError(f"save_folder {folder} is the folder of a model, expected one for a run: choose another")
