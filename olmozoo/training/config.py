@@ -7,8 +7,11 @@ for its YAML files.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
-from collections.abc import Sequence
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -302,9 +305,13 @@ class TrainConfig:
 def load_config(file: StrPath, overrides: Sequence[str] = ()) -> tuple[TrainConfig, list[str]]:
     """The config of a YAML file, one of olmozoo's or of AI2's trainer, and what was read otherwise than it says there.
 
+    Paths are relative to the current folder. Those that are not there are taken from the folder of the file, if they
+    are there.
+
     Args:
         file: the file. One with `model.d_model` is AI2's; see `olmozoo.training.ai2`.
         overrides: such as "--optimizer.learning_rate=1e-4"; leading dashes may be left out, and `--flag` alone is true.
+            An entry of a list is named by its number: "--evaluators.0.label=test".
 
     Returns:
         The config, and a line for each setting of AI2's trainer that has a meaning of its own.
@@ -314,69 +321,121 @@ def load_config(file: StrPath, overrides: Sequence[str] = ()) -> tuple[TrainConf
     """
     from olmozoo.training import ai2
 
-    where = str(file)
-    data = _read(Path(file), [dotted(override) for override in overrides])
+    where, file = str(file), Path(file).expanduser()
+    data = _read(file, overrides)
+    notes: list[str] = []
     if ai2.is_ai2(data):
         data, notes = ai2.translate(data, where)
-        return from_dict(data, where), notes
-    return from_dict(data, where), []
+    config = from_dict(data, where)
+    _find_paths(config, file.parent)
+    return config, notes
 
 
-def dotted(override: str) -> str:
-    """An option of the command line as OmegaConf takes it: `--a-b.c=1` is `a_b.c=1`, and `--flag` `flag=true`."""
-    name, equals, value = override.removeprefix("--").partition("=")
-    return f"{name.replace('-', '_')}={value if equals else 'true'}"
+def dotted(override: str) -> tuple[str, str]:
+    """The field and the YAML of an option of the command line: `--a-b.c=1` is `a_b.c` and `1`, `--flag` is `true`.
+
+    Raises:
+        ConfigError: there is no value, and no dashes before the name.
+    """
+    name, equals, value = override.partition("=")
+    if not name.strip("-") or not (equals or name.startswith("--")):
+        raise ConfigError(
+            f"{override!r} is no override, expected --field=value, such as --optimizer.learning_rate=1e-4"
+        )
+    return name.lstrip("-").replace("-", "_"), value if equals else "true"
 
 
-def _read(file: Path, overrides: list[str]) -> dict[str, Any]:
+def _read(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
         from yaml import YAMLError
     except ImportError as error:
         raise MissingBackendError("training needs the omegaconf package: pip install 'olmozoo[training]'") from error
-    _register_resolvers()
+    _register_resolvers(file.parent)
     try:
         loaded: Any = OmegaConf.load(file)
-        if not OmegaConf.is_dict(loaded):
-            raise ConfigError(f"{file} has no fields at its top level")
-        merged: Any = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides)), resolve=True)
     except FileNotFoundError as error:
-        raise ConfigError(f"{file} is not there") from error
+        raise ConfigError(f"there is no file {file}: expected the YAML file of a run") from error
     except (OSError, ValueError, YAMLError, RecursionError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{file} cannot be read as YAML: {error}") from error
-    return {str(name): value for name, value in merged.items()}
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"{file} cannot be read as YAML: {reason}") from error
+    if not OmegaConf.is_dict(loaded):
+        raise ConfigError(f"{file} has no fields at its top level, expected lines such as save_folder: runs/first")
+    for override in overrides:
+        name, value = dotted(override)
+        try:
+            loaded.merge_with_dotlist([f"{name}={value}"])
+        except (IndexError, ValueError, TypeError, YAMLError, RecursionError, OmegaConfBaseException) as error:
+            entry = isinstance(error, (IndexError, ValueError)) and not isinstance(error, OmegaConfBaseException)
+            reason = "an entry of a list is named by its number from 0, as evaluators.0.label" if entry else error
+            raise ConfigError(f"--{name}={value} cannot be set: {_one_line(reason)}") from error
+    try:
+        resolved: Any = OmegaConf.to_container(loaded, resolve=True)
+    except (ValueError, OSError, RecursionError, OmegaConfBaseException) as error:
+        field_name = getattr(error, "full_key", None) or "a value"
+        raise ConfigError(f"{file}: {field_name}: {_one_line(error)}") from error
+    return {str(name): value for name, value in resolved.items()}
 
 
-def _register_resolvers() -> None:
+def _one_line(error: object) -> str:
+    """The text of an error, without what OmegaConf adds."""
+    text = re.sub(r"^\w+ raised while resolving interpolation: |\n    full_key:.*", "", str(error), flags=re.DOTALL)
+    return " ".join(text.split())
+
+
+def _beside(path: str, folder: Path) -> str:
+    """A path; where it is not there and is in `folder`, that one."""
+    other = folder / path
+    return str(other) if path and not Path(path).expanduser().exists() and other.exists() else path
+
+
+def _find_paths(config: TrainConfig, folder: Path) -> None:
+    """Take the paths that are not there from `folder`, where they are."""
+
+    def found(paths: list[str] | None) -> list[str] | None:
+        return paths and [_beside(path, folder) for path in paths]
+
+    sets: list[DataConfig | EvaluatorConfig] = [config.data, *config.evaluators]
+    for data in sets:
+        data.paths, data.label_mask_paths = found(data.paths) or [], found(data.label_mask_paths)
+    for evaluator in config.evaluators:
+        evaluator.datasets = evaluator.datasets and {k: found(v) or [] for k, v in evaluator.datasets.items()}
+        evaluator.file = evaluator.file and _beside(evaluator.file, folder)
+    config.load_path = config.load_path and _beside(config.load_path, folder)
+    config.tokenizer = config.tokenizer and _beside(config.tokenizer, folder)
+
+
+def _register_resolvers(folder: Path) -> None:
     """The resolvers of AI2's configs: path.glob, path.choose and path.last_checkpoint."""
     from omegaconf import OmegaConf
 
     def glob(pattern: str) -> list[str]:
-        return (
-            sorted(str(path) for path in Path().glob(pattern))
-            if not pattern.startswith("/")
-            else sorted(str(path) for path in Path("/").glob(pattern[1:]))
-        )
+        base = Path("/") if pattern.startswith("/") else Path()
+        pattern = pattern.lstrip("/")
+        found = sorted(str(path) for path in base.glob(pattern)) or sorted(str(path) for path in folder.glob(pattern))
+        if not found:
+            raise ConfigError(f"no file fits {pattern}")
+        return found
 
     def choose(*paths: str) -> str:
         for path in paths:
-            if Path(path).exists():
+            if Path(path := _beside(path, folder)).exists():
                 return path
         raise ConfigError(f"none of these is there: {', '.join(paths)}")
 
-    def last_checkpoint(folder: str) -> str:
+    def last_checkpoint(run: str) -> str:
         found = {
             int(match[1]): path
-            for path in Path(folder).glob("step*")
+            for path in Path(_beside(run, folder)).glob("step*")
             if (match := re.fullmatch(r"step(\d+)(-unsharded)?", path.name))
         }
         if not found:
-            raise ConfigError(f"{folder} has no checkpoint stepN")
+            raise ConfigError(f"{run} has no checkpoint stepN")
         return str(found[max(found)])
 
     for name, resolver in (("glob", glob), ("choose", choose), ("last_checkpoint", last_checkpoint)):
-        OmegaConf.register_new_resolver(f"path.{name}", resolver, replace=True)
+        OmegaConf.register_resolver(f"path.{name}", resolver, replace=True)
 
 
 def from_dict(data: dict[str, Any], where: str = "the config") -> TrainConfig:
@@ -386,40 +445,76 @@ def from_dict(data: dict[str, Any], where: str = "the config") -> TrainConfig:
         ConfigError: a field is unknown, of a wrong type or has a wrong value; every problem is named.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+    from omegaconf.errors import OmegaConfBaseException
 
-    raise_problems(f"{where} has unknown fields", list(_unknown(data, TrainConfig, "")), ConfigError)
+    raise_problems(f"{where} has fields that are wrong", _wrong_fields(data, TrainConfig, ""), ConfigError)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), data))
-    except ConfigKeyError as error:
-        raise ConfigError(f"{where}: {error.msg} ({error.full_key})") from error
     except OmegaConfBaseException as error:
-        reason = " ".join(str(error.msg or error).split())
-        raise ConfigError(f"{where}: {error.full_key}: {reason}") from error
+        raise ConfigError(f"{where}: {error.full_key}: {_one_line(error)}") from error
     assert isinstance(config, TrainConfig)
     check(config, where)
     return config
 
 
-def _unknown(data: Any, kind: type, prefix: str) -> list[str]:
-    """What `data` has that the dataclass has not, each with the fields that it has."""
-    if not isinstance(data, dict):
-        return []
-    import difflib
-    import typing
-
+def _wrong_fields(data: Mapping[Any, Any], kind: type, prefix: str) -> list[str]:
+    """The fields of `data` that the dataclass has not, or whose values are of another type."""
     hints = typing.get_type_hints(kind)
     problems = []
     for name, value in data.items():
-        if name not in hints:
+        if name in hints:
+            problems += _wrong_type(value, hints[name], f"{prefix}{name}")
+        else:
             close = difflib.get_close_matches(str(name), hints, 1)
-            problems.append(f"{prefix}{name}" + (f"; there is {prefix}{close[0]}" if close else ""))
-            continue
-        inner = [t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)]
-        for part in value if isinstance(value, list) else [value]:
-            if inner:
-                problems += _unknown(part, inner[0], f"{prefix}{name}.")  # type: ignore[arg-type]
+            there = f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(hints)}"
+            problems.append(f"there is no field {prefix}{name}: {there}")
     return problems
+
+
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+
+
+def _converts(value: Any, kind: Any) -> bool:
+    """Whether OmegaConf makes a number or text of a value, such as 3 of "3"."""
+    from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode
+    from omegaconf.errors import ValidationError
+
+    nodes: dict[Any, Any] = {int: IntegerNode, float: FloatNode, str: StringNode, bool: BooleanNode}
+    if kind not in nodes or value is None:
+        return False
+    try:
+        nodes[kind](value)
+    except ValidationError:
+        return False
+    return True
+
+
+def _wrong_type(value: Any, hint: Any, name: str) -> list[str]:
+    """What is wrong with the type of a value, and of those in it."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if Any in options or type(value) in options:
+        return []
+    for option in options:
+        if _converts(value, option):
+            return []
+        origin, inner = typing.get_origin(option), typing.get_args(option)
+        if origin is list and isinstance(value, list):
+            return [x for n, part in enumerate(value) for x in _wrong_type(part, inner[0], f"{name}[{n}]")]
+        if origin is dict and isinstance(value, dict):
+            return [x for key, part in value.items() for x in _wrong_type(part, inner[1], f"{name}.{key}")]
+        if dataclasses.is_dataclass(option) and isinstance(value, dict):
+            return _wrong_fields(value, option, f"{name}.")  # type: ignore[arg-type]
+    return [f"{name} is {value!r}, expected {' or '.join(_kind(option, name) for option in options)}"]
+
+
+def _kind(hint: Any, name: str) -> str:
+    """A type in the words of a config."""
+    if typing.get_origin(hint) is list:
+        inner = typing.get_args(hint)[0]
+        return "a list of fields" if inner not in KINDS else f"a list, as [{KINDS[inner]}, ...]"
+    if hint in KINDS:
+        return KINDS[hint]
+    return f"fields of its own, as {name}.{next(iter(typing.get_type_hints(hint)), '...')}" if hint else "null"
 
 
 def check(config: TrainConfig, where: str = "the config") -> None:

@@ -21,7 +21,9 @@ from rich.console import Console
 
 from olmozoo.backends import Backend, backend_class
 from olmozoo.errors import InputError, TrainingError
+from olmozoo.families.parameter import Parameter
 from olmozoo.generation.config import GenerationConfig
+from olmozoo.text.tokenizer import Tokenizer
 from olmozoo.training import evaluators, outputs, state
 from olmozoo.training.config import DURATION, TrainConfig, check
 from olmozoo.training.data import Batch, TrainingData, open_data
@@ -30,6 +32,7 @@ from olmozoo.training.parameters import Clipping, total_norm, trained_parameters
 from olmozoo.training.schedules import clipping_norm, learning_rate
 from olmozoo.training.start import DTYPES, Start, open_start
 from olmozoo.training.state import Progress
+from olmozoo.training.summary import summary
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Result:
         step: the last step.
         loss: of that step, per token learned.
         finished: whether the run is complete; else it can be resumed.
+        stopped: what ended a run that is not complete: the name of a signal, such as "SIGINT", or a field of the config
+            with its value.
         folder: of the finished model; None before the run is complete.
     """
 
@@ -47,6 +52,7 @@ class Result:
     loss: float | None
     finished: bool
     folder: Path | None
+    stopped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,12 @@ def plan(config: TrainConfig, data: TrainingData, progress: Progress) -> Plan:
     stop = steps + extra if config.stop_at is None else config.stop_at
     total = steps if config.scheduler.units == "steps" else tokens
     return Plan(steps, total, stop, -(-steps // data.batches_per_epoch))
+
+
+def last_step(plan: Plan, data: TrainingData, progress: Progress) -> int:
+    """The step that the run ends at: where it is to stop, or where the data of its epochs end."""
+    left = data.batches_per_epoch * (plan.epochs - progress.epoch) - progress.examples // data.batch_size
+    return max(progress.step, min(plan.stop, progress.step + left))
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Result:
@@ -134,6 +146,7 @@ class Run:
             start.lines.append("precision: fp32: amp_on_cpu is false, and the device is the CPU")
         self.tokenizer = outputs.open_tokenizer(config, start)
         self.evaluators = evaluators.open_evaluators(config, start.model, data, self.tokenizer)
+        self.trained = trained_parameters(config, start.model)
         self.stopped: str | None = None
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
@@ -147,7 +160,6 @@ class Run:
         cls = self.backend_class.model_class(start.model, "causal_lm")
         self.model = self.training.make_model(cls, start.model, start.weights, config, self.device)
         self.model.generation_config = GenerationConfig.from_contents(start.generation, start.model)
-        self.trained = trained_parameters(config, start.model)
         decays = weight_decays(config.optimizer, self.trained)
         self.clipping = Clipping(config.max_grad_norm_ratio, config.optimizer.betas)
         saved = start.saved
@@ -180,12 +192,11 @@ class Run:
         outputs.prepare_folder(config)
         self._prepare()
         metrics = self.metrics = Metrics(config, progress.step, last, self.console)
+        sizes = summary(config, self.start.model, self.data, self.plan, last, self.trained)
+        for name, text in sizes.items():
+            metrics.text(f"{name:<10} {text}")
         for line in self.start.lines:
             metrics.text(line)
-        end = config.scheduler.t_max or self.plan.total
-        if config.scheduler.t_warmup >= end:
-            units = config.scheduler.units
-            metrics.text(f"the run's {end} {units} end within the warmup of {config.scheduler.t_warmup}")
         started, first_step, loss = time.monotonic(), progress.step, None
         try:
             with self._signals():
@@ -213,17 +224,14 @@ class Run:
             metrics.close(plot=True)
         if self.stopped is not None:
             self._print(f"stopped by {self.stopped} at step {progress.step}; the same command goes on from there")
-            return Result(progress.step, loss, False, None)
+            return Result(progress.step, loss, False, None, self.stopped)
         return Result(progress.step, loss, True, folder / outputs.MODEL)
 
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _last_step(self) -> int:
-        """The step that the run ends at: where it is to stop, or where the data of its epochs end."""
-        progress, data = self.progress, self.data
-        left = data.batches_per_epoch * (self.plan.epochs - progress.epoch) - progress.examples // data.batch_size
-        return max(progress.step, min(self.plan.stop, progress.step + left))
+        return last_step(self.plan, self.data, self.progress)
 
     def _batches(self) -> Iterator[Batch]:
         """The batches of the run, counted in `progress`."""
@@ -391,14 +399,46 @@ def _check_resumed(config: TrainConfig, start: Start, data: TrainingData) -> Non
         )
 
 
-def dry_run(config: TrainConfig) -> dict[str, Any]:
-    """What a run would do, without a framework; see `olmozoo.cli.train`."""
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do.
+
+    Attributes:
+        start: what it starts from.
+        data: its data.
+        plan: its duration.
+        progress: where it starts.
+        last: the step that it ends at.
+        tokenizer: its tokenizer, if there is one.
+        trained: the parameters that are trained.
+    """
+
+    start: Start
+    data: TrainingData
+    plan: Plan
+    progress: Progress
+    last: int
+    tokenizer: Tokenizer | None
+    trained: list[Parameter]
+
+    def batch(self) -> Batch | None:
+        """The first batch; None where nothing is left to do."""
+        return next(self.data.batches(self.progress.epoch, self.progress.examples), None)
+
+
+def dry_run(config: TrainConfig) -> DryRun:
+    """What a run would do. Everything is opened and checked as for the run, without a framework; nothing is written.
+
+    Raises:
+        ConfigError, InputError, CheckpointError: as `train`.
+    """
     start = open_start(config)
     data = open_data(config, start.model)
     progress = start.saved.progress if start.saved else Progress()
     found = plan(config, data, progress)
     _check_resumed(config, start, data)
+    backend_class(config.backend)
     tokenizer = outputs.open_tokenizer(config, start)
     evaluators.open_evaluators(config, start.model, data, tokenizer)
     trained = trained_parameters(config, start.model)
-    return {"start": start, "data": data, "plan": found, "tokenizer": tokenizer, "trained": trained}
+    return DryRun(start, data, found, progress, last_step(found, data, progress), tokenizer, trained)

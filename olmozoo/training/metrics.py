@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -166,31 +167,36 @@ def draw(file: Path, picture: Path) -> bool:
     steps, evaluations = read(file)
     if not steps:
         return False
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.add_subplot()
     numbers, losses = [line["step"] for line in steps], [line["loss_per_target"] for line in steps]
-    axes.plot(numbers, losses, color="tab:blue", alpha=0.35 if len(losses) > WINDOW else 1, label="training loss")
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes, below = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+    axes.plot(numbers, losses, color="tab:blue", alpha=0.35 if len(losses) > WINDOW else 1, label="training")
     if len(losses) > WINDOW:
-        smooth, decay = [], 1 - 2 / (WINDOW + 1)
-        mean = losses[0]
-        for loss in losses:
-            mean = decay * mean + (1 - decay) * loss
-            smooth.append(mean)
-        axes.plot(numbers, smooth, color="tab:blue", label=f"mean over about {WINDOW} steps")
+        axes.plot(numbers, _smooth(losses), color="tab:blue", label=f"training, mean of {WINDOW + 1} steps")
     names = sorted({name for line in evaluations for name in line if name.endswith("/CrossEntropyLoss")})
     for name, color in zip(names, ("tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown"), strict=False):
         points = [(line["step"], line[name]) for line in evaluations if name in line]
         axes.plot(*zip(*points, strict=True), "o-", color=color, label=name.split("/")[1])
-    axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy in nats per token")
-    axes.grid(alpha=0.3)
+    axes.set_ylabel("cross-entropy per token (nats)")
+    axes.set_title(f"{file.parent.name}: {losses[-1]:.4f} at step {numbers[-1]:,}", loc="left")
     axes.legend(loc="upper right")
-    right = axes.twinx()
-    right.plot(numbers, [line["lr"] for line in steps], color="gray", linestyle=":")
-    right.set_ylabel("learning rate (dotted)", color="gray")
-    right.set_ylim(bottom=0)
+    below.plot(numbers, [line["lr"] for line in steps], color="tab:gray")
+    below.set_ylabel("learning rate")
+    below.set_xlabel("step")
+    below.set_ylim(bottom=0)
+    below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for part in (axes, below):
+        part.grid(alpha=0.3)
+        part.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=130)
     return True
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """The mean around each value: of as many before as after it, `WINDOW` of them at most."""
+    sums = [0.0, *itertools.accumulate(values)]
+    halves = [min(WINDOW // 2, i, len(values) - 1 - i) for i in range(len(values))]
+    return [(sums[i + h + 1] - sums[i - h]) / (2 * h + 1) for i, h in enumerate(halves)]
 
 
 def perplexity(loss: float) -> float:

@@ -17,13 +17,18 @@ from olmozoo.typing import Array
 EPS = 1e-6  # added to the norm that clipping divides by
 
 
+def stored_parameters(model: ModelConfig) -> list[Parameter]:
+    """The parameters of a causal language model; a tied one is there once."""
+    return [parameter for parameter in model.parameters("causal_lm") if parameter.tied_to is None]
+
+
 def trained_parameters(config: TrainConfig, model: ModelConfig) -> list[Parameter]:
     """The parameters that are trained: those of the table that are not frozen, or the factors of LoRA.
 
     Raises:
         ConfigError: a pattern of `freeze` fits no parameter, nothing is left to train, or there is no target for LoRA.
     """
-    table = [parameter for parameter in model.parameters("causal_lm") if parameter.tied_to is None]
+    table = stored_parameters(model)
     if config.lora is not None:
         return lora_parameters(config.lora, table)
     unknown = [pattern for pattern in config.freeze if not any(fnmatchcase(p.name, pattern) for p in table)]

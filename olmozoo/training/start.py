@@ -17,6 +17,7 @@ from olmozoo.families.parameter import Parameter
 from olmozoo.families.registry import config_class
 from olmozoo.training import ai2, state
 from olmozoo.training.config import TrainConfig
+from olmozoo.training.parameters import stored_parameters
 from olmozoo.training.state import Progress, Saved
 from olmozoo.typing import Array
 
@@ -134,7 +135,7 @@ def _foreign(config: TrainConfig, folder: Path) -> Start:
     if config.model:
         model = model.replace(**config.model)
     dtype = np.dtype(DTYPES[config.precision])
-    weights = ((p, sources[p.name].exact_values().astype(dtype, copy=False)) for p in _table(model))
+    weights = ((p, sources[p.name].exact_values().astype(dtype, copy=False)) for p in stored_parameters(model))
     start = Start(model, weights, folder=None)
     if config.reset_optimizer_state and config.reset_trainer_state:
         start.lines = [f"weights of {folder}; the optimizer, the step and the data order start anew"]
@@ -146,10 +147,6 @@ def _foreign(config: TrainConfig, folder: Path) -> Start:
         )
     saved = ai2.open_state(folder, model, config)
     return _restore(config, start, saved, [f"weights of {folder}"])
-
-
-def _table(model: ModelConfig) -> list[Parameter]:
-    return [parameter for parameter in model.parameters("causal_lm") if parameter.tied_to is None]
 
 
 def _restore(config: TrainConfig, start: Start, saved: Saved, lines: list[str]) -> Start:
