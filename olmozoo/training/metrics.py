@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -12,6 +11,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
@@ -172,13 +172,15 @@ def draw(file: Path, picture: Path) -> bool:
     axes, below = figure.subplots(2, sharex=True, height_ratios=(4, 1))
     axes.plot(numbers, losses, color="tab:blue", alpha=0.35 if len(losses) > WINDOW else 1, label="training")
     if len(losses) > WINDOW:
-        axes.plot(numbers, _smooth(losses), color="tab:blue", label=f"training, mean of {WINDOW + 1} steps")
+        means = np.convolve(losses, np.full(WINDOW, 1 / WINDOW), "valid")
+        middles = numbers[WINDOW // 2 : WINDOW // 2 + len(means)]
+        axes.plot(middles, means, color="tab:blue", label=f"training, mean of {WINDOW} steps")
     names = sorted({name for line in evaluations for name in line if name.endswith("/CrossEntropyLoss")})
     for name, color in zip(names, ("tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown"), strict=False):
         points = [(line["step"], line[name]) for line in evaluations if name in line]
         axes.plot(*zip(*points, strict=True), "o-", color=color, label=name.split("/")[1])
     axes.set_ylabel("cross-entropy per token (nats)")
-    axes.set_title(f"{file.parent.name}: {losses[-1]:.4f} at step {numbers[-1]:,}", loc="left")
+    axes.set_title(f"{file.parent.name}, {numbers[-1]:,} steps", loc="left")
     axes.legend(loc="upper right")
     below.plot(numbers, [line["lr"] for line in steps], color="tab:gray")
     below.set_ylabel("learning rate")
@@ -190,13 +192,6 @@ def draw(file: Path, picture: Path) -> bool:
         part.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=130)
     return True
-
-
-def _smooth(values: list[float]) -> list[float]:
-    """The mean around each value: of as many before as after it, `WINDOW` of them at most."""
-    sums = [0.0, *itertools.accumulate(values)]
-    halves = [min(WINDOW // 2, i, len(values) - 1 - i) for i in range(len(values))]
-    return [(sums[i + h + 1] - sums[i - h]) / (2 * h + 1) for i, h in enumerate(halves)]
 
 
 def perplexity(loss: float) -> float:
