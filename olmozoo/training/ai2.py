@@ -156,7 +156,7 @@ def translate(data: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
                 *("reset_trainer_state", "max_duration"),
             )
         },
-        "save_folder": data.get("save_folder") or "???",
+        "save_folder": data.get("save_folder") or "",
         "save_interval": min((n for n in intervals if n), default=None),
         "save_num_checkpoints_to_keep": keep,
         "device_train_microbatch_size": micro,

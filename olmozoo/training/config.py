@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -22,7 +23,7 @@ from olmozoo.typing import StrPath
 
 OPTIMIZERS = {"adamw": ("exp_avg", "exp_avg_sq"), "lionw": ("exp_avg",)}  # and the running means of each
 PRECISIONS = ("fp32", "amp_bf16", "fp64")
-DURATION = re.compile(r"(?P<number>[0-9.]+(e[0-9]+)?)(?P<unit>ep|T)")
+DURATION = re.compile(r"(?P<number>[0-9]+(\.[0-9]*)?(e[0-9]+)?)(?P<unit>ep|T)?")
 
 
 @dataclass
@@ -238,7 +239,7 @@ class TrainConfig:
     load_path: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
-    save_folder: str = "???"
+    save_folder: str = ""
     save_overwrite: bool = False
     save_interval: int | None = 1000
     save_num_checkpoints_to_keep: int = -1
@@ -381,7 +382,7 @@ def _read(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
 def _one_line(error: object) -> str:
     """The text of an error, without what OmegaConf adds."""
     text = re.sub(r"^\w+ raised while resolving interpolation: |\n    full_key:.*", "", str(error), flags=re.DOTALL)
-    return " ".join(text.split())
+    return " ".join(text.split()).strip('"')
 
 
 def _beside(path: str, folder: Path) -> str:
@@ -536,7 +537,7 @@ def check(config: TrainConfig, where: str = "the config") -> None:
         )
         if value not in allowed
     ]
-    if config.save_folder == "???":
+    if not config.save_folder:
         problems.append("save_folder is not set")
     positive = {
         "global_train_batch_size": config.global_train_batch_size,
@@ -547,10 +548,13 @@ def check(config: TrainConfig, where: str = "the config") -> None:
         "console_log_interval": config.console_log_interval,
         "max_grad_norm": config.max_grad_norm,
         "max_grad_norm_ratio": config.max_grad_norm_ratio,
+        "stop_at": config.stop_at,
         "stop_after": config.stop_after,
+        "sample_tokens": config.sample_tokens,
         "time_limit": config.time_limit,
         "early_stopping_factor": config.early_stopping_factor,
         "lora.rank": None if config.lora is None else config.lora.rank,
+        **{f"data.weights[{n}]": weight for n, weight in enumerate(config.data.weights or ())},
         **{
             f"evaluators[{n}].device_eval_batch_size": evaluator.device_eval_batch_size
             for n, evaluator in enumerate(config.evaluators)
@@ -559,10 +563,12 @@ def check(config: TrainConfig, where: str = "the config") -> None:
     problems += [
         f"{name} is {value}, expected more than 0"
         for name, value in positive.items()
-        if value is not None and not value > 0
+        if value is not None and not 0 < value < math.inf
     ]
     optimizer, scheduler = config.optimizer, config.scheduler
     not_negative = {
+        "seed": config.seed,
+        "data.seed": config.data_seed,
         "optimizer.learning_rate": optimizer.learning_rate,
         "optimizer.weight_decay": optimizer.weight_decay,
         "optimizer.eps": optimizer.eps,
@@ -571,18 +577,22 @@ def check(config: TrainConfig, where: str = "the config") -> None:
         "extra_steps": config.extra_steps,
         "auxiliary_loss_multiplier": config.auxiliary_loss_multiplier,
     }
-    problems += [f"{name} is {value}, expected 0 or more" for name, value in not_negative.items() if not value >= 0]
+    problems += [
+        f"{name} is {value}, expected 0 or more" for name, value in not_negative.items() if not 0 <= value < math.inf
+    ]
+    if config.save_num_checkpoints_to_keep < -1:
+        problems.append(f"save_num_checkpoints_to_keep is {config.save_num_checkpoints_to_keep}, expected -1 or more")
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
         problems.append(f"optimizer.betas are {optimizer.betas}, expected two numbers from 0 to less than 1")
-    if not 0 <= scheduler.warmup_min_lr <= optimizer.learning_rate:
+    if optimizer.learning_rate >= 0 and not 0 <= scheduler.warmup_min_lr <= optimizer.learning_rate:
         problems.append(
             f"scheduler.warmup_min_lr is {scheduler.warmup_min_lr}, expected 0 to the peak, {optimizer.learning_rate}"
         )
     if (scheduler.grad_clip_warmup_steps is None) != (scheduler.grad_clip_warmup_factor is None):
         problems.append("scheduler.grad_clip_warmup_steps and grad_clip_warmup_factor need one another")
-    duration = config.max_duration
-    if isinstance(duration, str) and not DURATION.fullmatch(duration) and not re.fullmatch(r"[0-9.e]+", duration):
-        problems.append(f"max_duration is {duration!r}, expected steps, tokens as '1e9T' or epochs as '3ep'")
+    match = DURATION.fullmatch(str(config.max_duration))
+    if not match or not float(match["number"]) < math.inf:
+        problems.append(f"max_duration is {config.max_duration!r}, expected steps, tokens as '1e9T' or epochs as '3ep'")
     if not config.data.paths:
         problems.append("data.paths is empty, expected files of tokens or folders that `olmozoo prepare` has written")
     masks, weights = config.data.label_mask_paths, config.data.weights
@@ -600,6 +610,10 @@ def check(config: TrainConfig, where: str = "the config") -> None:
     ]
     if config.lora is not None and config.freeze:
         problems.append("freeze and lora are both set: lora freezes all but its adapters")
+    if config.lora is not None and not 0 <= config.lora.dropout < 1:
+        problems.append(f"lora.dropout is {config.lora.dropout}, expected 0 to less than 1")
+    if config.lora is not None and config.load_path is None:
+        problems.append("lora is set without load_path: of which model are the adapters?")
     if config.lora is not None and config.lora.dropout and config.backend in ("tf", "flax"):
         problems.append(f"lora.dropout is {config.lora.dropout}, expected 0: only PyTorch has it")
     if config.load_path is None and not config.model:

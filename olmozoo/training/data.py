@@ -65,6 +65,7 @@ class TokenFiles:
         vocab_size: the ids are below it.
         pad_token_id: tokens that are neither seen nor learned; None for none.
         instance_filter: which instances give no loss.
+        label: what errors call them.
 
     Raises:
         InputError: a file is absent, empty, shorter than an instance or has a header, or a mask does not fit its file;
@@ -81,6 +82,7 @@ class TokenFiles:
         vocab_size: int,
         pad_token_id: int | None = None,
         instance_filter: InstanceFilter | None = None,
+        label: str = "the training data",
     ) -> None:
         self.paths, self.length, self.vocab_size = list(paths), length, vocab_size
         self.pad_token_id, self.instance_filter = pad_token_id, instance_filter
@@ -95,7 +97,7 @@ class TokenFiles:
                 )
         for path, tokens in zip(paths, self.tokens, strict=True):
             problems += _unlikely(path, tokens, dtype, vocab_size)
-        raise_problems("the training data cannot be used", problems, InputError)
+        raise_problems(f"{label} cannot be used", problems, InputError)
         self.starts = np.cumsum([0, *(len(tokens) for tokens in self.tokens)])
 
     def __len__(self) -> int:
@@ -335,6 +337,7 @@ def open_evaluation(
             length,
             model,
             DataConfig(generate_attention_mask=config.data.generate_attention_mask),
+            f"the data of the evaluator {label}",
         )
         for label, paths in sets.items()
     }
@@ -361,7 +364,12 @@ def _length(config: TrainConfig, sources: Sequence[_Source]) -> int:
 
 
 def _files(
-    sources: Sequence[_Source], dtype: str | None, length: int, model: ModelConfig, data: DataConfig
+    sources: Sequence[_Source],
+    dtype: str | None,
+    length: int,
+    model: ModelConfig,
+    data: DataConfig,
+    what: str = "the training data",
 ) -> TokenFiles:
     manifests = [source.manifest for source in sources if source.manifest]
     problems = [
@@ -382,10 +390,15 @@ def _files(
         problems.append(f"data.memmap_dtype is {' and '.join(sorted(dtypes))}, expected one dtype for all files")
     if dtype is not None and dtype not in DTYPES:
         problems.append(f"data.memmap_dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if not manifests and dtype in (None, "uint16") and model.vocab_size > 1 << 16:
+        problems.append(
+            f"data.memmap_dtype is {dtype or 'not set, which is uint16'}, and the ids of a vocabulary of "
+            f"{model.vocab_size} do not fit: write the tokens as uint32, and set it to that"
+        )
     pad = model.pad_token_id
     if data.generate_attention_mask and pad is None:
         problems.append("data.generate_attention_mask is true, and the model has no pad_token_id")
-    raise_problems("the training data do not fit", problems, InputError)
+    raise_problems(f"{what} do not fit", problems, InputError)
     return TokenFiles(
         [source.tokens for source in sources],
         [source.mask for source in sources],
@@ -394,4 +407,5 @@ def _files(
         vocab_size=model.vocab_size,
         pad_token_id=pad if data.generate_attention_mask else None,
         instance_filter=data.instance_filter,
+        label=what,
     )

@@ -27,6 +27,8 @@ def open_evaluators(
     Raises:
         InputError: a file does not fit, or needs a tokenizer and there is none.
     """
+    if config.sample_prompt is not None and tokenizer is None:
+        raise InputError(f"sample_prompt is {config.sample_prompt!r}, and the run has no tokenizer: set tokenizer")
     found: list[Evaluator] = []
     for evaluator in config.evaluators:
         if evaluator.file is None:

@@ -80,15 +80,16 @@ def plan(config: TrainConfig, data: TrainingData, progress: Progress) -> Plan:
     """
     per_batch = config.global_train_batch_size * data.files.length
     duration, extra = config.max_duration, config.extra_steps
-    match = DURATION.fullmatch(duration) if isinstance(duration, str) else None
-    if match and match["unit"] == "ep":
+    match = DURATION.fullmatch(str(duration))
+    assert match is not None
+    if match["unit"] == "ep":
         steps = int(float(match["number"])) * data.batches_per_epoch
         tokens, extra = steps * per_batch, 0
-    elif match:
+    elif match["unit"] == "T":
         tokens = int(float(match["number"]))
         steps = progress.step + max(0, -(-(tokens - progress.tokens) // per_batch))
     else:
-        steps = int(float(duration))
+        steps = int(float(match["number"]))
         tokens = progress.tokens + max(0, steps - progress.step) * per_batch
     if steps < 1:
         raise InputError(f"max_duration is {duration!r}, which is no step: expected at least one")
@@ -138,6 +139,7 @@ class Run:
         self.progress = saved.progress if saved else Progress()
         self.plan = plan(config, data, self.progress)
         _check_resumed(config, start, data)
+        outputs.check_folder(config)
         self.backend_class = backend_class(config.backend)
         self.training: Any = self.backend_class.training()
         self.device = self.backend_class.choose_device(DTYPES[config.precision], config.device)
@@ -437,6 +439,7 @@ def dry_run(config: TrainConfig) -> DryRun:
     progress = start.saved.progress if start.saved else Progress()
     found = plan(config, data, progress)
     _check_resumed(config, start, data)
+    outputs.check_folder(config)
     backend_class(config.backend)
     tokenizer = outputs.open_tokenizer(config, start)
     evaluators.open_evaluators(config, start.model, data, tokenizer)

@@ -12,7 +12,7 @@ from olmozoo.checkpoint.convert import convert_checkpoint, settings_files, write
 from olmozoo.checkpoint.files import write_json
 from olmozoo.checkpoint.formats import safetensors
 from olmozoo.checkpoint.tensors import LazyTensor
-from olmozoo.errors import InputError, OlmozooError
+from olmozoo.errors import HubError, InputError, OlmozooError
 from olmozoo.hub import ADAPTER_CONFIG, resolve
 from olmozoo.text.pipeline import TextGenerationPipeline
 from olmozoo.text.tokenizer import Tokenizer
@@ -37,7 +37,10 @@ def tokenizer_folder(config: TrainConfig, start: Start) -> Path | None:
         return None
     if Path(named).is_file():
         return Path(named)
-    return resolve(named, need="tokenizer")
+    try:
+        return resolve(named, need="tokenizer")
+    except HubError as error:
+        raise HubError(f"tokenizer: {error}") from error
 
 
 def open_tokenizer(config: TrainConfig, start: Start) -> Tokenizer | None:
@@ -68,22 +71,38 @@ def open_tokenizer(config: TrainConfig, start: Start) -> Tokenizer | None:
     return tokenizer
 
 
-def prepare_folder(config: TrainConfig) -> None:
-    """Make the folder of a run, with its config; an older run in it is removed where it is to be overwritten.
+def check_folder(config: TrainConfig) -> None:
+    """Check that the folder of a run is one, or can be.
 
     Raises:
-        InputError: the folder has a model or other files that are not of a run.
+        InputError: it has a model or other files that are not of a run, or what the run starts from would be removed.
     """
     folder = Path(config.save_folder)
-    if config.save_overwrite:
-        for path in (*state.steps(folder).values(), folder / MODEL):
-            if path.is_dir():
-                shutil.rmtree(path)
-    elif (folder / MODEL).is_dir() and not state.steps(folder):
-        raise InputError(f"{folder} has a finished model and no step to go on from: set save_overwrite to start over")
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"save_folder {folder} is a file, expected a folder")
     if (folder / "config.json").is_file():
         raise InputError(f"save_folder {folder} is the folder of a model, expected one for a run: choose another")
+    if not config.save_overwrite and (folder / MODEL).is_dir() and not state.steps(folder):
+        raise InputError(f"{folder} has a finished model and no step to go on from: set save_overwrite to start over")
+    for old in _older_run(config):
+        for path in (config.load_path, config.tokenizer, *config.data.paths, *(config.data.label_mask_paths or ())):
+            if path and Path(path).resolve().is_relative_to(old.resolve()):
+                raise InputError(f"save_overwrite would remove {old}, and the run needs {path}: choose another folder")
+
+
+def _older_run(config: TrainConfig) -> list[Path]:
+    """The folders in `save_folder` that `save_overwrite` removes."""
+    folder = Path(config.save_folder)
+    found = (*state.steps(folder).values(), folder / MODEL) if config.save_overwrite else ()
+    return [path for path in found if path.is_dir()]
+
+
+def prepare_folder(config: TrainConfig) -> None:
+    """Make the folder of a run, with its config; an older run in it is removed where it is to be overwritten."""
+    folder = Path(config.save_folder)
+    for path in _older_run(config):
+        shutil.rmtree(path)
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / CONFIG
     temporary = folder / f".{CONFIG}.new"
     temporary.write_text(config.to_yaml(), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from olmozoo.checkpoint.adapters import locate, open_merged
 from olmozoo.checkpoint.matching import initial_weights, load_weights
-from olmozoo.errors import CheckpointError, ConfigError
+from olmozoo.errors import CheckpointError, ConfigError, HubError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.families.registry import config_class
@@ -82,6 +83,13 @@ def _new(config: TrainConfig) -> Start:
         model = config_class(fields["model_type"]).from_dict(fields)
     else:
         raise ConfigError("model has neither a preset nor a model_type: of which family is the new model?")
+    known = [*type(model).from_dict({}).to_dict(), "head_dim", "rope_parameters"]
+    unknown = [
+        f"{name}" + "".join(f": did you mean model.{close}?" for close in difflib.get_close_matches(name, known, 1))
+        for name in fields
+        if name not in known
+    ]
+    raise_problems(f"{model.name} has no such field of model", unknown, ConfigError)
     weights = initial_weights(model, "causal_lm", seed=config.seed, dtype=DTYPES[config.precision])
     return Start(model, weights, lines=[f"a new {model.name} model, its weights drawn from seed {config.seed}"])
 
@@ -93,7 +101,10 @@ def _model_folder(config: TrainConfig) -> Start:
             f"{config.load_path} is a model without the state of an optimizer or a run: set reset_optimizer_state and "
             "reset_trainer_state to true"
         )
-    found = locate(config.load_path, need="model")
+    try:
+        found = locate(config.load_path, need="model")
+    except HubError as error:
+        raise HubError(f"load_path: {error}") from error
     source = open_merged(found, **config.model)
     return Start(
         source.config,
@@ -131,6 +142,11 @@ def _own_step(config: TrainConfig, folder: Path) -> Start:
 
 def _foreign(config: TrainConfig, folder: Path) -> Start:
     """A checkpoint of AI2's trainer or of OLMo-core."""
+    if config.lora is not None:
+        raise ConfigError(
+            f"lora is set, and load_path {folder} is a checkpoint of AI2's: adapters need a model folder. Convert it "
+            f"with python -m conversion.{'olmo_core' if ai2.is_core(folder) else 'olmo_native'} {folder} DST"
+        )
     model, sources = ai2.open_weights(folder)
     if config.model:
         model = model.replace(**config.model)

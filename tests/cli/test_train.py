@@ -132,7 +132,9 @@ def test_a_dry_run_marks_what_is_learned(command, folder):
 
 
 def test_the_last_of_a_bad_command_is_one_message(command, folder):
-    assert "there is no field optimizer.learning_rat: did you mean optimizer.learning_rate?" in command(folder / "run.yaml", "--optimizer.learning-rat=1", code=2)
+    assert "there is no field optimizer.learning_rat: did you mean optimizer.learning_rate?" in command(
+        folder / "run.yaml", "--optimizer.learning-rat=1", code=2
+    )
     assert "'1e-3' is no override" in command(folder / "run.yaml", "--optimizer.learning_rate", "1e-3", code=2)
     assert "there is no file nowhere.yaml" in command("nowhere.yaml", code=2)
 
