@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError, ConfigError, raise_problems
 from olmozoo.families.config import ModelConfig, read_json
-from olmozoo.training.config import TrainConfig
 from olmozoo.training.state import Progress, Saved
+
+if TYPE_CHECKING:
+    from olmozoo.training.config import TrainConfig
 
 # -- YAML -------------------------------------------------------------------------------------------------------------
 

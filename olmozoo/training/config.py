@@ -368,7 +368,7 @@ def _read(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
         try:
             loaded.merge_with_dotlist([f"{name}={value}"])
         except (IndexError, ValueError, TypeError, YAMLError, RecursionError, OmegaConfBaseException) as error:
-            entry = isinstance(error, (IndexError, ValueError)) and not isinstance(error, OmegaConfBaseException)
+            entry = isinstance(error, IndexError) or type(error) is ValueError
             reason = "an entry of a list is named by its number from 0, as evaluators.0.label" if entry else error
             raise ConfigError(f"--{name}={value} cannot be set: {_one_line(reason)}") from error
     try:
