@@ -36,6 +36,8 @@ class Metrics:
 
     def __init__(self, config: TrainConfig, step: int, total: int, console: Console) -> None:
         self.folder, self.config, self.total, self.console = Path(config.save_folder), config, total, console
+        self.board = _tensorboard(self.folder) if config.tensorboard else None
+        self.run = _wandb(config) if config.wandb is not None else None
         self.file, self.indices = self.folder / METRICS, self.folder / INDICES
         if step == 0:
             for file in (self.file, self.indices):
@@ -45,12 +47,14 @@ class Metrics:
         self.stream = self.file.open("a", encoding="utf-8")
         self.index_stream = self.indices.open("a", encoding="utf-8") if config.save_data_indices else None
         self.times: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], WINDOW + 1)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.compiling = True
+        columns = (
+            *(BarColumn(), MofNCompleteColumn(), "steps ", TimeElapsedColumn(), "elapsed ", TimeRemainingColumn()),
+            "left",
+        )
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.task = self.bar.add_task("training", total=total, completed=step)
         self.bar.start()
-        self.board = _tensorboard(self.folder, step) if config.tensorboard else None
-        self.run = _wandb(config) if config.wandb is not None else None
 
     def step(self, numbers: dict[str, Any], indices: Any, tokens: int) -> None:
         """Report a step.
@@ -61,6 +65,9 @@ class Metrics:
             tokens: that it has.
         """
         self.times.append((time.monotonic(), self.times[-1][1] + tokens))
+        if len(self.times) == 3 and self.compiling:
+            self.times.popleft()  # the first step, in which programs are compiled
+            self.compiling = False
         (first, before), (last, after) = self.times[0], self.times[-1]
         numbers = {**numbers, "tokens_per_second": (after - before) / max(last - first, 1e-9)}
         self._write(numbers)
@@ -110,8 +117,9 @@ class Metrics:
         loss = f"loss {numbers['loss_per_target']:.4f}"
         if self.config.loss_divisor == "positions":
             loss += f" (AI2's {numbers['loss']:.4f})"
-        parts = [f"step {numbers['step']}/{self.total}", loss, f"lr {numbers['lr']:.3g}"]
-        parts += [f"norm {numbers['grad_norm']:.3f}", f"{numbers['tokens_per_second']:,.0f} tokens/s"]
+        width = len(str(self.total))
+        parts = [f"step {numbers['step']:>{width}}/{self.total}", loss, f"lr {numbers['lr']:.2e}"]
+        parts += [f"norm {numbers['grad_norm']:>7.3f}", f"{numbers['tokens_per_second']:>7,.0f} tokens/s"]
         (first, _), (last, _) = self.times[0], self.times[-1]
         steps = len(self.times) - 1
         left = (self.total - numbers["step"]) * (last - first) / max(steps, 1)
@@ -134,12 +142,12 @@ def _memory() -> int | None:
     return pages * os.sysconf("SC_PAGE_SIZE") // 1_000_000
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
+def _tensorboard(folder: Path) -> Any:
     try:
         from tensorboard.summary import Writer
     except ImportError as error:
         raise MissingBackendError("tensorboard: true needs the tensorboard package: pip install tensorboard") from error
-    return Writer(str(folder / "tensorboard"), filename_suffix=f".{step}")
+    return Writer(str(folder / "tensorboard"))
 
 
 def _wandb(config: TrainConfig) -> Any:
