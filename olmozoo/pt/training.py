@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from olmozoo.errors import MissingBackendError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.pt.base import from_numpy, to_numpy
@@ -178,8 +179,10 @@ class TrainStep:
 
 def add_adapters(model: Any, trained: Sequence[Parameter], config: TrainConfig) -> None:
     """Add PEFT's adapters to the model, with the initial values of `trained`."""
-    import peft
-
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingBackendError("LoRA in PyTorch needs the peft package: pip install peft") from error
     lora = config.lora
     assert lora is not None
     settings = peft.LoraConfig(

@@ -252,17 +252,21 @@ class TrainingData:
                 yield {"input_ids": batch.input_ids, "labels": labels, "attention_mask": mask}
 
     def as_tf_dataset(self, epochs: int = 1) -> Any:
-        """A `tf.data.Dataset` of pairs of inputs and labels, for `model.fit`."""
+        """A `tf.data.Dataset` of pairs of inputs and labels.
+
+        For `model.fit(dataset, epochs=epochs, steps_per_epoch=data.batches_per_epoch, shuffle=False)`.
+        """
         import tensorflow as tf
 
         spec = tf.TensorSpec((None, self.files.length), tf.int32)
-        return tf.data.Dataset.from_generator(
+        dataset = tf.data.Dataset.from_generator(
             lambda: (
                 ({"input_ids": e["input_ids"], "attention_mask": e["attention_mask"]}, e["labels"])
                 for e in self.examples(epochs)
             ),
             output_signature=({"input_ids": spec, "attention_mask": spec}, spec),
         )
+        return dataset.apply(tf.data.experimental.assert_cardinality(epochs * self.batches_per_epoch))
 
     def as_torch_dataset(self, epochs: int = 1) -> Any:
         """A `torch.utils.data.IterableDataset` of batches: give a DataLoader `batch_size=None`."""
