@@ -10,6 +10,7 @@ import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, ClassVar, Self, Unpack
@@ -100,6 +101,11 @@ class Backend(ABC):
         """The wing, imported."""
 
     @classmethod
+    def training(cls) -> ModuleType:
+        """The wing's module of training steps, imported."""
+        return import_module(f"{cls.module().__name__}.training")
+
+    @classmethod
     def model_class(cls, config: ModelConfig | type[ModelConfig], head: Head | None) -> type[Any]:
         """The wing's class of a family with a head.
 
@@ -121,9 +127,15 @@ class Backend(ABC):
         """
         return cls.model_class(config, head)(config, seed=None, dtype=dtype.name)
 
+    @classmethod
     @abstractmethod
-    def choose_device(self, dtype: str, device: str | None) -> Any:
+    def choose_device(cls, dtype: str, device: str | None) -> Any:
         """The device for a model in that dtype, in the framework's own form."""
+
+    @classmethod
+    @abstractmethod
+    def is_cpu(cls, device: Any) -> bool:
+        """Whether a device that `choose_device` has chosen is the CPU."""
 
     def load(self, cls: type[Any], source: OpenCheckpoint, dtype: str | None) -> Any:
         """A model of the class with the weights of a checkpoint."""
@@ -160,7 +172,8 @@ class PyTorch(Backend):
         """The device of the model's parameters."""
         return next(model.parameters()).device
 
-    def choose_device(self, dtype: str, device: str | None) -> Any:
+    @classmethod
+    def choose_device(cls, dtype: str, device: str | None) -> Any:
         """The one asked for; by default CUDA or another accelerator if there is one (MPS not for float64)."""
         import torch
 
@@ -174,6 +187,11 @@ class PyTorch(Backend):
             if (chosen := torch.device(device)).type in here:
                 return chosen
         raise _no_device(device, "PyTorch", here)
+
+    @classmethod
+    def is_cpu(cls, device: Any) -> bool:
+        """See `Backend.is_cpu`."""
+        return bool(device.type == "cpu")
 
     def load(self, cls: type[Any], source: OpenCheckpoint, dtype: str | None) -> Any:
         """See `Backend.load`."""
@@ -211,7 +229,8 @@ class TensorFlow(Backend):
 
         return olmozoo.tf
 
-    def choose_device(self, dtype: str, device: str | None) -> Any:
+    @classmethod
+    def choose_device(cls, dtype: str, device: str | None) -> Any:
         """The one asked for; by default TensorFlow takes a GPU by itself."""
         if device is None:
             return None
@@ -222,6 +241,13 @@ class TensorFlow(Backend):
         if index < len(devices):
             return devices[index].name
         raise _no_device(device, "TensorFlow", {d.device_type.lower() for d in tf.config.list_logical_devices()})
+
+    @classmethod
+    def is_cpu(cls, device: Any) -> bool:
+        """See `Backend.is_cpu`."""
+        import tensorflow as tf
+
+        return "CPU" in device if device else not tf.config.list_logical_devices("GPU")
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """The device."""
@@ -252,7 +278,8 @@ class Flax(Backend):
         """See `Backend.empty_model`."""
         return cls.model_class(config, head)(config, dtype=dtype, param_dtype=dtype, _do_init=False)
 
-    def choose_device(self, dtype: str, device: str | None) -> Any:
+    @classmethod
+    def choose_device(cls, dtype: str, device: str | None) -> Any:
         """The one asked for; by default JAX takes an accelerator by itself."""
         if device is None:
             return None
@@ -263,6 +290,13 @@ class Flax(Backend):
             if index < len(devices := jax.devices(kind)):
                 return devices[index]
         raise _no_device(device, "JAX", {d.platform for d in jax.devices()} | {"cpu"})
+
+    @classmethod
+    def is_cpu(cls, device: Any) -> bool:
+        """See `Backend.is_cpu`."""
+        import jax
+
+        return bool((device or jax.devices()[0]).platform == "cpu")
 
     def load(self, cls: type[Any], source: OpenCheckpoint, dtype: str | None) -> Any:
         """See `Backend.load`. In the dtype of the file, whatever that is: float64 needs to be enabled."""

@@ -38,3 +38,7 @@ def raise_problems(headline: str, problems: Iterable[str], kind: type[OlmozooErr
     problems = list(problems)
     if problems:
         raise kind(f"{headline}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+class TrainingError(OlmozooError, ArithmeticError):
+    """A training run cannot go on: its loss or a gradient is not finite."""

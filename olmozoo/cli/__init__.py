@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from olmozoo.cli import checkpoint, evaluate, generate, prepare, verify
+from olmozoo.cli import checkpoint, evaluate, generate, prepare, train, verify
 from olmozoo.cli.common import err, printable, write
 from olmozoo.errors import OlmozooError
 
@@ -20,6 +20,7 @@ for command in (
     *(verify.verify, checkpoint.diff, evaluate.evaluate, prepare.prepare),
 ):
     app.command()(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train.train)
 
 # What errors of the library call by its arguments' names, in the words of the command line.
 OPTIONS = {

@@ -19,6 +19,7 @@ from olmozoo.cli.common import (
     Revision,
     err,
     import_backend,
+    in_bytes,
     out,
     printable,
     progress_bar,
@@ -62,7 +63,7 @@ def info(
     groups = [(group, f"{count:,}", f"{count / total:.1%}") for group, count in counts.items()]
     groups.append(("total", f"{total:,}", "100.0%"))
     show("parameters of the causal language model", ["group", "parameters", "share"], groups)
-    rows = [(name, _bytes(weights), _bytes(token)) for name, (weights, token) in sizes.items()]
+    rows = [(name, in_bytes(weights), in_bytes(token)) for name, (weights, token) in sizes.items()]
     show("memory", ["dtype", "weights", "cache per token"], rows)
 
 
@@ -161,12 +162,3 @@ def _config(model: str, revision: str | None) -> tuple[ModelConfig, dict[str, An
     folder, adapter = locate(model, need="config", revision=revision)
     settings = None if adapter is None else read_json(adapter / ADAPTER_CONFIG)
     return ModelConfig.from_folder(folder), settings
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.2f} {unit}"
-        size /= 1000
-    return f"{size:,.2f} TB"

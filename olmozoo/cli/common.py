@@ -133,6 +133,16 @@ def show(
     Console(width=max(out.width, needed.minimum if out.is_terminal else needed.maximum)).print(table)
 
 
+def in_bytes(count: int) -> str:
+    """A number of bytes in the unit that fits."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.2f} {unit}"
+        size /= 1000
+    return f"{size:,.2f} TB"
+
+
 def progress_bar(*columns: ProgressColumn) -> Progress:
     """A progress bar on standard error; nothing where that is no terminal."""
     kept = (*Progress.get_default_columns()[:-1], *(columns or (MofNCompleteColumn(), TimeRemainingColumn())))

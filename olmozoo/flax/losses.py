@@ -43,3 +43,21 @@ def answer_position_loss(logits: Array, positions: Array) -> Array:
     """Cross-entropy of logits (b, s) against positions (b,), clamped to 0 .. s, where s is ignored."""
     length = logits.shape[1]
     return cross_entropy(logits, positions.reshape(-1).clip(0, length), length)
+
+
+def target_losses(logits: Array, targets: Array, z_loss: bool) -> tuple[Array, Array]:
+    """The sums (b,) over each row of the cross-entropy in nats and of the squared log-partition, in at least float32.
+
+    Args:
+        logits: (b, s, v).
+        targets: (b, s), the token that each position predicts; -100 counts in neither sum.
+        z_loss: whether the second is wanted; else it is 0.
+    """
+    wide = logits.astype(at_least_float32(logits.dtype))
+    learned = targets != -100
+    partition = jax.nn.logsumexp(wide, axis=-1)  # (b, s)
+    picked = jnp.take_along_axis(wide, jnp.where(learned, targets, 0)[..., None], axis=-1)[..., 0]
+    losses = jnp.where(learned, partition - picked, 0).sum(-1)
+    if not z_loss:
+        return losses, jnp.zeros_like(losses)
+    return losses, jnp.where(learned, jnp.square(partition), 0).sum(-1)

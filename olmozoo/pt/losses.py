@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,3 +47,19 @@ def answer_position_loss(logits: Tensor, positions: Tensor) -> Tensor:
     """Cross-entropy of logits (b, s) against positions (b,), clamped to 0 .. s, where s is ignored."""
     length = logits.shape[1]
     return cross_entropy(logits, positions.flatten().clamp(0, length), length)
+
+
+def target_losses(logits: Tensor, targets: Tensor, z_loss: bool) -> tuple[Tensor, Tensor]:
+    """The sums (b,) over each row of the cross-entropy in nats and of the squared log-partition, in at least float32.
+
+    Args:
+        logits: (b, s, v).
+        targets: (b, s), the token that each position predicts; -100 counts in neither sum.
+        z_loss: whether the second is wanted; else it is 0.
+    """
+    wide = logits.to(at_least_float32(logits.dtype))
+    losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten().long(), ignore_index=-100, reduction="none")
+    losses = losses.view_as(targets).sum(-1)
+    if not z_loss:
+        return losses, torch.zeros_like(losses)
+    return losses, (wide.logsumexp(-1).square() * (targets != -100)).sum(-1)

@@ -62,3 +62,21 @@ def counted_labels(labels: Tensor, ignored: Any) -> tuple[Tensor, Tensor]:
     """Labels for Keras's metrics, and their weights: 0, with label 0, where they are `ignored`, else 1."""
     counted = ops.not_equal(labels, ignored)
     return ops.where(counted, labels, ops.zeros_like(labels)), ops.cast(counted, "float32")
+
+
+def target_losses(logits: Tensor, targets: Tensor, z_loss: bool) -> tuple[Tensor, Tensor]:
+    """The sums (b,) over each row of the cross-entropy in nats and of the squared log-partition, in at least float32.
+
+    Args:
+        logits: (b, s, v).
+        targets: (b, s), the token that each position predicts; -100 counts in neither sum.
+        z_loss: whether the second is wanted; else it is 0.
+    """
+    wide = ops.cast(logits, at_least_float32(logits.dtype))
+    learned = ops.not_equal(targets, -100)
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(ops.where(learned, targets, 0), wide)  # (b, s)
+    weights = ops.cast(learned, wide.dtype)
+    losses = ops.sum(losses * weights, -1)
+    if not z_loss:
+        return losses, ops.zeros_like(losses)
+    return losses, ops.sum(ops.square(tf.reduce_logsumexp(wide, -1)) * weights, -1)

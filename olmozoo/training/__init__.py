@@ -1,1 +1,6 @@
-"""Training: texts and chats as arrays of tokens."""
+"""Training from one config in any wing: `TrainConfig`, `train`."""
+
+from olmozoo.training.config import TrainConfig, load_config
+from olmozoo.training.loop import train
+
+__all__ = ["TrainConfig", "load_config", "train"]

@@ -1,0 +1,196 @@
+"""One step of training in PyTorch: the gradients of micro-batches, and the optimizer's update."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from olmozoo.errors import MissingBackendError
+from olmozoo.families.config import ModelConfig
+from olmozoo.families.parameter import Parameter
+from olmozoo.pt.base import from_numpy, to_numpy
+from olmozoo.pt.losses import target_losses
+
+if TYPE_CHECKING:
+    from olmozoo.training.config import TrainConfig
+    from olmozoo.training.data import Batch
+
+
+def scope(run: TrainConfig, device: Any) -> contextlib.AbstractContextManager[Any]:
+    """What training on a device runs in."""
+    return contextlib.nullcontext()
+
+
+def make_model(
+    cls: Any, config: ModelConfig, weights: Iterable[tuple[Parameter, np.ndarray]], run: TrainConfig, device: Any
+) -> Any:
+    """A model of the class with these weights, in the run's precision."""
+    model = cls(config, seed=None)
+    model.bind_parameters(((parameter, np.array(array)) for parameter, array in weights), device)
+    return model
+
+
+class LionW(torch.optim.Optimizer):
+    """Lion (arXiv:2302.06675) with decoupled weight decay: a step of the size of the learning rate in every value."""
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Update the parameters."""
+        for group in self.param_groups:
+            lr, (beta_1, beta_2) = group["lr"], group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                mean = state.setdefault("exp_avg", torch.zeros_like(parameter))
+                parameter.mul_(1 - lr * group["weight_decay"])
+                parameter.add_(torch.lerp(parameter.grad, mean, beta_1).sign_(), alpha=-lr)
+                mean.lerp_(parameter.grad, 1 - beta_2)
+
+
+class TrainStep:
+    """The model, its gradients and its optimizer.
+
+    Args:
+        model: a causal language model, with its adapters where LoRA is trained.
+        trained: the parameters that are trained; the others are frozen.
+        decays: the weight decay of each.
+        config: the run's.
+    """
+
+    def __init__(self, model: Any, trained: Sequence[Parameter], decays: Sequence[float], config: TrainConfig) -> None:
+        self.model, self.names = model, [parameter.name for parameter in trained]
+        self.config = config
+        if config.lora is not None:
+            add_adapters(model, trained, config)
+        found = dict(model.named_parameters(remove_duplicate=False))
+        self.parameters: list[nn.Parameter] = [found[self._path(name)] for name in self.names]
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        if config.activation_checkpointing:
+            model.gradient_checkpointing_enable()
+        settings = config.optimizer
+        groups = [
+            {"params": [p for p, d in zip(self.parameters, decays, strict=True) if d == decay], "weight_decay": decay}
+            for decay in sorted(set(decays))
+        ]
+        beta_1, beta_2 = settings.betas
+        self.optimizer: torch.optim.Optimizer
+        if settings.name == "lionw":
+            self.optimizer = LionW(groups, lr=0.0, betas=(beta_1, beta_2))
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(beta_1, beta_2), eps=settings.eps, fused=True)
+
+    def _path(self, name: str) -> str:
+        """The name of a parameter in the module; PEFT calls its adapters by one more name."""
+        for factor in ("lora_A", "lora_B"):
+            name = name.replace(f".{factor}.", f".{factor}.default.")
+        return name
+
+    def _outputs(self, batch: Batch) -> Tensor:
+        device = self.model.device
+        mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "amp_bf16"):
+            return self.model(torch.from_numpy(batch.input_ids).to(device), mask, use_cache=False).logits
+
+    def gradients(self, batch: Batch, divisor: float, seed: int) -> tuple[Tensor, Tensor]:
+        """Add the gradients of a micro-batch to those of the step.
+
+        Args:
+            batch: the micro-batch.
+            divisor: of the summed loss.
+            seed: of dropout.
+
+        Returns:
+            The sums of the cross-entropy and of the squared log-partition, before the division.
+        """
+        self.model.train()
+        torch.manual_seed(seed)
+        z_factor = self.config.z_factor
+        targets = torch.from_numpy(batch.targets).to(self.model.device)
+        cross_entropy, z = (rows.sum() for rows in target_losses(self._outputs(batch), targets, z_factor > 0))
+        ((cross_entropy + z_factor * z) / divisor).backward()
+        return cross_entropy.detach(), z.detach()
+
+    def norms(self) -> np.ndarray:
+        """The norm of each parameter's gradient."""
+        return torch.stack([parameter.grad.norm() for parameter in self.parameters]).cpu().numpy()
+
+    def update(self, learning_rate: float, scales: np.ndarray | None) -> None:
+        """Update the parameters by their gradients, each times its scale, and forget the gradients."""
+        if scales is not None:
+            for parameter, scale in zip(self.parameters, scales.tolist(), strict=True):
+                parameter.grad.mul_(scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> np.ndarray:
+        """The summed cross-entropy of each row, (batch,)."""
+        self.model.eval()  # `gradients` sets it back
+        targets = torch.from_numpy(batch.targets).to(self.model.device)
+        losses, _ = target_losses(self._outputs(batch), targets, False)
+        return losses.cpu().numpy()
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def sync(self) -> Any:
+        """The model with the weights as they are now, in evaluation mode."""
+        return self.model.eval()
+
+    def values(self) -> dict[str, np.ndarray]:
+        """The trained parameters by name."""
+        return {name: to_numpy(parameter) for name, parameter in zip(self.names, self.parameters, strict=True)}
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """The optimizer's running means, by names such as `exp_avg.model.norm.weight`; empty before the first step."""
+        return {
+            f"{moment}.{name}": to_numpy(self.optimizer.state[parameter][moment])
+            for moment in self.config.optimizer.moments
+            for name, parameter in zip(self.names, self.parameters, strict=True)
+            if self.optimizer.state[parameter]
+        }
+
+    def restore(self, values: Mapping[str, np.ndarray], moments: Mapping[str, np.ndarray], count: int) -> None:
+        """Set trained parameters and the optimizer's running means, after `count` of its updates."""
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if name in values:
+                parameter.data.copy_(from_numpy(values[name]))
+            if not moments:
+                continue
+            state: dict[str, Any] = {"step": torch.tensor(float(count), device=parameter.device)}
+            for moment in self.config.optimizer.moments:
+                array = from_numpy(np.array(moments[f"{moment}.{name}"]))
+                state[moment] = array.to(parameter.device, parameter.dtype)
+            self.optimizer.state[parameter] = state
+
+
+def add_adapters(model: Any, trained: Sequence[Parameter], config: TrainConfig) -> None:
+    """Add PEFT's adapters to the model, with the initial values of `trained`."""
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingBackendError("LoRA in PyTorch needs the peft package: pip install peft") from error
+    lora = config.lora
+    assert lora is not None
+    settings = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules)
+    )
+    peft.inject_adapter_in_model(settings, model)
+    found = dict(model.named_parameters())
+    for parameter in trained:
+        path = parameter.name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
+        adapter = found[path]
+        adapter.data = from_numpy(parameter.initial(config.seed, to_numpy(adapter).dtype)).to(adapter.device)

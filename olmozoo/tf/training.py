@@ -1,0 +1,227 @@
+"""One step of training in Keras: the gradients of micro-batches, and the optimizer's update."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from olmozoo.errors import InputError
+from olmozoo.families.config import ModelConfig
+from olmozoo.families.parameter import Parameter
+from olmozoo.tf.layers import Tensor, from_numpy
+from olmozoo.tf.losses import target_losses
+
+if TYPE_CHECKING:
+    from olmozoo.training.config import TrainConfig
+    from olmozoo.training.data import Batch
+
+POLICIES = {"fp32": "float32", "amp_bf16": "mixed_bfloat16", "fp64": "float64"}
+
+
+def scope(run: TrainConfig, device: Any) -> contextlib.AbstractContextManager[Any]:
+    """What training on a device runs in."""
+    return tf.device(device)
+
+
+def make_model(
+    cls: Any, config: ModelConfig, weights: Iterable[tuple[Parameter, np.ndarray]], run: TrainConfig, device: Any
+) -> Any:
+    """A model of the class with these weights, in the run's precision."""
+    model = cls(config, seed=None, dtype=POLICIES[run.precision])
+    model.bind_parameters((parameter, np.array(array)) for parameter, array in weights)
+    return model
+
+
+class AdamW(keras.optimizers.AdamW):
+    """Keras's AdamW with the epsilon of PyTorch and optax: added to the root of the mean square *after* its correction.
+
+    Keras adds its own before, where it weighs 1 / sqrt(1 - beta_2 ** step) times as much.
+    """
+
+    @property
+    def epsilon(self) -> Tensor:
+        """What Keras adds."""
+        dtype = self._epsilon.dtype
+        step = tf.cast(tf.convert_to_tensor(self.iterations) + 1, dtype)
+        return tf.constant(self._epsilon) * tf.sqrt(1 - tf.constant(self.beta_2, dtype) ** step)
+
+    @epsilon.setter
+    def epsilon(self, value: Any) -> None:
+        self._epsilon = np.asarray(value)
+
+
+class TrainStep:
+    """The model, its gradients and its optimizer.
+
+    Args:
+        model: a causal language model.
+        trained: the parameters that are trained; the others are frozen.
+        decays: the weight decay of each.
+        config: the run's. With `lora`, adapters are added to the model.
+    """
+
+    def __init__(self, model: Any, trained: Sequence[Parameter], decays: Sequence[float], config: TrainConfig) -> None:
+        self.model, self.trained, self.config = model, list(trained), config
+        if config.lora is not None:
+            model.enable_lora(config.lora.rank, config.lora.alpha, config.lora.target_modules)
+        self.variables = [self._variable(parameter) for parameter in self.trained]
+        if config.lora is not None:
+            for parameter, variable in zip(self.trained, self.variables, strict=True):
+                variable.assign(parameter.initial(config.seed, variable.dtype).T)
+        if config.activation_checkpointing:
+            model.gradient_checkpointing_enable()
+        self.optimizer = make_optimizer(self.variables, decays, config)
+        self.grads: list[Tensor] | None = None
+        self._gradients = tf.function(self._compute, jit_compile=True, autograph=False)
+        self._norms = tf.function(lambda grads: tf.stack([tf.norm(grad) for grad in grads]), jit_compile=True)
+        self._update = tf.function(self._apply, jit_compile=True, autograph=False)
+        self._losses = tf.function(self._evaluate, jit_compile=True, autograph=False)
+
+    def _variable(self, parameter: Parameter) -> keras.Variable:
+        module, _, factor = parameter.name.removesuffix(".weight").rpartition(".")
+        if factor not in ("lora_A", "lora_B"):
+            return self.model._find(parameter)
+        layer = self.model._layer(Parameter(f"{module}.weight", (), (), "linear"))
+        return layer.lora_kernel_a if factor == "lora_A" else layer.lora_kernel_b
+
+    def _compute(
+        self, ids: Tensor, targets: Tensor, mask: Tensor | None, divisor: Tensor
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        values = [variable.value for variable in self.variables]
+        z_factor = self.config.z_factor
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(values)
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, training=True).logits
+            cross_entropy, z = (tf.reduce_sum(rows) for rows in target_losses(logits, targets, z_factor > 0))
+            loss = (cross_entropy + z_factor * z) / tf.cast(divisor, cross_entropy.dtype)
+        return [tf.convert_to_tensor(grad) for grad in tape.gradient(loss, values)], cross_entropy, z
+
+    def _apply(self, grads: list[Tensor], rate: Tensor, scales: Tensor | None) -> None:
+        if scales is not None:
+            grads = [grad * scale for grad, scale in zip(grads, tf.unstack(scales), strict=True)]
+        self.optimizer.learning_rate.assign(rate)
+        self.optimizer.apply(grads, self.variables)
+
+    def _evaluate(self, ids: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, training=False).logits
+        return target_losses(logits, targets, False)[0]
+
+    def gradients(self, batch: Batch, divisor: float, seed: int) -> tuple[Tensor, Tensor]:
+        """Add the gradients of a micro-batch to those of the step.
+
+        Args:
+            batch: the micro-batch.
+            divisor: of the summed loss.
+            seed: of dropout.
+
+        Returns:
+            The sums of the cross-entropy and of the squared log-partition, before the division.
+        """
+        self.model.base_model.seeds.state.assign([seed, 0])
+        grads, cross_entropy, z = self._gradients(*_tensors(batch), tf.constant(divisor, tf.float64))
+        self.grads = grads if self.grads is None else [a + b for a, b in zip(self.grads, grads, strict=True)]
+        return cross_entropy, z
+
+    def norms(self) -> np.ndarray:
+        """The norm of each parameter's gradient."""
+        return self._norms(self.grads).numpy()
+
+    def update(self, learning_rate: float, scales: np.ndarray | None) -> None:
+        """Update the parameters by their gradients, each times its scale, and forget the gradients."""
+        dtype = self.variables[0].dtype
+        rate = tf.constant(learning_rate, self.optimizer.learning_rate.dtype)
+        self._update(self.grads, rate, None if scales is None else tf.constant(scales, dtype))
+        self.grads = None
+
+    def evaluate(self, batch: Batch) -> np.ndarray:
+        """The summed cross-entropy of each row, (batch,)."""
+        return self._losses(*_tensors(batch)).numpy()
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def sync(self) -> Any:
+        """The model with the weights as they are now."""
+        return self.model
+
+    def values(self) -> dict[str, np.ndarray]:
+        """The trained parameters by name."""
+        return {p.name: _to_numpy(p, variable) for p, variable in zip(self.trained, self.variables, strict=True)}
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """The optimizer's running means, by names such as `exp_avg.model.norm.weight`."""
+        return {
+            f"{moment}.{parameter.name}": _to_numpy(parameter, variable)
+            for moment, variables in self._moments().items()
+            for parameter, variable in zip(self.trained, variables, strict=True)
+        }
+
+    def _moments(self) -> dict[str, list[keras.Variable]]:
+        kept = (self.optimizer._momentums, getattr(self.optimizer, "_velocities", None))
+        return dict(zip(self.config.optimizer.moments, kept, strict=False))
+
+    def restore(self, values: Mapping[str, np.ndarray], moments: Mapping[str, np.ndarray], count: int) -> None:
+        """Set trained parameters and the optimizer's running means, after `count` of its updates."""
+        for parameter, variable in zip(self.trained, self.variables, strict=True):
+            if parameter.name in values:
+                variable.assign(_from_numpy(parameter, values[parameter.name], variable))
+        if moments:
+            self.optimizer.iterations.assign(count)
+            for moment, variables in self._moments().items():
+                for parameter, variable in zip(self.trained, variables, strict=True):
+                    variable.assign(_from_numpy(parameter, moments[f"{moment}.{parameter.name}"], variable))
+
+
+def make_optimizer(
+    variables: list[keras.Variable], decays: Sequence[float], config: TrainConfig
+) -> keras.optimizers.Optimizer:
+    """The optimizer of the run for these variables.
+
+    Raises:
+        InputError: more than one weight decay, besides 0, is asked for.
+    """
+    settings = config.optimizer
+    found = sorted({decay for decay in decays if decay})
+    if len(found) > 1:
+        raise InputError(f"weight decays are {found}, expected one besides 0: Keras's optimizers have one")
+    is_double = variables[0].dtype == "float64"
+    exact = np.float64 if is_double else float  # Keras rounds Python's floats to float32
+    decay = exact(found[0]) if found else exact(0)
+    beta_1, beta_2 = map(exact, settings.betas)
+    floatx = keras.config.floatx()
+    keras.config.set_floatx("float64" if is_double else floatx)  # of the learning rate's variable
+    try:
+        optimizer: keras.optimizers.Optimizer
+        if settings.name == "lionw":
+            optimizer = keras.optimizers.Lion(0.0, beta_1, beta_2, weight_decay=decay)
+        else:
+            epsilon = np.asarray(settings.eps, "float64" if is_double else "float32")
+            optimizer = AdamW(0.0, decay, beta_1, beta_2, epsilon)
+        still = [variable for variable, decay in zip(variables, decays, strict=True) if not decay]
+        if still:
+            optimizer.exclude_from_weight_decay(var_list=still)
+        optimizer.build(variables)
+    finally:
+        keras.config.set_floatx(floatx)
+    return optimizer
+
+
+def _tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    mask = None if batch.attention_mask is None else tf.constant(batch.attention_mask)
+    return tf.constant(batch.input_ids), tf.constant(batch.targets), mask
+
+
+def _to_numpy(parameter: Parameter, variable: keras.Variable) -> np.ndarray:
+    """A variable as it is in a checkpoint: linear weights are (in, out) here and (out, in) there."""
+    tensor = tf.convert_to_tensor(variable)
+    return (tf.transpose(tensor) if parameter.kind == "linear" else tensor).numpy()
+
+
+def _from_numpy(parameter: Parameter, array: np.ndarray, variable: keras.Variable) -> Tensor:
+    array = np.array(array.T if parameter.kind == "linear" else array, order="C")
+    return ops.cast(from_numpy(array), variable.dtype)

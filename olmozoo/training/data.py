@@ -1,0 +1,415 @@
+"""Training data: files of tokens as instances of one length, their order, and batches with targets.
+
+The files are raw arrays without a header, as AI2's trainers write and read them: `input_ids.npy` is no file of
+`numpy.save`. The order is AI2's too: `numpy.random.default_rng(seed + epoch).shuffle` of the indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from olmozoo.errors import InputError, raise_problems
+from olmozoo.families.config import ModelConfig
+from olmozoo.training.config import DataConfig, EvaluatorConfig, InstanceFilter, TrainConfig
+from olmozoo.training.manifest import IDS, MASK, Manifest, read_manifest
+from olmozoo.typing import Array
+
+IGNORED = -100  # the target of a position that nothing is learned from
+DTYPES = ("uint8", "uint16", "uint32", "uint64")
+NUMPY_MAGIC = b"\x93NUMPY"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some instances, as the wings take them.
+
+    Attributes:
+        indices: of the instances in the data, (batch,).
+        input_ids: (batch, seq) int32.
+        targets: (batch, seq) int32, the token after each position, or -100 where nothing is learned.
+        attention_mask: (batch, seq) int32, 0 at tokens that are not seen; None where all are.
+    """
+
+    indices: Array
+    input_ids: Array
+    targets: Array
+    attention_mask: Array | None = None
+
+    @property
+    def num_targets(self) -> int:
+        """The number of tokens that are learned."""
+        return int((self.targets != IGNORED).sum())
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Micro-batches of at most `size` instances, in order."""
+        for start in range(0, len(self.indices), size):
+            part = slice(start, start + size)
+            mask = None if self.attention_mask is None else self.attention_mask[part]
+            yield Batch(self.indices[part], self.input_ids[part], self.targets[part], mask)
+
+
+class TokenFiles:
+    """Instances of `length` tokens, numbered through the files in order; what is left at the end of each is not used.
+
+    Args:
+        paths: files of tokens.
+        mask_paths: for each of them the file of bools that says which tokens are learned; None where all are.
+        dtype: of the tokens.
+        length: tokens in an instance.
+        vocab_size: the ids are below it.
+        pad_token_id: tokens that are neither seen nor learned; None for none.
+        instance_filter: which instances give no loss.
+        label: what errors call them.
+
+    Raises:
+        InputError: a file is absent, empty, shorter than an instance or has a header, or a mask does not fit its file;
+            every problem is named.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        mask_paths: Sequence[Path | None],
+        dtype: str,
+        length: int,
+        *,
+        vocab_size: int,
+        pad_token_id: int | None = None,
+        instance_filter: InstanceFilter | None = None,
+        label: str = "the training data",
+    ) -> None:
+        self.paths, self.length, self.vocab_size = list(paths), length, vocab_size
+        self.pad_token_id, self.instance_filter = pad_token_id, instance_filter
+        problems: list[str] = []
+        self.tokens = [_open(path, dtype, length, problems) for path in paths]
+        self.masks = [None if path is None else _open(path, "bool", length, problems) for path in mask_paths]
+        for path, mask_path, tokens, mask in zip(paths, mask_paths, self.tokens, self.masks, strict=True):
+            if mask is not None and len(mask) != len(tokens) and len(tokens) and len(mask):
+                problems.append(
+                    f"{mask_path} has {len(mask):,} rows of {length} bools, and {path} {len(tokens):,} of {length} "
+                    f"tokens of {dtype}"
+                )
+        for path, tokens in zip(paths, self.tokens, strict=True):
+            problems += _unlikely(path, tokens, dtype, vocab_size)
+        raise_problems(f"{label} cannot be used", problems, InputError)
+        self.starts = np.cumsum([0, *(len(tokens) for tokens in self.tokens)])
+
+    def __len__(self) -> int:
+        """The number of instances."""
+        return int(self.starts[-1])
+
+    def batch(self, indices: Array) -> Batch:
+        """The instances at `indices`.
+
+        Raises:
+            InputError: an id is not in the vocabulary.
+        """
+        ids = np.empty((len(indices), self.length), np.int64)
+        learned = np.ones((len(indices), self.length), bool)
+        for row, index in enumerate(indices):
+            file = int(np.searchsorted(self.starts, index, "right")) - 1
+            chunk = int(index) - int(self.starts[file])
+            ids[row] = self.tokens[file][chunk]
+            mask = self.masks[file]
+            if mask is not None:
+                learned[row] = mask[chunk]
+            if ids[row].max() >= self.vocab_size:
+                position = int(ids[row].argmax())
+                raise InputError(
+                    f"{self.paths[file]}: instance {chunk} has the id {ids[row, position]} at {position}, and the "
+                    f"model's vocabulary has {self.vocab_size}"
+                )
+            if self.instance_filter is not None and repeats(ids[row], self.instance_filter):
+                learned[row] = False
+        seen = None
+        if self.pad_token_id is not None:
+            seen = (ids != self.pad_token_id).astype(np.int32)
+            learned &= seen.astype(bool)
+        targets = np.full(ids.shape, IGNORED, np.int32)
+        targets[:, :-1] = np.where(learned[:, 1:], ids[:, 1:], IGNORED)
+        return Batch(np.asarray(indices), ids.astype(np.int32), targets, seen)
+
+
+def _open(path: Path, dtype: str, length: int, problems: list[str]) -> Array:
+    """The rows of a file, mapped; what is wrong with it goes to `problems`."""
+    none: Array = np.empty((0, length), dtype)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            head = stream.read(len(NUMPY_MAGIC))
+    except OSError as error:
+        problems.append(f"{path}: {error.strerror}")
+        return none
+    itemsize = np.dtype(dtype).itemsize
+    if head == NUMPY_MAGIC:
+        problems.append(
+            f"{path} was written by numpy.save, whose header would be read as tokens: expected the raw array, as "
+            "array.tofile writes it"
+        )
+    elif size < itemsize * length:
+        problems.append(f"{path} has {size:,} bytes, expected {itemsize * length:,} for one instance of {length}")
+    elif size % itemsize:
+        problems.append(f"{path} has {size:,} bytes, which {dtype} of {itemsize} bytes do not fill")
+    else:
+        rows = size // itemsize // length
+        return np.memmap(path, dtype, "r", shape=(rows, length))
+    return none
+
+
+def _unlikely(path: Path, tokens: Array, dtype: str, vocab_size: int) -> list[str]:
+    """What says, in some of the rows, that the tokens are of another dtype or vocabulary."""
+    if not len(tokens):
+        return []
+    rows = np.unique([*range(min(len(tokens), 64)), *np.linspace(0, len(tokens) - 1, 256).astype(int)])
+    part = np.asarray(tokens[rows]).reshape(-1)
+    if part.size > 16 and dtype == "uint16" and (part[1::2] <= 1).all() and (part[::2] > 1).any():
+        return [f"{path}: every second token is 0 or 1: it is of uint32, and memmap_dtype is uint16"]
+    if (part.astype(np.int64) >= vocab_size).any():
+        return [f"{path} has the id {part.max()} as {dtype}, and the model's vocabulary has {vocab_size}"]
+    return []
+
+
+def repeats(ids: Array, settings: InstanceFilter) -> bool:
+    """Whether a piece of some length is repeated too often, one after another."""
+    for period in range(settings.repetition_min_period, min(settings.repetition_max_period, len(ids) // 3) + 1):
+        same = np.concatenate([[False], ids[period:] == ids[:-period], [False]])
+        edges = np.flatnonzero(same[1:] != same[:-1])
+        runs = edges[1::2] - edges[::2]
+        if runs.size:
+            times = (int(runs.max()) + period) // period
+            if times >= max(3, settings.repetition_max_count):
+                return True
+    return False
+
+
+class TrainingData:
+    """The instances of a run in their order, epoch after epoch.
+
+    Args:
+        files: the instances.
+        batch_size: instances in a step.
+        seed: of the order.
+        drop_last: see `DataConfig`.
+        weights: for each file, how often it is seen in an epoch; None for once.
+    """
+
+    def __init__(
+        self,
+        files: TokenFiles,
+        batch_size: int,
+        seed: int,
+        *,
+        drop_last: bool = True,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.files, self.batch_size, self.seed, self.drop_last = files, batch_size, seed, drop_last
+        self.weights = None if weights is None else list(weights)
+        size = len(self.order(0))
+        self.batches_per_epoch = size // batch_size if drop_last else -(-size // batch_size)
+        if not self.batches_per_epoch:
+            raise InputError(f"the data are {size} instances, and a batch is {batch_size}: an epoch has no step")
+
+    def order(self, epoch: int) -> Array:
+        """The indices of an epoch's instances in their order."""
+        stream = np.random.default_rng(self.seed + epoch)
+        if self.weights is None:
+            order = np.arange(len(self.files))
+        else:
+            starts = self.files.starts
+            order = np.concatenate(
+                [
+                    _drawn(np.arange(start, stop), weight, stream)
+                    for start, stop, weight in zip(starts[:-1], starts[1:], self.weights, strict=True)
+                ]
+            )
+        stream.shuffle(order)
+        return order
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from its instance `start` on."""
+        order = self.order(epoch)
+        for first in range(start, len(order), self.batch_size):
+            indices = order[first : first + self.batch_size]
+            if len(indices) < self.batch_size and self.drop_last:
+                return
+            yield self.files.batch(indices)
+
+    # -- for loops of other libraries -----------------------------------------------------------------------------
+
+    def examples(self, epochs: int = 1) -> Iterator[dict[str, Array]]:
+        """Batches as dicts of `input_ids`, `labels` (as the models take them: -100 ignored) and `attention_mask`."""
+        for epoch in range(epochs):
+            for batch in self.batches(epoch):
+                labels = np.full_like(batch.targets, IGNORED)
+                labels[:, 1:] = batch.targets[:, :-1]
+                mask = np.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+                yield {"input_ids": batch.input_ids, "labels": labels, "attention_mask": mask}
+
+    def as_tf_dataset(self, epochs: int = 1) -> Any:
+        """A `tf.data.Dataset` of pairs of inputs and labels.
+
+        For `model.fit(dataset, epochs=epochs, steps_per_epoch=data.batches_per_epoch, shuffle=False)`.
+        """
+        import tensorflow as tf
+
+        spec = tf.TensorSpec((None, self.files.length), tf.int32)
+        dataset = tf.data.Dataset.from_generator(
+            lambda: (
+                ({"input_ids": e["input_ids"], "attention_mask": e["attention_mask"]}, e["labels"])
+                for e in self.examples(epochs)
+            ),
+            output_signature=({"input_ids": spec, "attention_mask": spec}, spec),
+        )
+        return dataset.apply(tf.data.experimental.assert_cardinality(epochs * self.batches_per_epoch))
+
+    def as_torch_dataset(self, epochs: int = 1) -> Any:
+        """A `torch.utils.data.IterableDataset` of batches: give a DataLoader `batch_size=None`."""
+        import torch
+
+        data = self
+
+        class Batches(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+            def __iter__(self) -> Iterator[dict[str, Any]]:
+                for example in data.examples(epochs):
+                    yield {name: torch.from_numpy(array).long() for name, array in example.items()}
+
+        return Batches()
+
+
+def _drawn(indices: Array, weight: float, stream: np.random.Generator) -> Array:
+    """`weight` times as many indices: whole repetitions, and a random part for the rest."""
+    count = round(weight * len(indices))
+    whole, rest = divmod(count, len(indices))
+    return np.concatenate([np.tile(indices, whole), stream.permutation(indices)[:rest]])
+
+
+# -- what a config names ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One of the paths of a config: a file of tokens, or a folder of prepared data."""
+
+    tokens: Path
+    mask: Path | None
+    manifest: Manifest | None
+
+
+def open_data(config: TrainConfig, model: ModelConfig) -> TrainingData:
+    """The data of a run, checked against its model.
+
+    Raises:
+        InputError: they do not fit; every problem is named.
+        CheckpointError: a prepared folder is broken.
+    """
+    data = config.data
+    sources = _sources(data.paths, data.label_mask_paths)
+    length = _length(config, sources)
+    if length > model.max_position_embeddings:
+        raise InputError(
+            f"max_sequence_length is {length}, and the model has {model.max_position_embeddings} positions "
+            "(max_position_embeddings)"
+        )
+    files = _files(sources, data.memmap_dtype, length, model, data)
+    weights = data.weights
+    return TrainingData(
+        files, config.global_train_batch_size, config.data_seed, drop_last=data.drop_last, weights=weights
+    )
+
+
+def open_evaluation(
+    evaluator: EvaluatorConfig, config: TrainConfig, model: ModelConfig, length: int
+) -> dict[str, TokenFiles]:
+    """The instances of an evaluator, by the label of each of its sets.
+
+    Raises:
+        InputError: they do not fit the model; every problem is named.
+    """
+    sets = evaluator.datasets or {evaluator.label: evaluator.paths}
+    dtype = evaluator.memmap_dtype or config.data.memmap_dtype
+    masks = None if evaluator.datasets else evaluator.label_mask_paths
+    return {
+        label: _files(
+            _sources(paths, masks),
+            dtype,
+            length,
+            model,
+            DataConfig(generate_attention_mask=config.data.generate_attention_mask),
+            f"the data of the evaluator {label}",
+        )
+        for label, paths in sets.items()
+    }
+
+
+def _sources(paths: Sequence[str], masks: Sequence[str] | None) -> list[_Source]:
+    found = []
+    for path, mask in zip(map(Path, paths), masks or repeat(None, len(paths)), strict=True):
+        if path.is_dir():
+            found.append(_Source(path / IDS, path / MASK, read_manifest(path)))
+        else:
+            found.append(_Source(path, None if mask is None else Path(mask), None))
+    return found
+
+
+def _length(config: TrainConfig, sources: Sequence[_Source]) -> int:
+    lengths = {source.manifest.length for source in sources if source.manifest}
+    if config.max_sequence_length is not None:
+        lengths.add(config.max_sequence_length)
+    if len(lengths) != 1:
+        what = " and ".join(map(str, sorted(lengths))) or "not set"
+        raise InputError(f"max_sequence_length is {what}, expected one length for the config and all prepared data")
+    return lengths.pop()
+
+
+def _files(
+    sources: Sequence[_Source],
+    dtype: str | None,
+    length: int,
+    model: ModelConfig,
+    data: DataConfig,
+    what: str = "the training data",
+) -> TokenFiles:
+    manifests = [source.manifest for source in sources if source.manifest]
+    problems = [
+        f"{source.tokens.parent} was prepared with a tokenizer of {source.manifest.vocab_size} tokens, and the model's "
+        f"vocabulary has {model.vocab_size}"
+        for source in sources
+        if source.manifest and source.manifest.vocab_size > model.vocab_size
+    ]
+    eos = model.eos_token_id if isinstance(model.eos_token_id, list) else [model.eos_token_id]
+    problems += [
+        f"{source.tokens.parent} ends documents with the token {source.manifest.eos_token_id}, and the model's "
+        f"eos_token_id is {model.eos_token_id}: set model.eos_token_id, or prepare the data with the model's tokenizer"
+        for source in sources
+        if source.manifest and None not in eos and source.manifest.eos_token_id not in eos
+    ]
+    dtypes = {manifest.dtype for manifest in manifests} | ({dtype} if dtype else set())
+    if len(dtypes) > 1:
+        problems.append(f"data.memmap_dtype is {' and '.join(sorted(dtypes))}, expected one dtype for all files")
+    if dtype is not None and dtype not in DTYPES:
+        problems.append(f"data.memmap_dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if not manifests and dtype in (None, "uint16") and model.vocab_size > 1 << 16:
+        problems.append(
+            f"data.memmap_dtype is {dtype or 'not set, which is uint16'}, and the ids of a vocabulary of "
+            f"{model.vocab_size} do not fit: write the tokens as uint32, and set it to that"
+        )
+    pad = model.pad_token_id
+    if data.generate_attention_mask and pad is None:
+        problems.append("data.generate_attention_mask is true, and the model has no pad_token_id")
+    raise_problems(f"{what} do not fit", problems, InputError)
+    return TokenFiles(
+        [source.tokens for source in sources],
+        [source.mask for source in sources],
+        dtypes.pop() if dtypes else "uint16",
+        length,
+        vocab_size=model.vocab_size,
+        pad_token_id=pad if data.generate_attention_mask else None,
+        instance_filter=data.instance_filter,
+        label=what,
+    )

@@ -1,0 +1,447 @@
+"""The loop of a training run, in no framework: data, learning rates, clipping, reports, checkpoints.
+
+Each wing's `training.py` has one class, `TrainStep`, that computes the gradients of a micro-batch and updates the
+parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from olmozoo.backends import Backend, backend_class
+from olmozoo.errors import InputError, TrainingError
+from olmozoo.families.parameter import Parameter
+from olmozoo.generation.config import GenerationConfig
+from olmozoo.text.tokenizer import Tokenizer
+from olmozoo.training import evaluators, outputs, state
+from olmozoo.training.config import DURATION, TrainConfig, check
+from olmozoo.training.data import Batch, TrainingData, open_data
+from olmozoo.training.metrics import Metrics
+from olmozoo.training.parameters import Clipping, total_norm, trained_parameters, weight_decays
+from olmozoo.training.schedules import clipping_norm, learning_rate
+from olmozoo.training.start import DTYPES, Start, open_start
+from olmozoo.training.state import Progress
+from olmozoo.training.summary import summary
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        step: the last step.
+        loss: of that step, per token learned.
+        finished: whether the run is complete; else it can be resumed.
+        stopped: what ended a run that is not complete: the name of a signal, such as "SIGINT", or a field of the config
+            with its value.
+        folder: of the finished model; None before the run is complete.
+    """
+
+    step: int
+    loss: float | None
+    finished: bool
+    folder: Path | None
+    stopped: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is.
+
+    Attributes:
+        steps: the duration in steps.
+        total: in the units of the schedule.
+        stop: the step that the run stops at, unless the data end before.
+        epochs: the number of epochs.
+    """
+
+    steps: int
+    total: int
+    stop: int
+    epochs: int
+
+
+def plan(config: TrainConfig, data: TrainingData, progress: Progress) -> Plan:
+    """The length of a run from where it is.
+
+    Raises:
+        InputError: there is nothing to do.
+    """
+    per_batch = config.global_train_batch_size * data.files.length
+    duration, extra = config.max_duration, config.extra_steps
+    match = DURATION.fullmatch(str(duration))
+    assert match is not None
+    if match["unit"] == "ep":
+        steps = int(float(match["number"])) * data.batches_per_epoch
+        tokens, extra = steps * per_batch, 0
+    elif match["unit"] == "T":
+        tokens = int(float(match["number"]))
+        steps = progress.step + max(0, -(-(tokens - progress.tokens) // per_batch))
+    else:
+        steps = int(float(match["number"]))
+        tokens = progress.tokens + max(0, steps - progress.step) * per_batch
+    if steps < 1:
+        raise InputError(f"max_duration is {duration!r}, which is no step: expected at least one")
+    stop = steps + extra if config.stop_at is None else config.stop_at
+    total = steps if config.scheduler.units == "steps" else tokens
+    return Plan(steps, total, stop, -(-steps // data.batches_per_epoch))
+
+
+def last_step(plan: Plan, data: TrainingData, progress: Progress) -> int:
+    """The step that the run ends at: where it is to stop, or where the data of its epochs end."""
+    left = data.batches_per_epoch * (plan.epochs - progress.epoch) - progress.examples // data.batch_size
+    return max(progress.step, min(plan.stop, progress.step + left))
+
+
+def train(config: TrainConfig, console: Console | None = None) -> Result:
+    """Train a model as the config says, or go on with a run that was interrupted.
+
+    Args:
+        config: the run. It is checked as a whole before the first step.
+        console: where lines and the progress bar go; default standard error.
+
+    Returns:
+        How the run ended.
+
+    Raises:
+        ConfigError: a field has a wrong value.
+        InputError: the data do not fit the config or the model.
+        CheckpointError: what the run starts from is broken, or a checkpoint cannot be written: the last one is whole.
+        TrainingError: the loss or a gradient is not finite; the message names the step and the instances.
+    """
+    console = console or Console(stderr=True)
+    config = copy.deepcopy(config)  # a checkpoint may bring settings of its own
+    check(config)
+    start = open_start(config)
+    data = open_data(config, start.model)
+    run = Run(config, start, data, console)
+    with run.scope():
+        return run.train()
+
+
+class Run:
+    """A training run that is under way."""
+
+    def __init__(self, config: TrainConfig, start: Start, data: TrainingData, console: Console) -> None:
+        self.config, self.start, self.data, self.console = config, start, data, console
+        saved = start.saved
+        self.progress = saved.progress if saved else Progress()
+        self.plan = plan(config, data, self.progress)
+        _check_resumed(config, start, data)
+        outputs.check_folder(config)
+        self.backend_class = backend_class(config.backend)
+        self.training: Any = self.backend_class.training()
+        self.device = self.backend_class.choose_device(DTYPES[config.precision], config.device)
+        if config.precision == "amp_bf16" and not config.amp_on_cpu and self.backend_class.is_cpu(self.device):
+            config.precision = "fp32"
+            start.lines.append("precision: fp32: amp_on_cpu is false, and the device is the CPU")
+        self.tokenizer = outputs.open_tokenizer(config, start)
+        self.evaluators = evaluators.open_evaluators(config, start.model, data, self.tokenizer)
+        self.trained = trained_parameters(config, start.model)
+        self.stopped: str | None = None
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """What the framework's calls run in."""
+        scope: contextlib.AbstractContextManager[Any] = self.training.scope(self.config, self.device)
+        return scope
+
+    def _prepare(self) -> None:
+        """Load the model and what the run goes on from."""
+        config, start = self.config, self.start
+        cls = self.backend_class.model_class(start.model, "causal_lm")
+        self.model = self.training.make_model(cls, start.model, start.weights, config, self.device)
+        self.model.generation_config = GenerationConfig.from_contents(start.generation, start.model)
+        decays = weight_decays(config.optimizer, self.trained)
+        self.clipping = Clipping(config.max_grad_norm_ratio, config.optimizer.betas)
+        saved = start.saved
+        if saved and "weight_decay" in saved.settings:
+            of_file = saved.settings["weight_decay"]
+            decays = [of_file.get(parameter.name, decay) for parameter, decay in zip(self.trained, decays, strict=True)]
+        self.decays = decays
+        self.step = self.training.TrainStep(self.model, self.trained, decays, config)
+        if saved:
+            self.clipping.means = saved.clip_means
+            values = outputs.adapter_values(start.adapter) if start.adapter else {}
+            missing = [
+                f"{m}.{p.name}"
+                for m in config.optimizer.moments
+                for p in self.trained
+                if saved.moments and f"{m}.{p.name}" not in saved.moments
+            ]
+            if missing:
+                raise InputError(f"the state of the optimizer has no {missing[0]}: set reset_optimizer_state to true")
+            self.step.restore(values, state.as_arrays(saved.moments), self.progress.updates)
+            saved.moments = {}
+
+    def train(self) -> Result:
+        """Run to the end, or to where it is stopped."""
+        config, progress = self.config, self.progress
+        folder, last = Path(config.save_folder), self._last_step()
+        if progress.step >= last and (folder / outputs.MODEL).is_dir():
+            self._print(f"the run is complete at step {progress.step}: {folder / outputs.MODEL}")
+            return Result(progress.step, None, True, folder / outputs.MODEL)
+        outputs.prepare_folder(config)
+        self._prepare()
+        metrics = self.metrics = Metrics(config, progress.step, last, self.console)
+        sizes = summary(config, self.start.model, self.data, self.plan, last, self.trained)
+        for name, text in sizes.items():
+            metrics.text(f"{name:<10} {text}")
+        for line in self.start.lines:
+            metrics.text(line)
+        started, first_step, loss = time.monotonic(), progress.step, None
+        try:
+            with self._signals():
+                for batch in self._batches():
+                    loss = self._one_step(batch)
+                    done = progress.step >= last
+                    if self.stopped is None and not done:
+                        if config.stop_after is not None and progress.step - first_step >= config.stop_after:
+                            self.stopped = f"stop_after {config.stop_after}"
+                        elif config.time_limit is not None and time.monotonic() - started > config.time_limit:
+                            self.stopped = f"time_limit {config.time_limit}"
+                    if self.evaluators and progress.step % config.eval_interval == 0 and not done:
+                        self._evaluate()
+                    due = config.save_interval is not None and progress.step % config.save_interval == 0
+                    if self.stopped is not None or (due and not done):
+                        self._save()
+                    if self.stopped is not None or done:
+                        break
+                if self.stopped is None:
+                    if self.evaluators or config.sample_prompt:
+                        self._evaluate()
+                    self._save()
+                    outputs.write_final(self)
+        finally:
+            metrics.close(plot=True)
+        if self.stopped is not None:
+            self._print(f"stopped by {self.stopped} at step {progress.step}; the same command goes on from there")
+            return Result(progress.step, loss, False, None, self.stopped)
+        return Result(progress.step, loss, True, folder / outputs.MODEL)
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _last_step(self) -> int:
+        return last_step(self.plan, self.data, self.progress)
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of the run, counted in `progress`."""
+        progress, last = self.progress, self._last_step()
+        while progress.step < last:
+            for batch in self.data.batches(progress.epoch, progress.examples):
+                progress.step += 1
+                progress.examples += len(batch.indices)
+                progress.tokens += batch.input_ids.size
+                at_end = progress.examples >= self.data.batches_per_epoch * self.data.batch_size
+                if at_end:
+                    progress.epoch, progress.examples = progress.epoch + 1, 0
+                    self.epoch_of_step = progress.epoch - 1
+                else:
+                    self.epoch_of_step = progress.epoch
+                yield batch
+                if progress.step >= last or at_end:
+                    break
+            else:
+                progress.epoch, progress.examples = progress.epoch + 1, 0
+
+    def _one_step(self, batch: Batch) -> float:
+        """Compute the gradients of a batch and update the parameters; returns the loss per token learned."""
+        config, progress, step = self.config, self.progress, self.step
+        targets = batch.num_targets
+        positions = batch.input_ids.size
+        divisor = float(positions if config.loss_divisor == "positions" else max(targets, 1))
+        sums = [
+            step.gradients(part, divisor, _seed(config.seed, progress.step, number))
+            for number, part in enumerate(batch.split(config.micro_batch_size))
+        ]
+        cross_entropy, z = (math.fsum(float(pair[i]) for pair in sums) for i in (0, 1))
+        loss = cross_entropy / divisor
+        norms = step.norms()
+        norm = total_norm(norms)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            what = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradient is {norm}"
+            raise TrainingError(
+                f"the {what} at step {progress.step}, before the update. Its batch are the instances "
+                f"{', '.join(map(str, batch.indices.tolist()))} of epoch {self.epoch_of_step}. The last checkpoint is "
+                f"whole: {state.latest(Path(config.save_folder)) or 'there is none yet'}"
+            )
+        current = progress.step if config.scheduler.units == "steps" else progress.tokens
+        bound = clipping_norm(config.scheduler, config.max_grad_norm, current)
+        if config.clip_one_step_late:
+            bound, progress.bound = progress.bound if progress.bound is not None else config.max_grad_norm, bound
+        rate = learning_rate(
+            config.scheduler, config.optimizer.learning_rate, current, self.plan.total, progress.bolted_on
+        )
+        step.update(rate, self.clipping.scales(norms, bound))
+        progress.updates += 1
+        progress.targets += targets
+        per_target = cross_entropy / max(targets, 1)
+        self.metrics.step(
+            {
+                "step": progress.step,
+                "epoch": self.epoch_of_step,
+                "loss": loss,
+                "loss_per_target": per_target,
+                **({"z_loss": config.z_factor * z / divisor} if config.z_factor else {}),
+                "grad_norm": norm,
+                **({"max_grad_norm": bound} if bound is not None else {}),
+                "lr": rate,
+                "tokens": progress.tokens,
+                "targets": progress.targets,
+            },
+            batch.indices,
+            positions,
+        )
+        if config.early_stopping_factor is not None and current > config.scheduler.t_warmup:
+            least = loss if progress.least_loss is None else progress.least_loss
+            if loss > config.early_stopping_factor * least:
+                self.stopped = f"early_stopping_factor {config.early_stopping_factor} (loss {loss:.4f})"
+            progress.least_loss = min(loss, least)
+        return per_target
+
+    def _evaluate(self) -> None:
+        backend = self.live()
+        numbers: dict[str, float] = {}
+        for evaluator in self.evaluators:
+            numbers |= evaluator(self.step, backend)
+        self.metrics.evaluation(self.progress.step, numbers)
+        if self.config.sample_prompt is not None and self.tokenizer is not None:
+            self.metrics.text(outputs.sample(self.config, backend, self.tokenizer))
+
+    def live(self) -> Backend:
+        """The model as it is now, for generation and scoring."""
+        return self.backend_class.of(self.step.sync())
+
+    def _save(self) -> None:
+        config, folder = self.config, Path(self.config.save_folder)
+        if config.save_num_checkpoints_to_keep == 0 and self.stopped is None:
+            return
+        settings = {
+            "betas": list(config.optimizer.betas),
+            "eps": config.optimizer.eps,
+            "weight_decay": {p.name: decay for p, decay in zip(self.trained, self.decays, strict=True)},
+        }
+        state.save(
+            folder / f"step{self.progress.step}",
+            lambda staging: outputs.write_step(self, staging),
+            self.progress,
+            self.step.moments(),
+            self.clipping.means,
+            settings,
+            _fixed(config, self.data),
+        )
+        if config.save_num_checkpoints_to_keep > 0:
+            state.keep_newest(folder, config.save_num_checkpoints_to_keep)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the step that is under way; a second one at once."""
+
+        def stop(number: int, frame: Any) -> None:
+            if self.stopped is not None:
+                raise KeyboardInterrupt
+            self.stopped = signal.Signals(number).name
+
+        old = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                with contextlib.suppress(ValueError):  # not in the main thread
+                    old[number] = signal.signal(number, stop)
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+def _seed(seed: int, step: int, part: int) -> int:
+    """The seed of a micro-batch's dropout: the same where a run is resumed."""
+    return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint32)[0]) >> 1
+
+
+def _fixed(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
+    """What must not differ where a run is resumed."""
+    return {
+        "max_sequence_length": data.files.length,
+        "instances": len(data.files),
+        "data_seed": config.data_seed,
+        "optimizer": config.optimizer.name,
+        "lora": config.lora is not None,
+    }
+
+
+def _check_resumed(config: TrainConfig, start: Start, data: TrainingData) -> None:
+    """Check that a run that is resumed is the same run.
+
+    Raises:
+        InputError: it is not; every difference is named.
+    """
+    if start.saved is None or not start.saved.run or start.saved.progress.step == 0:
+        return
+    now = _fixed(config, data)
+    different = [
+        f"{name} was {value!r} and is {now[name]!r}"
+        for name, value in start.saved.run.items()
+        if name in now and now[name] != value
+    ]
+    if different:
+        raise InputError(
+            f"{config.save_folder} has a run of another kind: {'; '.join(different)}. Choose another save_folder, or "
+            "set save_overwrite to start over"
+        )
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do.
+
+    Attributes:
+        start: what it starts from.
+        data: its data.
+        plan: its duration.
+        progress: where it starts.
+        last: the step that it ends at.
+        tokenizer: its tokenizer, if there is one.
+        trained: the parameters that are trained.
+    """
+
+    start: Start
+    data: TrainingData
+    plan: Plan
+    progress: Progress
+    last: int
+    tokenizer: Tokenizer | None
+    trained: list[Parameter]
+
+    def batch(self) -> Batch | None:
+        """The first batch; None where nothing is left to do."""
+        return next(self.data.batches(self.progress.epoch, self.progress.examples), None)
+
+
+def dry_run(config: TrainConfig) -> DryRun:
+    """What a run would do. Everything is opened and checked as for the run, without a framework; nothing is written.
+
+    Raises:
+        ConfigError, InputError, CheckpointError: as `train`.
+    """
+    start = open_start(config)
+    data = open_data(config, start.model)
+    progress = start.saved.progress if start.saved else Progress()
+    found = plan(config, data, progress)
+    _check_resumed(config, start, data)
+    outputs.check_folder(config)
+    backend_class(config.backend)
+    tokenizer = outputs.open_tokenizer(config, start)
+    evaluators.open_evaluators(config, start.model, data, tokenizer)
+    trained = trained_parameters(config, start.model)
+    return DryRun(start, data, found, progress, last_step(found, data, progress), tokenizer, trained)

@@ -1,0 +1,185 @@
+"""What a run writes besides its metrics: the folders of steps, adapters, the finished model, sample texts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from olmozoo.backends import Backend
+from olmozoo.checkpoint.atomic import atomic_folder
+from olmozoo.checkpoint.convert import convert_checkpoint, settings_files, write_settings
+from olmozoo.checkpoint.files import write_json
+from olmozoo.checkpoint.formats import safetensors
+from olmozoo.checkpoint.tensors import LazyTensor
+from olmozoo.errors import HubError, InputError, OlmozooError
+from olmozoo.hub import ADAPTER_CONFIG, resolve
+from olmozoo.text.pipeline import TextGenerationPipeline
+from olmozoo.text.tokenizer import Tokenizer
+from olmozoo.training import state
+from olmozoo.training.config import TrainConfig
+from olmozoo.training.manifest import TOKENIZER, read_manifest, tokenizer_hash
+from olmozoo.training.start import Start
+from olmozoo.typing import Array
+
+if TYPE_CHECKING:
+    from olmozoo.training.loop import Run
+
+MODEL, CONFIG, ADAPTER_WEIGHTS = "model", "config.yaml", "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+
+
+def tokenizer_folder(config: TrainConfig, start: Start) -> Path | None:
+    """Where the tokenizer of a run is: of the config, of prepared data, or of the model; None where none is named."""
+    prepared = [Path(path) / TOKENIZER for path in config.data.paths if (Path(path) / TOKENIZER).is_dir()]
+    named = config.tokenizer or next(iter(prepared), start.tokenizer)
+    if named is None:
+        return None
+    if Path(named).is_file():
+        return Path(named)
+    try:
+        return resolve(named, need="tokenizer")
+    except HubError as error:
+        raise HubError(f"tokenizer: {error}") from error
+
+
+def open_tokenizer(config: TrainConfig, start: Start) -> Tokenizer | None:
+    """The tokenizer of a run; None where nothing names one, or where the model's folder has none.
+
+    Raises:
+        InputError: it has ids that the model lacks.
+    """
+    folder = tokenizer_folder(config, start)
+    if folder is None:
+        return None
+    try:
+        tokenizer = Tokenizer.from_pretrained(folder.parent if folder.is_file() else folder)
+    except OlmozooError:
+        if config.tokenizer is not None and not folder.is_file():
+            raise
+        return None
+    if len(tokenizer) > start.model.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, and the model's vocabulary has "
+            f"{start.model.vocab_size}"
+        )
+    for path in map(Path, config.data.paths):
+        if path.is_dir() and read_manifest(path).tokenizer_sha256 != tokenizer_hash(tokenizer):
+            raise InputError(
+                f"{path} was prepared with another tokenizer than {folder}: prepare it again with this one"
+            )
+    return tokenizer
+
+
+def check_folder(config: TrainConfig) -> None:
+    """Check that the folder of a run is one, or can be.
+
+    Raises:
+        InputError: it has a model or other files that are not of a run, or what the run starts from would be removed.
+    """
+    folder = Path(config.save_folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"save_folder {folder} is a file, expected a folder")
+    if (folder / "config.json").is_file():
+        raise InputError(f"save_folder {folder} is the folder of a model, expected one for a run: choose another")
+    if not config.save_overwrite and (folder / MODEL).is_dir() and not state.steps(folder):
+        raise InputError(f"{folder} has a finished model and no step to go on from: set save_overwrite to start over")
+    for old in _older_run(config):
+        for path in (config.load_path, config.tokenizer, *config.data.paths, *(config.data.label_mask_paths or ())):
+            if path and Path(path).resolve().is_relative_to(old.resolve()):
+                raise InputError(f"save_overwrite would remove {old}, and the run needs {path}: choose another folder")
+
+
+def _older_run(config: TrainConfig) -> list[Path]:
+    """The folders in `save_folder` that `save_overwrite` removes."""
+    folder = Path(config.save_folder)
+    found = (*state.steps(folder).values(), folder / MODEL) if config.save_overwrite else ()
+    return [path for path in found if path.is_dir()]
+
+
+def prepare_folder(config: TrainConfig) -> None:
+    """Make the folder of a run, with its config; an older run in it is removed where it is to be overwritten."""
+    folder = Path(config.save_folder)
+    for path in _older_run(config):
+        shutil.rmtree(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / CONFIG
+    temporary = folder / f".{CONFIG}.new"
+    temporary.write_text(config.to_yaml(), encoding="utf-8")
+    temporary.replace(file)
+
+
+def write_step(run: Run, folder: Path) -> None:
+    """Write the model, or the adapter, of a step, with its tokenizer."""
+    if run.config.lora is not None:
+        write_adapter(run, folder)
+    else:
+        run.step.sync().save_pretrained(folder)
+    _write_tokenizer(run, folder)
+
+
+def _write_tokenizer(run: Run, folder: Path) -> None:
+    source = tokenizer_folder(run.config, run.start)
+    if source is None:
+        return
+    if source.is_file():
+        write_settings({"tokenizer.json": source.read_bytes()}, folder)
+        return
+    write_settings({n: c for n, c in settings_files(source).items() if n != "generation_config.json"}, folder)
+
+
+def write_adapter(run: Run, folder: Path) -> None:
+    """Write the adapter in PEFT's format."""
+    lora = run.config.lora
+    assert lora is not None
+    base = run.start.folder
+    write_json(
+        folder / ADAPTER_CONFIG,
+        {
+            "base_model_name_or_path": str(run.config.load_path if base is None else base.resolve()),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "lora_alpha": lora.alpha,
+            "lora_dropout": lora.dropout,
+            "peft_type": "LORA",
+            "r": lora.rank,
+            "target_modules": list(lora.target_modules),
+            "task_type": "CAUSAL_LM",
+        },
+    )
+    tensors = [
+        LazyTensor(PEFT_PREFIX + name, array.dtype, array.shape, lambda array=array: array)  # type: ignore[misc]
+        for name, array in run.step.values().items()
+    ]
+    safetensors.write(folder / ADAPTER_WEIGHTS, tensors)
+
+
+def adapter_values(folder: Path) -> dict[str, Array]:
+    """The values of an adapter, by the names of the parameters."""
+    tensors = safetensors.read_tensors(folder / ADAPTER_WEIGHTS)
+    return {name.removeprefix(PEFT_PREFIX): tensor.read() for name, tensor in tensors.items()}
+
+
+def write_final(run: Run) -> None:
+    """Write the finished model, merged with its adapter, where `generate`, `chat` and `evaluate` take it."""
+    folder = Path(run.config.save_folder)
+    if run.config.lora is None:
+        with atomic_folder(folder / MODEL, state.EVERYTHING) as staging:
+            write_step(run, staging)
+        return
+    with atomic_folder(folder / "adapter", state.EVERYTHING) as staging:
+        write_step(run, staging)
+    assert run.start.folder is not None
+    convert_checkpoint(run.start.folder, folder / MODEL, to="safetensors", adapter=folder / "adapter", force=True)
+    _write_tokenizer(run, folder / MODEL)
+
+
+def sample(config: TrainConfig, backend: Backend, tokenizer: Tokenizer) -> str:
+    """What the model makes of the prompt of the config."""
+    prompt = config.sample_prompt
+    assert prompt is not None
+    pipe = TextGenerationPipeline(backend, tokenizer)
+    messages: Any = [{"role": "user", "content": prompt}] if tokenizer.chat_templates else prompt
+    text = pipe(messages, max_new_tokens=config.sample_tokens, do_sample=False)
+    return f"sample: {prompt!r} -> {text!r}"

@@ -1,0 +1,103 @@
+"""What is trained, what decays, and how gradients are clipped: the same for every wing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from olmozoo.errors import ConfigError, raise_problems
+from olmozoo.families.config import ModelConfig
+from olmozoo.families.parameter import Parameter
+from olmozoo.training.config import LoraConfig, OptimizerConfig, TrainConfig
+from olmozoo.typing import Array
+
+EPS = 1e-6  # added to the norm that clipping divides by
+
+
+def stored_parameters(model: ModelConfig) -> list[Parameter]:
+    """The parameters of a causal language model; a tied one is there once."""
+    return [parameter for parameter in model.parameters("causal_lm") if parameter.tied_to is None]
+
+
+def trained_parameters(config: TrainConfig, model: ModelConfig) -> list[Parameter]:
+    """The parameters that are trained: those of the table that are not frozen, or the factors of LoRA.
+
+    Raises:
+        ConfigError: a pattern of `freeze` fits no parameter, nothing is left to train, or there is no target for LoRA.
+    """
+    table = stored_parameters(model)
+    if config.lora is not None:
+        return lora_parameters(config.lora, table)
+    unknown = [pattern for pattern in config.freeze if not any(fnmatchcase(p.name, pattern) for p in table)]
+    raise_problems("freeze fits no parameter of the model", unknown, ConfigError)
+    found = [p for p in table if not any(fnmatchcase(p.name, pattern) for pattern in config.freeze)]
+    if not found:
+        raise ConfigError("freeze leaves no parameter to train")
+    return found
+
+
+def lora_parameters(lora: LoraConfig, table: Sequence[Parameter]) -> list[Parameter]:
+    """The two factors for each linear layer of a target's name: A (rank, in) and B (out, rank).
+
+    B starts at zero and A normal with the variance of PEFT's initial values, 1 / (3 in).
+    """
+    names = {p.name.split(".")[-2] for p in table if p.kind == "linear" and ".layers." in p.name}
+    unknown = [f"{name}; there are {', '.join(sorted(names))}" for name in lora.target_modules if name not in names]
+    raise_problems("lora.target_modules has no linear layer of the blocks", unknown, ConfigError)
+    found = []
+    for parameter in table:
+        module, _, leaf = parameter.name.rpartition(".")
+        if leaf == "weight" and ".layers." in module and module.split(".")[-1] in lora.target_modules:
+            (rows, columns), (out, into) = parameter.shape, parameter.axes
+            std = math.sqrt(1 / (3 * columns))
+            found.append(Parameter(f"{module}.lora_A.weight", (lora.rank, columns), ("rank", into), "linear", std))
+            found.append(Parameter(f"{module}.lora_B.weight", (rows, lora.rank), (out, "rank"), "linear"))
+    return found
+
+
+def weight_decays(optimizer: OptimizerConfig, parameters: Sequence[Parameter]) -> list[float]:
+    """The weight decay of each parameter, by its kind."""
+    flags = {
+        "linear": True,
+        "norm": optimizer.decay_norm_and_bias,
+        "bias": optimizer.decay_norm_and_bias,
+        "embedding": optimizer.decay_embeddings,
+    }
+    return [optimizer.weight_decay if flags[parameter.kind] else 0.0 for parameter in parameters]
+
+
+class Clipping:
+    """What gradients are multiplied by, from their norms.
+
+    Args:
+        ratio: None to clip the norm of all together, as `torch.nn.utils.clip_grad_norm_` does; else each parameter's,
+            at `ratio` times the running mean of its norm.
+        betas: of the optimizer; the larger is the decay of that mean.
+
+    Attributes:
+        means: the running means; None before the first step.
+    """
+
+    def __init__(self, ratio: float | None, betas: Sequence[float]) -> None:
+        self.ratio, self.decay = ratio, max(betas)
+        self.means: Array | None = None
+
+    def scales(self, norms: Array, bound: float | None) -> Array | None:
+        """The factor of each gradient; None where all are 1."""
+        if self.ratio is None:
+            total = total_norm(norms)
+            if bound is None or total + EPS <= bound:
+                return None
+            return np.full(len(norms), bound / (total + EPS))
+        means = norms if self.means is None else self.means
+        scales: Array = np.minimum(1.0, self.ratio * means / (norms + EPS))
+        self.means = means + (norms * scales - means) * (1 - self.decay)
+        return scales
+
+
+def total_norm(norms: Array) -> float:
+    """The norm of all gradients together."""
+    return float(np.sqrt(np.square(norms.astype(np.float64)).sum()))

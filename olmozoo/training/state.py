@@ -1,0 +1,183 @@
+"""What a run is besides its weights, in files that no framework owns.
+
+A step's folder `stepN` is an ordinary model folder, with `training/state.json` and `training/optimizer.safetensors`:
+the optimizer's running means under canonical names. Any wing continues from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from olmozoo.checkpoint.atomic import atomic_folder
+from olmozoo.checkpoint.files import write_json
+from olmozoo.checkpoint.formats import safetensors
+from olmozoo.checkpoint.tensors import LazyTensor
+from olmozoo.errors import CheckpointError
+from olmozoo.families.config import read_json
+from olmozoo.typing import Array
+
+TRAINING = "training"
+STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+CLIP_MEANS = "grad_norm_exp_avg"
+STEP = re.compile(r"step(\d+)")
+EVERYTHING = re.compile(r".*", re.DOTALL)
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        step: optimizer steps of the run so far.
+        epoch: the current one, from 0.
+        examples: instances of this epoch that were seen.
+        tokens: tokens of the run that were seen.
+        updates: the optimizer's own count of steps, for its bias correction.
+        bolted_on: the step or tokens where a second warmup began; None without one.
+        bound: the bound of the last clipping, where the next one is at it.
+        least_loss: of a step so far.
+        targets: tokens of the run that were learned.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    examples: int = 0
+    tokens: int = 0
+    updates: int = 0
+    bolted_on: int | None = None
+    bound: float | None = None
+    least_loss: float | None = None
+    targets: int = 0
+
+
+@dataclass
+class Saved:
+    """The state that a step's folder has.
+
+    Attributes:
+        progress: where the run was.
+        moments: the optimizer's running means by name, such as `exp_avg.model.norm.weight`.
+        clip_means: the running means of gradient norms, for `max_grad_norm_ratio`.
+        settings: `betas`, `eps`, `weight_decay` (by parameter) and `max_grad_norm` of the optimizer.
+        run: what must not differ where a run is resumed, such as the length of instances.
+    """
+
+    progress: Progress
+    moments: dict[str, LazyTensor] = field(default_factory=dict)
+    clip_means: Array | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+def steps(folder: Path) -> dict[int, Path]:
+    """The steps that are saved in a run's folder, in order."""
+    found = {int(match[1]): path for path in folder.glob("step*") if (match := STEP.fullmatch(path.name))}
+    return {number: found[number] for number in sorted(found) if (found[number] / TRAINING / STATE).is_file()}
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest step in a run's folder."""
+    return next(reversed(steps(folder).values()), None)
+
+
+def save(
+    folder: Path,
+    write_model: Callable[[Path], None],
+    progress: Progress,
+    moments: Mapping[str, Array],
+    clip_means: Array | None,
+    settings: Mapping[str, Any],
+    run: Mapping[str, Any],
+) -> None:
+    """Write a step's folder, renamed into place when it is whole.
+
+    Args:
+        folder: the folder.
+        write_model: writes the model and its tokenizer into a folder.
+        progress: see `Saved`, as the others.
+        moments: running means.
+        clip_means: running means of gradient norms.
+        settings: of the optimizer.
+        run: see `Saved`.
+
+    Raises:
+        CheckpointError: it cannot be written; the step before is whole.
+    """
+    with atomic_folder(folder, EVERYTHING) as staging:
+        write_model(staging)
+        inner = staging / TRAINING
+        inner.mkdir()
+        arrays = dict(moments) | ({} if clip_means is None else {CLIP_MEANS: clip_means})
+        tensors = [
+            LazyTensor(name, array.dtype, array.shape, lambda array=array: array)  # type: ignore[misc]
+            for name, array in arrays.items()
+        ]
+        safetensors.write(inner / OPTIMIZER, tensors)
+        state = {"format": 1, **dataclasses.asdict(progress), "optimizer": dict(settings), "run": dict(run)}
+        write_json(inner / STATE, state)
+
+
+def load(folder: Path) -> Saved:
+    """The state in a step's folder.
+
+    Raises:
+        CheckpointError: it is broken or of a newer format.
+    """
+    file = folder / TRAINING / STATE
+    state = read_json(file)
+    if state.get("format") != 1:
+        raise CheckpointError(f"{file} has the format {state.get('format')!r}, expected 1")
+    kinds = {f.name: f for f in dataclasses.fields(Progress)}
+    problems = [
+        name
+        for name in kinds
+        if not isinstance(state.get(name, 0), (int, float, type(None))) or isinstance(state.get(name), bool)
+    ]
+    if problems or not all(isinstance(state.get(name), dict) for name in ("optimizer", "run")):
+        raise CheckpointError(f"{file} has no numbers in {', '.join(problems) or 'optimizer or run'}")
+    progress = Progress(**{name: state[name] for name in kinds if name in state})
+    tensors = dict(safetensors.read_tensors(folder / TRAINING / OPTIMIZER))
+    means = tensors.pop(CLIP_MEANS, None)
+    return Saved(progress, tensors, None if means is None else means.read(), state["optimizer"], state["run"])
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Remove all but the newest `count` steps; -1 keeps all."""
+    found = list(steps(folder).values())
+    for path in found[: max(0, len(found) - count)] if count >= 0 else []:
+        shutil.rmtree(path)
+
+
+def trim_lines(file: Path, last: int, step_of: Callable[[str], int]) -> None:
+    """Remove the lines of steps after `last`, which are done again, and a line that was not finished."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and step_of(line) <= last:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = file.with_name(f".{file.name}.new")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(file)
+
+
+def step_of_json(line: str) -> int:
+    """The step of a line of metrics.jsonl."""
+    return int(json.loads(line)["step"])
+
+
+def as_arrays(tensors: Mapping[str, LazyTensor]) -> dict[str, Array]:
+    """The values of tensors."""
+    return {name: np.asarray(tensor.read()) for name, tensor in tensors.items()}

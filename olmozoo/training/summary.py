@@ -1,0 +1,95 @@
+"""What a run is, in a few lines before it starts: model, data, duration, learning rates, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from olmozoo.families.config import ModelConfig
+from olmozoo.families.parameter import Parameter
+from olmozoo.training.config import TrainConfig
+from olmozoo.training.parameters import stored_parameters
+from olmozoo.training.schedules import learning_rate
+
+if TYPE_CHECKING:
+    from olmozoo.training.data import TrainingData
+    from olmozoo.training.loop import Plan
+    from olmozoo.training.state import Progress
+
+ITEM_SIZES = {"fp32": 4, "amp_bf16": 4, "fp64": 8}  # of weights, gradients and running means
+ACTIVATION_SIZES = {"fp32": 4, "amp_bf16": 3, "fp64": 8}  # amp_bf16 keeps some in float32: measured in PyTorch
+
+
+def summary(
+    config: TrainConfig, model: ModelConfig, data: TrainingData, plan: Plan, last: int, trained: Sequence[Parameter]
+) -> dict[str, str]:
+    """The size of a run by the names of its parts.
+
+    Args:
+        config: the run.
+        model: the config of its model.
+        data: its data.
+        plan: its duration.
+        last: the step that it ends at.
+        trained: the parameters that are trained.
+    """
+    total, count = _count(stored_parameters(model)), _count(trained)
+    of_adapters = config.lora is not None
+    frozen = total if of_adapters else total - count
+    batch, length = config.global_train_batch_size, data.files.length
+    micro = f" in micro-batches of {config.micro_batch_size}" if config.micro_batch_size < batch else ""
+    optimizer, scheduler = config.optimizer, config.scheduler
+    end = scheduler.t_max or plan.total
+    too_long = {"warning": f"the run's {end:,} {scheduler.units} end within the warmup of {scheduler.t_warmup:,}"}
+    return {
+        "model": f"{model.name}, {total:,} parameters",
+        "trained": f"{count:,}{' of adapters' if of_adapters else ''}; {frozen:,} frozen",
+        "data": f"{len(data.files):,} instances of {length:,} tokens; {data.batches_per_epoch:,} steps an epoch",
+        "batch": f"{batch:,} x {length:,} = {batch * length:,} tokens{micro}",
+        "duration": f"{last:,} steps, {last / data.batches_per_epoch:.4g} epochs, {last * batch * length:,} tokens",
+        "optimizer": f"{optimizer.name}, {scheduler.name} to {optimizer.learning_rate:.3g}, "
+        f"warmup {scheduler.t_warmup:,} {scheduler.units}",
+        "precision": config.precision,
+        **(too_long if scheduler.t_warmup >= end else {}),
+    }
+
+
+def rates(config: TrainConfig, data: TrainingData, plan: Plan, last: int, progress: Progress) -> dict[int, float]:
+    """The learning rate at the first step, at the end of the warmup, at quarters of the run and at the last step."""
+    in_steps = config.scheduler.units == "steps"
+    tokens = config.global_train_batch_size * data.files.length
+    warmup = config.scheduler.t_warmup if in_steps else -(-config.scheduler.t_warmup // tokens)
+    first = progress.step + 1
+    steps = {first, warmup, *(first + (last - first) * n // 4 for n in (1, 2, 3)), last}
+    peak, bolted_on = config.optimizer.learning_rate, progress.bolted_on
+    return {
+        step: learning_rate(config.scheduler, peak, step if in_steps else step * tokens, plan.total, bolted_on)
+        for step in sorted(steps)
+        if first <= step <= last
+    }
+
+
+def memory(config: TrainConfig, model: ModelConfig, trained: Sequence[Parameter], length: int) -> dict[str, int]:
+    """An estimate of the bytes of a step by kind.
+
+    Activations are what the backward pass needs of a micro-batch: about the inputs and outputs of the blocks' linear
+    layers, or with `activation_checkpointing` the inputs of the blocks and one block's; and three times the logits.
+    Attention scores are not in it: PyTorch and XLA do not keep them in the usual case.
+    """
+    size = ITEM_SIZES[config.precision]
+    table = stored_parameters(model)
+    weights = _count(table) + (_count(trained) if config.lora is not None else 0)
+    blocks = sum(sum(p.shape) for p in table if p.kind == "linear" and ".layers." in p.name)
+    if config.activation_checkpointing:
+        blocks = blocks // model.num_hidden_layers + model.num_hidden_layers * model.hidden_size
+    token = blocks * ACTIVATION_SIZES[config.precision] + 3 * model.vocab_size * size
+    return {
+        "weights": weights * size,
+        "gradients": _count(trained) * size,
+        f"{config.optimizer.name}'s running means": len(config.optimizer.moments) * _count(trained) * size,
+        "activations": token * config.micro_batch_size * length,
+    }
+
+
+def _count(parameters: Sequence[Parameter]) -> int:
+    return sum(parameter.size for parameter in parameters)
