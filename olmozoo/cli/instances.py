@@ -25,7 +25,7 @@ def show_instances(rows: Sequence[tuple[Array, Array, int]], tokenizer: Tokenize
         rows: of each the ids, bools that say which of them are learned, and the number of tokens before the padding.
         tokenizer: without one, ids are printed.
     """
-    colors = out.is_terminal and out.color_system is not None
+    colors = out.color_system is not None and not out.no_color
     marks = f"[{LEARNED}]learned[/] [{CONTEXT}]context[/] [{PADDING}]padding[/]" if colors else f"{OPEN}learned{CLOSE}"
     out.print(f"{marks}; \\n ends a line", highlight=False, soft_wrap=True)
     for n, (ids, mask, tokens) in enumerate(rows):

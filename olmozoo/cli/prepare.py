@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import DownloadColumn, TimeRemainingColumn
-from rich.text import Text
 
-from olmozoo.cli.common import Revision, out, printable, progress_bar, show, write
+from olmozoo.cli.common import Revision, progress_bar, show, write
+from olmozoo.cli.instances import show_instances
 
 if TYPE_CHECKING:
     from olmozoo.text.tokenizer import Tokenizer
     from olmozoo.training.manifest import Manifest
-    from olmozoo.training.prepare import Instance
 
 
 def prepare(
@@ -64,7 +62,7 @@ def prepare(
         found = training.preview(
             data, tokenizer=loaded, length=length, template=template, packing=packing, eos=eos, pad=pad, count=preview
         )
-        show_instances(found, loaded)
+        show_instances([(row.ids, row.mask, row.tokens) for row in found], loaded)
         return
     with progress_bar(DownloadColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("tokenizing", total=None)
@@ -107,65 +105,3 @@ def show_manifest(manifest: Manifest, tokenizer: Tokenizer) -> None:
         ("pad", token(manifest.pad_token_id)),
     ]
     show("prepared", ["", "value"], rows, texts=2)
-
-
-# What is not learned is dim, what is learned is green and in brackets where there are no colours.
-LEARNED, CONTEXT, PADDING = "green", "dim", "dim red"
-OPEN, CLOSE = "\u27e6", "\u27e7"
-
-
-def show_instances(instances: list[Instance], tokenizer: Tokenizer) -> None:
-    """Print instances token by token: learned, context, padding. Every other token is underlined."""
-    colors = out.color_system is not None and not out.no_color
-    marks = f"[{LEARNED}]learned[/] [{CONTEXT}]context[/] [{PADDING}]padding[/]" if colors else f"{OPEN}learned{CLOSE}"
-    out.print(f"{marks}; \\n ends a line", highlight=False, soft_wrap=True)
-    for n, instance in enumerate(instances):
-        learned = int(instance.mask[1:].sum())
-        padding = len(instance.ids) - instance.tokens
-        out.print(
-            f"instance {n}: {instance.tokens:,} tokens, {learned:,} to learn, {padding:,} of padding",
-            style="bold",
-            highlight=False,
-            soft_wrap=True,
-        )
-        text = Text()
-        before = False
-        for k, (content, mask) in enumerate(_pieces(instance, tokenizer)):
-            if not colors and mask != before:
-                text.append(OPEN if mask else CLOSE)
-            before = mask
-            text.append(content, style=f"{LEARNED if mask else CONTEXT}{' underline' if k % 2 else ''}")
-        if not colors and before:
-            text.append(CLOSE)
-        if padding:
-            pad = printable(tokenizer.backend.id_to_token(int(instance.ids[-1])))
-            text.append(f"{pad} x {padding:,}", style=PADDING)
-        out.print(text, soft_wrap=True)
-
-
-def _pieces(instance: Instance, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
-    """The tokens of an instance as text without control characters, and whether each is learned.
-
-    Tokens that are parts of one character come together.
-    """
-    texts = tokenizer.token_bytes()
-    waiting, mask = b"", False
-    tokens = zip(instance.ids[: instance.tokens].tolist(), instance.mask.tolist(), strict=False)
-    for i, learned in tokens:
-        if waiting and learned != mask:
-            yield _shown(waiting), mask
-            waiting = b""
-        waiting, mask = waiting + texts[i], learned
-        try:
-            waiting.decode()
-        except UnicodeDecodeError as error:
-            if error.reason == "unexpected end of data" and len(waiting) - error.start < 4:
-                continue
-        yield _shown(waiting), mask
-        waiting = b""
-    if waiting:
-        yield _shown(waiting), mask
-
-
-def _shown(token: bytes) -> str:
-    return "\\n\n".join(map(printable, token.decode("utf-8", "replace").split("\n")))

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from olmozoo import cli
-from olmozoo.cli import prepare as command_module
+from olmozoo.cli import instances
 from olmozoo.training.manifest import read_manifest
 from tests.helpers.training import write_lines, write_tokenizer
 
@@ -48,7 +48,7 @@ def console(monkeypatch):
     def replace(colors):
         text = io.StringIO()
         options = {"force_terminal": True, "color_system": "standard"} if colors else {}
-        monkeypatch.setattr(command_module, "out", Console(file=text, width=80, **options))
+        monkeypatch.setattr(instances, "out", Console(file=text, width=80, **options))
         return text
 
     return replace
