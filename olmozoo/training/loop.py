@@ -127,6 +127,8 @@ class Run:
         self.plan = plan(config, data, self.progress)
         _check_resumed(config, start, data)
         self.backend_class = backend_class(config.backend)
+        if config.lora is not None and config.lora.dropout and self.backend_class.wing != "pt":
+            raise InputError(f"lora.dropout is {config.lora.dropout}, expected 0: only the backend pt has it")
         self.training: Any = self.backend_class.training()
         self.device = self.backend_class.choose_device(DTYPES[config.precision], config.device)
         if config.precision == "amp_bf16" and not config.amp_on_cpu and self.backend_class.is_cpu(self.device):
@@ -147,9 +149,12 @@ class Run:
         cls = self.backend_class.model_class(start.model, "causal_lm")
         self.model = self.training.make_model(cls, start.model, start.weights, config, self.device)
         self.model.generation_config = GenerationConfig.from_contents(start.generation, start.model)
+        if config.lora is not None and start.folder is None:
+            start.folder = outputs.write_base(config, self.model)
         self.trained = trained_parameters(config, start.model)
         decays = weight_decays(config.optimizer, self.trained)
-        self.clipping = Clipping(config.max_grad_norm_ratio, config.optimizer.betas)
+        names = [parameter.name for parameter in self.trained]
+        self.clipping = Clipping(config.max_grad_norm_ratio, config.optimizer.betas, names, config.clip_fused)
         saved = start.saved
         if saved and "weight_decay" in saved.settings:
             of_file = saved.settings["weight_decay"]
@@ -158,7 +163,7 @@ class Run:
         self.step = self.training.TrainStep(self.model, self.trained, decays, config)
         if saved:
             self.clipping.means = saved.clip_means
-            values = outputs.adapter_values(start.adapter) if start.adapter else {}
+            values = outputs.adapter_values(start.adapter, self.trained) if start.adapter else {}
             missing = [
                 f"{m}.{p.name}"
                 for m in config.optimizer.moments
@@ -174,7 +179,7 @@ class Run:
         """Run to the end, or to where it is stopped."""
         config, progress = self.config, self.progress
         folder, last = Path(config.save_folder), self._last_step()
-        if progress.step >= last and (folder / outputs.MODEL).is_dir():
+        if progress.step >= last and outputs.is_complete(folder):
             self._print(f"the run is complete at step {progress.step}: {folder / outputs.MODEL}")
             return Result(progress.step, None, True, folder / outputs.MODEL)
         outputs.prepare_folder(config)
@@ -186,7 +191,9 @@ class Run:
         if config.scheduler.t_warmup >= end:
             units = config.scheduler.units
             metrics.text(f"the run's {end} {units} end within the warmup of {config.scheduler.t_warmup}")
-        started, first_step, loss = time.monotonic(), progress.step, None
+        started, first_step = time.monotonic(), progress.step
+        loss: float | None = None
+        stopped: str | None = None
         try:
             with self._signals():
                 for batch in self._batches():
@@ -200,19 +207,21 @@ class Run:
                     if self.evaluators and progress.step % config.eval_interval == 0 and not done:
                         self._evaluate()
                     due = config.save_interval is not None and progress.step % config.save_interval == 0
-                    if self.stopped is not None or (due and not done):
+                    stopped = self.stopped  # a signal from here on counts at the next step
+                    if stopped is not None or (due and not done):
                         self._save()
-                    if self.stopped is not None or done:
+                    if stopped is not None or done:
                         break
-                if self.stopped is None:
-                    if self.evaluators or config.sample_prompt:
+                if stopped is None:  # each part is done once, wherever the run was interrupted before
+                    if (self.evaluators or config.sample_prompt) and not metrics.is_evaluated(progress.step):
                         self._evaluate()
-                    self._save()
+                    if progress.step not in state.steps(folder):
+                        self._save()
                     outputs.write_final(self)
         finally:
             metrics.close(plot=True)
-        if self.stopped is not None:
-            self._print(f"stopped by {self.stopped} at step {progress.step}; the same command goes on from there")
+        if stopped is not None:
+            self._print(f"stopped by {stopped} at step {progress.step}; the same command goes on from there")
             return Result(progress.step, loss, False, None)
         return Result(progress.step, loss, True, folder / outputs.MODEL)
 
@@ -222,7 +231,7 @@ class Run:
     def _last_step(self) -> int:
         """The step that the run ends at: where it is to stop, or where the data of its epochs end."""
         progress, data = self.progress, self.data
-        left = data.batches_per_epoch * (self.plan.epochs - progress.epoch) - progress.examples // data.batch_size
+        left = data.batches_per_epoch * (self.plan.epochs - progress.epoch - 1) + data.batches_left(progress.examples)
         return max(progress.step, min(self.plan.stop, progress.step + left))
 
     def _batches(self) -> Iterator[Batch]:
@@ -233,7 +242,7 @@ class Run:
                 progress.step += 1
                 progress.examples += len(batch.indices)
                 progress.tokens += batch.input_ids.size
-                at_end = progress.examples >= self.data.batches_per_epoch * self.data.batch_size
+                at_end = not self.data.batches_left(progress.examples)
                 if at_end:
                     progress.epoch, progress.examples = progress.epoch + 1, 0
                     self.epoch_of_step = progress.epoch - 1
@@ -274,6 +283,8 @@ class Run:
             config.scheduler, config.optimizer.learning_rate, current, self.plan.total, progress.bolted_on
         )
         step.update(rate, self.clipping.scales(norms, bound))
+        if config.clip_fused and progress.step == 1:
+            self.clipping.means = None
         progress.updates += 1
         progress.targets += targets
         per_target = cross_entropy / max(targets, 1)
@@ -285,7 +296,7 @@ class Run:
                 "loss_per_target": per_target,
                 **({"z_loss": config.z_factor * z / divisor} if config.z_factor else {}),
                 "grad_norm": norm,
-                **({"max_grad_norm": bound} if bound is not None else {}),
+                **({"max_grad_norm": bound} if bound is not None and math.isfinite(bound) else {}),
                 "lr": rate,
                 "tokens": progress.tokens,
                 "targets": progress.targets,
@@ -365,6 +376,7 @@ def _fixed(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
         "max_sequence_length": data.files.length,
         "instances": len(data.files),
         "data_seed": config.data_seed,
+        "data_weights": config.data.weights,
         "optimizer": config.optimizer.name,
         "lora": config.lora is not None,
     }

@@ -77,6 +77,10 @@ class Metrics:
             text = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in numbers.items())
             self.console.print(f"evaluation at step {step}: {text}", highlight=False, markup=False, soft_wrap=True)
 
+    def is_evaluated(self, step: int) -> bool:
+        """Whether metrics.jsonl has the evaluation of a step."""
+        return any(line["step"] == step for line in read(self.file)[1])
+
     def text(self, text: str) -> None:
         """Print a line."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ from olmozoo.checkpoint.convert import convert_checkpoint, settings_files, write
 from olmozoo.checkpoint.files import write_json
 from olmozoo.checkpoint.formats import safetensors
 from olmozoo.checkpoint.tensors import LazyTensor
-from olmozoo.errors import InputError, OlmozooError
+from olmozoo.errors import InputError, OlmozooError, raise_problems
+from olmozoo.families.parameter import Parameter
 from olmozoo.hub import ADAPTER_CONFIG, resolve
 from olmozoo.text.pipeline import TextGenerationPipeline
 from olmozoo.text.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ from olmozoo.typing import Array
 if TYPE_CHECKING:
     from olmozoo.training.loop import Run
 
-MODEL, CONFIG, ADAPTER_WEIGHTS = "model", "config.yaml", "adapter_model.safetensors"
+MODEL, BASE, CONFIG, ADAPTER_WEIGHTS = "model", "base", "config.yaml", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
@@ -75,19 +76,28 @@ def prepare_folder(config: TrainConfig) -> None:
         InputError: the folder has a model or other files that are not of a run.
     """
     folder = Path(config.save_folder)
-    if config.save_overwrite:
-        for path in (*state.steps(folder).values(), folder / MODEL):
-            if path.is_dir():
-                shutil.rmtree(path)
-    elif (folder / MODEL).is_dir() and not state.steps(folder):
-        raise InputError(f"{folder} has a finished model and no step to go on from: set save_overwrite to start over")
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / "config.json").is_file():
         raise InputError(f"save_folder {folder} is the folder of a model, expected one for a run: choose another")
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.save_overwrite:
+        old = [path for path in (*state.steps(folder).values(), folder / MODEL) if path.is_dir()]
+        if config.load_path is not None and Path(config.load_path).resolve() in [path.resolve() for path in old]:
+            raise InputError(f"save_overwrite would remove load_path, {config.load_path}: choose another save_folder")
+        for path in old:
+            state.remove(path)
+    elif (folder / MODEL).is_dir() and not state.steps(folder):
+        raise InputError(f"{folder} has a finished model and no step to go on from: set save_overwrite to start over")
+    state.remove_abandoned(folder)
     file = folder / CONFIG
     temporary = folder / f".{CONFIG}.new"
     temporary.write_text(config.to_yaml(), encoding="utf-8")
     temporary.replace(file)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a run's folder has the model of its last step, which is written after it."""
+    model, step = folder / MODEL, state.latest(folder)
+    return model.is_dir() and step is not None and model.stat().st_mtime >= step.stat().st_mtime
 
 
 def write_step(run: Run, folder: Path) -> None:
@@ -113,11 +123,11 @@ def write_adapter(run: Run, folder: Path) -> None:
     """Write the adapter in PEFT's format."""
     lora = run.config.lora
     assert lora is not None
-    base = run.start.folder
+    assert run.start.folder is not None
     write_json(
         folder / ADAPTER_CONFIG,
         {
-            "base_model_name_or_path": str(run.config.load_path if base is None else base.resolve()),
+            "base_model_name_or_path": str(run.start.folder.resolve()),
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
@@ -136,10 +146,30 @@ def write_adapter(run: Run, folder: Path) -> None:
     safetensors.write(folder / ADAPTER_WEIGHTS, tensors)
 
 
-def adapter_values(folder: Path) -> dict[str, Array]:
-    """The values of an adapter, by the names of the parameters."""
-    tensors = safetensors.read_tensors(folder / ADAPTER_WEIGHTS)
-    return {name.removeprefix(PEFT_PREFIX): tensor.read() for name, tensor in tensors.items()}
+def adapter_values(folder: Path, trained: Sequence[Parameter]) -> dict[str, Array]:
+    """The values of an adapter, by the names of the parameters.
+
+    Raises:
+        InputError: it has not the factors that are trained.
+    """
+    file = folder / ADAPTER_WEIGHTS
+    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in safetensors.read_tensors(file).items()}
+    problems = [
+        f"{parameter.name} is {list(tensors[parameter.name].shape) if parameter.name in tensors else 'not there'}, "
+        f"expected {list(parameter.shape)}"
+        for parameter in trained
+        if parameter.name not in tensors or tensors[parameter.name].shape != parameter.shape
+    ]
+    problems += [f"{name} is not trained" for name in tensors.keys() - {parameter.name for parameter in trained}]
+    raise_problems(f"{file} does not fit the settings of lora", problems, InputError)
+    return {name: tensor.read() for name, tensor in tensors.items()}
+
+
+def write_base(config: TrainConfig, model: Any) -> Path:
+    """Write the model that adapters are trained on, where it is no folder that they can name."""
+    folder = Path(config.save_folder) / BASE
+    model.save_pretrained(folder)
+    return folder
 
 
 def write_final(run: Run) -> None:
