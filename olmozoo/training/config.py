@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -385,9 +384,7 @@ def _register_resolvers() -> None:
         return str(found[max(found)])
 
     for name, resolver in (("glob", glob), ("choose", choose), ("last_checkpoint", last_checkpoint)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # newer versions want another name, which older ones have not
-            OmegaConf.register_new_resolver(f"path.{name}", resolver, replace=True)
+        OmegaConf.register_new_resolver(f"path.{name}", resolver, replace=True)
 
 
 def from_dict(data: dict[str, Any], where: str = "the config") -> TrainConfig:

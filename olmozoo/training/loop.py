@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from olmozoo.backends import Backend, backend_class
+from olmozoo.checkpoint.atomic import FULL
 from olmozoo.errors import InputError, TrainingError
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.training import evaluators, outputs, state
@@ -105,7 +106,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
         ConfigError: a field has a wrong value.
         InputError: the data do not fit the config or the model.
         CheckpointError: what the run starts from is broken, or a checkpoint cannot be written: the last one is whole.
-        TrainingError: the loss or a gradient is not finite; the message names the step and the instances.
+        TrainingError: the loss or a gradient is not finite, and the message names the step and the instances; or the
+            folder cannot be written.
     """
     console = console or Console(stderr=True)
     config = copy.deepcopy(config)  # a checkpoint may bring settings of its own
@@ -113,8 +115,13 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
     start = open_start(config)
     data = open_data(config, start.model)
     run = Run(config, start, data, console)
-    with run.scope():
-        return run.train()
+    try:
+        with run.scope():
+            return run.train()
+    except OSError as error:
+        last = state.latest(Path(config.save_folder)) or "there is none yet"
+        reason = "the disk is full" if error.errno in FULL else (error.strerror or str(error))
+        raise TrainingError(f"{config.save_folder}: {reason}. The last checkpoint is whole: {last}") from error
 
 
 class Run:
