@@ -142,6 +142,7 @@ class Run:
             config.precision = "fp32"
             start.lines.append("precision: fp32: amp_on_cpu is false, and the device is the CPU")
         self.tokenizer = outputs.open_tokenizer(config, start)
+        self.tokenizer_files = outputs.tokenizer_files(config, start)
         self.evaluators = evaluators.open_evaluators(config, start.model, data, self.tokenizer)
         self.stopped: str | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -86,17 +87,19 @@ class Metrics:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self, plot: bool) -> None:
-        """Close the files, and draw the losses."""
+        """Close the files, and draw the losses where the disk has room for it."""
         self.bar.stop()
-        self.stream.close()
-        if self.index_stream:
-            self.index_stream.close()
+        for stream in (self.stream, self.index_stream):
+            if stream:
+                with contextlib.suppress(OSError):  # each line was flushed
+                    stream.close()
         if self.board is not None:
             self.board.close()
         if self.run is not None:
             self.run.finish()
         if plot:
-            draw(self.file, self.folder / PLOT)
+            with contextlib.suppress(OSError):
+                draw(self.file, self.folder / PLOT)
 
     def _write(self, numbers: dict[str, Any]) -> None:
         self.stream.write(json.dumps(numbers) + "\n")

@@ -69,6 +69,16 @@ def open_tokenizer(config: TrainConfig, start: Start) -> Tokenizer | None:
     return tokenizer
 
 
+def tokenizer_files(config: TrainConfig, start: Start) -> dict[str, bytes]:
+    """The contents of the tokenizer's files by name, as they are now: a step that has them may be removed later."""
+    source = tokenizer_folder(config, start)
+    if source is None:
+        return {}
+    if source.is_file():
+        return {"tokenizer.json": source.read_bytes()}
+    return {name: content for name, content in settings_files(source).items() if name != "generation_config.json"}
+
+
 def prepare_folder(config: TrainConfig) -> None:
     """Make the folder of a run, with its config; an older run in it is removed where it is to be overwritten.
 
@@ -106,17 +116,7 @@ def write_step(run: Run, folder: Path) -> None:
         write_adapter(run, folder)
     else:
         run.step.sync().save_pretrained(folder)
-    _write_tokenizer(run, folder)
-
-
-def _write_tokenizer(run: Run, folder: Path) -> None:
-    source = tokenizer_folder(run.config, run.start)
-    if source is None:
-        return
-    if source.is_file():
-        write_settings({"tokenizer.json": source.read_bytes()}, folder)
-        return
-    write_settings({n: c for n, c in settings_files(source).items() if n != "generation_config.json"}, folder)
+    write_settings(run.tokenizer_files, folder)
 
 
 def write_adapter(run: Run, folder: Path) -> None:
@@ -183,7 +183,7 @@ def write_final(run: Run) -> None:
         write_step(run, staging)
     assert run.start.folder is not None
     convert_checkpoint(run.start.folder, folder / MODEL, to="safetensors", adapter=folder / "adapter", force=True)
-    _write_tokenizer(run, folder / MODEL)
+    write_settings(run.tokenizer_files, folder / MODEL)
 
 
 def sample(config: TrainConfig, backend: Backend, tokenizer: Tokenizer) -> str:

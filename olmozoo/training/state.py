@@ -160,9 +160,12 @@ def remove(folder: Path) -> None:
 
 def remove_abandoned(folder: Path) -> None:
     """Remove what a killed run left of steps that it was writing or removing."""
-    for pattern in (".step*.saving-*", ".*.removed"):
+    for pattern in (".step*.saving-*", ".*.removed", ".*step*.lock"):
         for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def keep_newest(folder: Path, count: int) -> None:

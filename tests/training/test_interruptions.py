@@ -27,7 +27,7 @@ CONFIG = OPTConfig(
     **{"vocab_size": 61, "hidden_size": 16, "ffn_dim": 20, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"max_position_embeddings": 16, "pad_token_id": 0, "eos_token_id": 3, "dropout": 0.1, "attention_dropout": 0.1},
 )
-KILLS, LONG = 20, 160
+KILLS, LONG = 20, 110
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,9 @@ def serve(file: str) -> None:
     Nothing is imported in the forked process. It answers "ended" by its exit code alone.
     """
     fields = json.loads(Path(file).read_text())
-    import torch
+    import matplotlib.figure  # noqa: F401
+    import torch._dynamo  # by optimizers
+    import torch.utils.checkpoint
 
     import olmozoo.pt.training  # noqa: F401
 
@@ -211,7 +213,7 @@ def interrupt(server, folder, number, steps, delay) -> int:
 def test_kills_leave_whole_steps_and_no_trace(server, whole):
     folder, stream, seen = server[0] / "killed", random.Random(0), []
     for _ in range(KILLS):
-        code = interrupt(server, folder, signal.SIGKILL, stream.randrange(1, 9), stream.random() * 0.02)
+        code = interrupt(server, folder, signal.SIGKILL, stream.randrange(1, 7), stream.random() * 0.02)
         assert code == -signal.SIGKILL
         found = state.steps(folder)
         assert list(found) == list(range(3, 3 * len(found) + 1, 3))
@@ -220,7 +222,7 @@ def test_kills_leave_whole_steps_and_no_trace(server, whole):
                 assert state.load(path).progress.step == number
                 assert len(weights_of(path)) == len(weights_of(whole.folder / "model"))
         seen = list(found)
-    assert seen[-1] >= 30
+    assert seen[-1] >= 18
     _, start, wait = server
     start(folder)
     assert wait() == 0
@@ -259,7 +261,7 @@ def test_a_full_disk_leaves_the_last_step_whole(fields, tmp_path):
     fields = {**fields, "save_folder": str(tmp_path / "run")}
     run(fields, stop_after=4)
     before = weights_of(tmp_path / "run" / "step4")
-    with pytest.raises(CheckpointError, match=r"step8 was not saved and is unchanged: File too large"):
+    with pytest.raises(CheckpointError, match=r"step8.* was not saved and is unchanged: File too large"):
         limited(fields, 8 << 10)
     assert list(state.steps(tmp_path / "run")) == [4]
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".step")]
@@ -325,9 +327,10 @@ def test_what_a_kill_leaves_of_a_step_that_was_being_removed_is_no_step(fields, 
     rmtree = shutil.rmtree
 
     def killed(path, *arguments, **options):
-        if Path(path).is_dir():
+        if Path(path).name.endswith(".removed") and Path(path).is_dir():
             rmtree(Path(path) / "training")
             raise KeyboardInterrupt
+        rmtree(path, *arguments, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", killed)
@@ -358,7 +361,7 @@ def test_starting_over(fields, tmp_path):
     [
         ({"seed": 2}, "data_seed was 6198 and is 2"),
         ({"optimizer": {"name": "lionw"}}, "optimizer was 'adamw' and is 'lionw'"),
-        ({"max_sequence_length": 4}, "max_sequence_length was 8 and is 4; instances was 22 and is 44"),
+        ({"max_sequence_length": 4}, "instances was 22 and is 44; max_sequence_length was 8 and is 4"),
         ({"lora": {"rank": 2}}, "lora was False and is True"),
     ],
 )

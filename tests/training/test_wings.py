@@ -78,7 +78,7 @@ def test_a_run_learns_and_meets_what_it_is_to_test(reference):
     losses = found.curve("loss")
     assert losses[-5:].mean() < losses[:5].mean() - 0.2
     if name == "olmo2":
-        assert 5 < (found.curve("grad_norm") > 0.5).sum()
+        assert (found.curve("grad_norm") > 0.5).sum() > 5
     assert len({line["epoch"] for line in found.steps}) > 10
     assert len(set(map(tuple, np.array(found.indices)[:, 1:].tolist()))) == STEPS
 
