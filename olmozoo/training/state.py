@@ -160,7 +160,7 @@ def remove(folder: Path) -> None:
 
 def remove_abandoned(folder: Path) -> None:
     """Remove what a killed run left of steps that it was writing or removing."""
-    for pattern in (".step*.saving-*", ".*.removed", ".*step*.lock"):
+    for pattern in (".*step*.saving-*", ".*.removed", ".*step*.lock"):
         for path in folder.glob(pattern):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
