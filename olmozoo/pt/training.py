@@ -100,8 +100,13 @@ class TrainStep:
     def _outputs(self, batch: Batch) -> Tensor:
         device = self.model.device
         mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask).to(device)
+        # With scores added, a query may see all keys alike. PyTorch's fused attention has a wrong gradient there: it
+        # computes the weights again from their log-sum, where the number of keys is lost.
+        plain = mask is not None and mask.ndim == 4
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "amp_bf16"):
-            return self.model(torch.from_numpy(batch.input_ids).to(device), mask, use_cache=False).logits
+            return self.model(
+                torch.from_numpy(batch.input_ids).to(device), mask, use_cache=False, output_attentions=plain
+            ).logits
 
     def gradients(self, batch: Batch, divisor: float, seed: int) -> tuple[Tensor, Tensor]:
         """Add the gradients of a micro-batch to those of the step.

@@ -90,6 +90,12 @@ class Dense(keras.layers.Dense):
     A file with adapters loads into a layer without them too, merged.
     """
 
+    def add_weight(self, *arguments: Any, **options: Any) -> keras.Variable:
+        """Keras's own, but for adapters of a layer in float64, which Keras makes in float32."""
+        if str(options.get("name")).startswith("lora_kernel") and self.variable_dtype == "float64":
+            options["dtype"] = "float64"
+        return super().add_weight(*arguments, **options)
+
     def save_own_variables(self, store: Any) -> None:
         if not self.lora_enabled or self.quantization_mode is not None:
             super().save_own_variables(store)

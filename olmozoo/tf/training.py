@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from olmozoo.checkpoint.tensors import aligned
 from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
@@ -223,5 +224,4 @@ def _to_numpy(parameter: Parameter, variable: keras.Variable) -> np.ndarray:
 
 
 def _from_numpy(parameter: Parameter, array: np.ndarray, variable: keras.Variable) -> Tensor:
-    array = np.array(array.T if parameter.kind == "linear" else array, order="C")
-    return ops.cast(from_numpy(array), variable.dtype)
+    return ops.cast(from_numpy(aligned(array, transposed=parameter.kind == "linear")), variable.dtype)

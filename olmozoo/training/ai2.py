@@ -6,9 +6,12 @@ and says so in a line.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError, ConfigError, raise_problems
@@ -69,6 +72,7 @@ TOP: dict[str, Any] = {
     "activation_checkpointing": None,
     "precision": None,
     "eval_interval": 1000,
+    "eval_subset_num_batches": -1,
     "console_log_interval": 1,
 }
 # What says how AI2's trainer runs and not what it computes, or is about remote folders: read by nobody here.
@@ -77,7 +81,7 @@ IGNORED = {
     *("speed_monitor", "python_profiling", "torch_profiling", "save_interval_ephemeral"),
     *("remote_save_folder", "force_save_unsharded", "no_pre_train_checkpoint"),
     *("load_path_sharded_checkpointer", "sharded_checkpointer", "canceled_check_interval"),
-    *("device_eval_batch_size", "eval_subset_num_batches", "eval_on_load", "device_train_grad_accum"),
+    *("device_eval_batch_size", "eval_on_load", "device_train_grad_accum", "device_train_batch_size"),
     *("new_style_checkpoints", "console", "model", "tokenizer", "optimizer", "scheduler", "data"),
     *("evaluators", "wandb", "save_folder", "try_load_latest_save", "hf_datasets_cache_dir"),
     *("module_outputs_save_steps", "extra_steps_after_cancel"),
@@ -166,6 +170,7 @@ def translate(data: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
         "loss_divisor": "positions",
         "eval_divisor": "positions",
         "clip_one_step_late": True,
+        "clip_fused": True,
         "auxiliary_loss_multiplier": 1e-4,
         "activation_checkpointing": bool(top["activation_checkpointing"]),
         "optimizer": optimizer,
@@ -179,13 +184,13 @@ def translate(data: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
         )
     if scheduler["grad_clip_warmup_steps"]:
         notes.append("clip_one_step_late: the bound of a step's clipping is that of the step before")
-    if not str(top["max_duration"]).endswith("ep"):
-        stop_at = top["stop_at"]
-        if stop_at is not None:
-            ours["stop_at"] = stop_at
-        else:
-            ours["extra_steps"] = 10
-            notes.append("extra_steps: 10: that trainer goes on ten steps past max_duration where the epoch has data")
+    if top["max_grad_norm_ratio"] is not None:
+        notes.append("clip_fused: queries, keys and values are clipped as one, and the running means begin at step 2")
+    if top["stop_at"] is not None:
+        ours["stop_at"] = top["stop_at"]
+    elif not str(top["max_duration"]).endswith("ep"):
+        ours["extra_steps"] = 10
+        notes.append("extra_steps: 10: that trainer goes on ten steps past max_duration where the epoch has data")
     if top["precision"] not in (None, "fp32", "amp_bf16"):
         problems.append(f"precision is {top['precision']!r}, expected 'fp32' or 'amp_bf16'")
     ours["precision"] = "fp32" if top["precision"] in (None, "fp32") else "amp_bf16"
@@ -208,10 +213,28 @@ def translate(data: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
         ours["model"] = _new_model(model, where)
         ours["reset_optimizer_state"] = ours["reset_trainer_state"] = True
     ours["data"] = _data(data.get("data") or {}, problems, "data.")
-    ours["evaluators"] = _evaluators(data.get("evaluators") or [], ours, problems)
+    if not (data.get("data") or {}).get("drop_last"):
+        notes.append("data.drop_last: true: that trainer stops with an error at a batch that is not full")
+    if ours["data"]["generate_attention_mask"]:
+        pad = model.get("pad_token_id", 50256)
+        ours.setdefault("model", {})["pad_token_id"] = pad
+        notes.append(f"data.leading_pads_see_all: tokens {pad} that an instance begins with attend to all of it")
+        if pad == model.get("eos_token_id", 50256):
+            notes.append(f"pad_token_id and eos_token_id are both {pad}: no end of a text is seen or learned")
+    if ours["data"].get("instance_filter") is not None:
+        notes.append("data.instance_filter: padding counts as repetition, and switches off instances with much of it")
+    ours["evaluators"] = _evaluators(data.get("evaluators") or [], top["eval_subset_num_batches"], problems)
+    if any(evaluator["subset_num_batches"] for evaluator in ours["evaluators"]):
+        notes.append("subset_num_batches: that trainer takes other instances")
+    if ours["evaluators"]:
+        notes.append("eval_divisor: positions: losses of evaluations are divided by instances x (length - 1)")
     tokenizer = data.get("tokenizer")
     if isinstance(tokenizer, dict) and tokenizer.get("identifier"):
-        ours["tokenizer"] = tokenizer["identifier"]
+        name = tokenizer["identifier"]
+        if name.endswith(".json") and not Path(name).is_file():
+            notes.append(f"tokenizer.identifier {name} is not there: the model is saved without a tokenizer")
+        else:
+            ours["tokenizer"] = name
     if isinstance(data.get("wandb"), dict):
         ours["wandb"] = {k: v for k, v in data["wandb"].items() if k in ("project", "entity", "group", "name", "tags")}
     if ours["max_grad_norm_ratio"] is not None:
@@ -229,14 +252,18 @@ def _data(data: dict[str, Any], problems: list[str], prefix: str) -> dict[str, A
     ]
     if found.get("datasets") and not found.get("paths"):
         found["paths"] = [path for label in sorted(found["datasets"]) for path in found["datasets"][label]]
-    names = ("label_mask_paths", "memmap_dtype", "drop_last", "generate_attention_mask", "instance_filter", "seed")
+    found["drop_last"] = found["leading_pads_see_all"] = True
+    names = [
+        *("label_mask_paths", "memmap_dtype", "drop_last", "generate_attention_mask", "leading_pads_see_all"),
+        *("instance_filter", "seed"),
+    ]
     read_by_nobody = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers", "timeout", "datasets")
     known = {"paths", *names, *DATA, *REFUSED_DATA, *read_by_nobody}
     problems += [f"unknown field {prefix}{name}" for name in data if name not in known]
     return {"paths": list(found.get("paths") or []), **{name: found[name] for name in names if name in found}}
 
 
-def _evaluators(given: list[Any], ours: dict[str, Any], problems: list[str]) -> list[dict[str, Any]]:
+def _evaluators(given: list[Any], subset: int, problems: list[str]) -> list[dict[str, Any]]:
     found = []
     for n, entry in enumerate(given):
         if entry.get("type", "lm") != "lm":
@@ -246,18 +273,23 @@ def _evaluators(given: list[Any], ours: dict[str, Any], problems: list[str]) -> 
             )
             continue
         data = entry.get("data") or {}
+        if data.get("instance_filter") is not None:
+            problems.append(f"evaluators[{n}].data.instance_filter is set, which is not built here")
         fields = {
             "label": entry.get("label", f"evaluator-{n}"),
             "memmap_dtype": data.get("memmap_dtype", "uint16"),
             "device_eval_batch_size": entry.get("device_eval_batch_size"),
             "subset_num_batches": entry.get("subset_num_batches"),
             "label_mask_paths": data.get("label_mask_paths"),
+            "generate_attention_mask": bool(data.get("generate_attention_mask")),
         }
         if data.get("datasets"):
             fields["datasets"] = data["datasets"]
         else:
             fields["paths"] = data.get("paths") or []
-        if fields["subset_num_batches"] is not None and fields["subset_num_batches"] < 0:
+        if fields["subset_num_batches"] is None:
+            fields["subset_num_batches"] = subset
+        if fields["subset_num_batches"] <= 0:
             fields["subset_num_batches"] = None
         found.append(fields)
     return found
@@ -340,16 +372,19 @@ def open_state(folder: Path, model: ModelConfig, config: TrainConfig) -> Saved:
     saved = Saved(Progress())
     if not config.reset_trainer_state:
         trainer = need("train.pt")
-        names = {
-            "step": ("global_step",),
-            "epoch": ("epoch",),
-            "examples": ("global_train_examples_seen_this_epoch", "global_data_step", "global_train_examples_seen"),
-            "tokens": ("global_train_tokens_seen",),
+        step = trainer.get("global_step")
+        seen = trainer.get("global_train_examples_seen")  # of older versions, as global_data_step
+        if seen is None:
+            seen = trainer.get("global_data_step", step or 0) * config.global_train_batch_size
+        numbers = {
+            "step": step,
+            "epoch": trainer.get("epoch") or 0,
+            "examples": trainer.get("global_train_examples_seen_this_epoch", seen),
+            "tokens": trainer.get("global_train_tokens_seen", seen * (config.max_sequence_length or 0)),
         }
-        for field, keys in names.items():
-            value = next((trainer[key] for key in keys if trainer.get(key) is not None), 0)
+        for field, value in numbers.items():
             if not isinstance(value, int):
-                raise CheckpointError(f"{folder / 'train.pt'}: {keys[0]} is {value!r}, expected a whole number")
+                raise CheckpointError(f"{folder / 'train.pt'}: {field} is {value!r}, expected a whole number")
             setattr(saved.progress, field, value)
     if not config.reset_optimizer_state:
         _open_optimizer(folder, need("optim.pt"), model, config, saved)
@@ -375,6 +410,7 @@ def _open_optimizer(folder: Path, optim: dict[str, Any], model: ModelConfig, con
             names[key] = plain
             decays[plain] = float(group["weight_decay"])
     moments: dict[str, dict[str, LazyTensor]] = {moment: {} for moment in config.optimizer.moments}
+    means: dict[str, float] = {}
     count = 0
     for key, state in states.items():
         name = names.get(key) or re.sub(r"^(module\.)+", "", str(key)).replace("_fsdp_wrapped_module.", "")
@@ -383,6 +419,8 @@ def _open_optimizer(folder: Path, optim: dict[str, Any], model: ModelConfig, con
                 raise CheckpointError(f"{file}: {name} has no {moment}, which {config.optimizer.name} keeps")
             moments[moment][name] = as_tensor(state[moment], f"{moment} of {name}")
         count = max(count, _count(state.get("step", 0), file))
+        if "grad_norm_exp_avg" in state:
+            means[name] = float(as_tensor(state["grad_norm_exp_avg"], f"mean of {name}").read())
     for moment, tensors in moments.items():
         tensors = olmo_native.modern_names(tensors, native["block_type"])
         check_sources(tensors, grouped, file)
@@ -390,7 +428,10 @@ def _open_optimizer(folder: Path, optim: dict[str, Any], model: ModelConfig, con
             saved.moments[f"{moment}.{name}"] = tensor.renamed(f"{moment}.{name}")
     saved.progress.updates = count
     first = groups[0]
-    saved.progress.bound = first.get("max_grad_norm")
+    saved.progress.bound = math.inf if first.get("max_grad_norm") is None else first["max_grad_norm"]
+    if means:
+        by_name = {link.parameter.name: means[link.foreign] for link in links(grouped) if link.foreign in means}
+        saved.clip_means = np.array([by_name[p.name] for p in model.parameters("causal_lm") if p.name in by_name])
     saved.settings = {
         "betas": [float(beta) for beta in first["betas"]],
         "eps": float(first["eps"]) if "eps" in first else None,

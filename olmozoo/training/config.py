@@ -107,6 +107,8 @@ class DataConfig:
         weights: for each of `paths`, how often it is seen in an epoch, such as 0.5 or 2; default once.
         memmap_dtype: of the tokens: uint8, uint16, uint32 or uint64; default the one of the manifest, else uint16.
         generate_attention_mask: whether tokens equal to the pad token, wherever they are, are neither seen nor learned.
+        leading_pads_see_all: whether the pad tokens that an instance begins with attend to all of its tokens alike,
+            later ones included, as in AI2's trainer; else each to itself. It matters to the token after them.
         instance_filter: which instances give no loss; default none.
         drop_last: whether an epoch leaves out the instances that do not fill a batch, or has a smaller last batch.
         seed: of the order; default the run's.
@@ -117,6 +119,7 @@ class DataConfig:
     weights: list[float] | None = None
     memmap_dtype: str | None = None
     generate_attention_mask: bool = False
+    leading_pads_see_all: bool = False
     instance_filter: InstanceFilter | None = None
     drop_last: bool = True
     seed: int | None = None
@@ -133,6 +136,7 @@ class EvaluatorConfig:
         datasets: several sets of files, by labels of their own.
         file: a .txt or a .jsonl of texts or of multiple-choice questions, as `olmozoo evaluate` takes it.
         memmap_dtype: of the tokens; default the training data's.
+        generate_attention_mask: see `DataConfig`; default the training data's.
         device_eval_batch_size: rows at once; default the training micro-batch.
         subset_num_batches: at most so many batches of tokens; default all.
     """
@@ -143,6 +147,7 @@ class EvaluatorConfig:
     datasets: dict[str, list[str]] | None = None
     file: str | None = None
     memmap_dtype: str | None = None
+    generate_attention_mask: bool | None = None
     device_eval_batch_size: int | None = None
     subset_num_batches: int | None = None
 
@@ -217,6 +222,8 @@ class TrainConfig:
         max_grad_norm: clip the gradient of all parameters at this norm.
         max_grad_norm_ratio: clip each parameter's at this ratio to its running mean instead.
         clip_one_step_late: whether the warmup of clipping counts from the step before, as in AI2's trainer.
+        clip_fused: whether `max_grad_norm_ratio` counts queries, keys and values as one parameter, and gates and ups,
+            and the running means begin at the second step, as in AI2's trainer.
         freeze: patterns of names of parameters that are not trained, such as "model.embed_tokens*".
         activation_checkpointing: whether blocks are computed again in the backward pass, to save memory.
         lora: train adapters and nothing else.
@@ -264,6 +271,7 @@ class TrainConfig:
     max_grad_norm: float | None = 1.0
     max_grad_norm_ratio: float | None = None
     clip_one_step_late: bool = False
+    clip_fused: bool = False
     freeze: list[str] = field(default_factory=list)
     activation_checkpointing: bool = False
     lora: LoraConfig | None = None
@@ -612,10 +620,6 @@ def check(config: TrainConfig, where: str = "the config") -> None:
         problems.append("freeze and lora are both set: lora freezes all but its adapters")
     if config.lora is not None and not 0 <= config.lora.dropout < 1:
         problems.append(f"lora.dropout is {config.lora.dropout}, expected 0 to less than 1")
-    if config.lora is not None and config.load_path is None:
-        problems.append("lora is set without load_path: of which model are the adapters?")
-    if config.lora is not None and config.lora.dropout and config.backend in ("tf", "flax"):
-        problems.append(f"lora.dropout is {config.lora.dropout}, expected 0: only PyTorch has it")
     if config.load_path is None and not config.model:
         problems.append("neither load_path nor model is set: what is to be trained?")
     raise_problems(f"{where} has wrong values", problems, ConfigError)

@@ -33,7 +33,8 @@ class Batch:
         indices: of the instances in the data, (batch,).
         input_ids: (batch, seq) int32.
         targets: (batch, seq) int32, the token after each position, or -100 where nothing is learned.
-        attention_mask: (batch, seq) int32, 0 at tokens that are not seen; None where all are.
+        attention_mask: (batch, seq) int32, 0 at tokens that are not seen; None where all are. Or (batch, 1, seq, seq)
+            float32, which is added to the scores of attention.
     """
 
     indices: Array
@@ -64,6 +65,7 @@ class TokenFiles:
         length: tokens in an instance.
         vocab_size: the ids are below it.
         pad_token_id: tokens that are neither seen nor learned; None for none.
+        leading_pads_see_all: see `DataConfig`.
         instance_filter: which instances give no loss.
         label: what errors call them.
 
@@ -81,11 +83,13 @@ class TokenFiles:
         *,
         vocab_size: int,
         pad_token_id: int | None = None,
+        leading_pads_see_all: bool = False,
         instance_filter: InstanceFilter | None = None,
         label: str = "the training data",
     ) -> None:
         self.paths, self.length, self.vocab_size = list(paths), length, vocab_size
         self.pad_token_id, self.instance_filter = pad_token_id, instance_filter
+        self.leading_pads_see_all = leading_pads_see_all
         problems: list[str] = []
         self.tokens = [_open(path, dtype, length, problems) for path in paths]
         self.masks = [None if path is None else _open(path, "bool", length, problems) for path in mask_paths]
@@ -116,9 +120,9 @@ class TokenFiles:
             file = int(np.searchsorted(self.starts, index, "right")) - 1
             chunk = int(index) - int(self.starts[file])
             ids[row] = self.tokens[file][chunk]
-            mask = self.masks[file]
-            if mask is not None:
-                learned[row] = mask[chunk]
+            labels = self.masks[file]
+            if labels is not None:
+                learned[row] = labels[chunk]
             if ids[row].max() >= self.vocab_size:
                 position = int(ids[row].argmax())
                 raise InputError(
@@ -127,13 +131,15 @@ class TokenFiles:
                 )
             if self.instance_filter is not None and repeats(ids[row], self.instance_filter):
                 learned[row] = False
-        seen = None
+        mask: Array | None = None
         if self.pad_token_id is not None:
-            seen = (ids != self.pad_token_id).astype(np.int32)
-            learned &= seen.astype(bool)
+            seen = ids != self.pad_token_id
+            learned &= seen
+            matters = self.leading_pads_see_all and not seen[:, 0].all()
+            mask = added_scores(seen) if matters else seen.astype(np.int32)
         targets = np.full(ids.shape, IGNORED, np.int32)
         targets[:, :-1] = np.where(learned[:, 1:], ids[:, 1:], IGNORED)
-        return Batch(np.asarray(indices), ids.astype(np.int32), targets, seen)
+        return Batch(np.asarray(indices), ids.astype(np.int32), targets, mask)
 
 
 def _open(path: Path, dtype: str, length: int, problems: list[str]) -> Array:
@@ -175,6 +181,17 @@ def _unlikely(path: Path, tokens: Array, dtype: str, vocab_size: int) -> list[st
     return []
 
 
+def added_scores(seen: Array) -> Array:
+    """What AI2's trainer adds to the scores of attention where tokens (batch, seq) are not seen, (batch, 1, seq, seq).
+
+    It is float32's least number at each of them and at later tokens. A query that sees none has it everywhere, which
+    leaves nothing of the scores: its weights are all the same.
+    """
+    causal = np.tri(seen.shape[1], dtype=bool)
+    least = np.finfo(np.float32).min
+    return np.where(causal & seen[:, None, None, :], np.float32(0), least)
+
+
 def repeats(ids: Array, settings: InstanceFilter) -> bool:
     """Whether a piece of some length is repeated too often, one after another."""
     for period in range(settings.repetition_min_period, min(settings.repetition_max_period, len(ids) // 3) + 1):
@@ -197,6 +214,13 @@ class TrainingData:
         seed: of the order.
         drop_last: see `DataConfig`.
         weights: for each file, how often it is seen in an epoch; None for once.
+
+    Attributes:
+        size: instances in an epoch, with those that fill no batch.
+        batches_per_epoch: steps in an epoch.
+
+    Raises:
+        InputError: an epoch has no step.
     """
 
     def __init__(
@@ -210,10 +234,15 @@ class TrainingData:
     ) -> None:
         self.files, self.batch_size, self.seed, self.drop_last = files, batch_size, seed, drop_last
         self.weights = None if weights is None else list(weights)
-        size = len(self.order(0))
-        self.batches_per_epoch = size // batch_size if drop_last else -(-size // batch_size)
+        self.size = len(self.order(0))
+        self.batches_per_epoch = self.batches_left(0)
         if not self.batches_per_epoch:
-            raise InputError(f"the data are {size} instances, and a batch is {batch_size}: an epoch has no step")
+            raise InputError(f"the data are {self.size} instances, and a batch is {batch_size}: an epoch has no step")
+
+    def batches_left(self, start: int) -> int:
+        """The number of batches of an epoch from its instance `start` on."""
+        left = self.size - start
+        return max(0, left // self.batch_size if self.drop_last else -(-left // self.batch_size))
 
     def order(self, epoch: int) -> Array:
         """The indices of an epoch's instances in their order."""
@@ -340,7 +369,12 @@ def open_evaluation(
             dtype,
             length,
             model,
-            DataConfig(generate_attention_mask=config.data.generate_attention_mask),
+            DataConfig(
+                generate_attention_mask=config.data.generate_attention_mask
+                if evaluator.generate_attention_mask is None
+                else evaluator.generate_attention_mask,
+                leading_pads_see_all=config.data.leading_pads_see_all,
+            ),
             f"the data of the evaluator {label}",
         )
         for label, paths in sets.items()
@@ -410,6 +444,7 @@ def _files(
         length,
         vocab_size=model.vocab_size,
         pad_token_id=pad if data.generate_attention_mask else None,
+        leading_pads_see_all=data.leading_pads_see_all,
         instance_filter=data.instance_filter,
         label=what,
     )

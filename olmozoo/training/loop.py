@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from olmozoo.backends import Backend, backend_class
+from olmozoo.checkpoint.atomic import FULL
 from olmozoo.errors import InputError, TrainingError
 from olmozoo.families.parameter import Parameter
 from olmozoo.generation.config import GenerationConfig
@@ -100,7 +101,7 @@ def plan(config: TrainConfig, data: TrainingData, progress: Progress) -> Plan:
 
 def last_step(plan: Plan, data: TrainingData, progress: Progress) -> int:
     """The step that the run ends at: where it is to stop, or where the data of its epochs end."""
-    left = data.batches_per_epoch * (plan.epochs - progress.epoch) - progress.examples // data.batch_size
+    left = data.batches_per_epoch * (plan.epochs - progress.epoch - 1) + data.batches_left(progress.examples)
     return max(progress.step, min(plan.stop, progress.step + left))
 
 
@@ -118,7 +119,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
         ConfigError: a field has a wrong value.
         InputError: the data do not fit the config or the model.
         CheckpointError: what the run starts from is broken, or a checkpoint cannot be written: the last one is whole.
-        TrainingError: the loss or a gradient is not finite; the message names the step and the instances.
+        TrainingError: the loss or a gradient is not finite, and the message names the step and the instances; or the
+            folder cannot be written.
     """
     console = console or Console(stderr=True)
     config = copy.deepcopy(config)  # a checkpoint may bring settings of its own
@@ -126,8 +128,13 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
     start = open_start(config)
     data = open_data(config, start.model)
     run = Run(config, start, data, console)
-    with run.scope():
-        return run.train()
+    try:
+        with run.scope():
+            return run.train()
+    except OSError as error:
+        last = state.latest(Path(config.save_folder)) or "there is none yet"
+        reason = "the disk is full" if error.errno in FULL else (error.strerror or str(error))
+        raise TrainingError(f"{config.save_folder}: {reason}. The last checkpoint is whole: {last}") from error
 
 
 class Run:
@@ -141,12 +148,15 @@ class Run:
         _check_resumed(config, start, data)
         outputs.check_folder(config)
         self.backend_class = backend_class(config.backend)
+        if config.lora is not None and config.lora.dropout and self.backend_class.wing != "pt":
+            raise InputError(f"lora.dropout is {config.lora.dropout}, expected 0: only the backend pt has it")
         self.training: Any = self.backend_class.training()
         self.device = self.backend_class.choose_device(DTYPES[config.precision], config.device)
         if config.precision == "amp_bf16" and not config.amp_on_cpu and self.backend_class.is_cpu(self.device):
             config.precision = "fp32"
             start.lines.append("precision: fp32: amp_on_cpu is false, and the device is the CPU")
         self.tokenizer = outputs.open_tokenizer(config, start)
+        self.tokenizer_files = outputs.tokenizer_files(config, start)
         self.evaluators = evaluators.open_evaluators(config, start.model, data, self.tokenizer)
         self.trained = trained_parameters(config, start.model)
         self.stopped: str | None = None
@@ -162,8 +172,11 @@ class Run:
         cls = self.backend_class.model_class(start.model, "causal_lm")
         self.model = self.training.make_model(cls, start.model, start.weights, config, self.device)
         self.model.generation_config = GenerationConfig.from_contents(start.generation, start.model)
+        if config.lora is not None and start.folder is None:
+            start.folder = outputs.write_base(config, self.model)
         decays = weight_decays(config.optimizer, self.trained)
-        self.clipping = Clipping(config.max_grad_norm_ratio, config.optimizer.betas)
+        names = [parameter.name for parameter in self.trained]
+        self.clipping = Clipping(config.max_grad_norm_ratio, config.optimizer.betas, names, config.clip_fused)
         saved = start.saved
         if saved and "weight_decay" in saved.settings:
             of_file = saved.settings["weight_decay"]
@@ -172,7 +185,7 @@ class Run:
         self.step = self.training.TrainStep(self.model, self.trained, decays, config)
         if saved:
             self.clipping.means = saved.clip_means
-            values = outputs.adapter_values(start.adapter) if start.adapter else {}
+            values = outputs.adapter_values(start.adapter, self.trained) if start.adapter else {}
             missing = [
                 f"{m}.{p.name}"
                 for m in config.optimizer.moments
@@ -188,7 +201,7 @@ class Run:
         """Run to the end, or to where it is stopped."""
         config, progress = self.config, self.progress
         folder, last = Path(config.save_folder), self._last_step()
-        if progress.step >= last and (folder / outputs.MODEL).is_dir():
+        if progress.step >= last and outputs.is_complete(folder):
             self._print(f"the run is complete at step {progress.step}: {folder / outputs.MODEL}")
             return Result(progress.step, None, True, folder / outputs.MODEL)
         outputs.prepare_folder(config)
@@ -199,7 +212,9 @@ class Run:
             metrics.text(f"{name:<10} {text}")
         for line in self.start.lines:
             metrics.text(line)
-        started, first_step, loss = time.monotonic(), progress.step, None
+        started, first_step = time.monotonic(), progress.step
+        loss: float | None = None
+        stopped: str | None = None
         try:
             with self._signals():
                 for batch in self._batches():
@@ -213,20 +228,22 @@ class Run:
                     if self.evaluators and progress.step % config.eval_interval == 0 and not done:
                         self._evaluate()
                     due = config.save_interval is not None and progress.step % config.save_interval == 0
-                    if self.stopped is not None or (due and not done):
+                    stopped = self.stopped  # a signal from here on counts at the next step
+                    if stopped is not None or (due and not done):
                         self._save()
-                    if self.stopped is not None or done:
+                    if stopped is not None or done:
                         break
-                if self.stopped is None:
-                    if self.evaluators or config.sample_prompt:
+                if stopped is None:  # each part is done once, wherever the run was interrupted before
+                    if (self.evaluators or config.sample_prompt) and not metrics.is_evaluated(progress.step):
                         self._evaluate()
-                    self._save()
+                    if progress.step not in state.steps(folder):
+                        self._save()
                     outputs.write_final(self)
         finally:
             metrics.close(plot=True)
-        if self.stopped is not None:
-            self._print(f"stopped by {self.stopped} at step {progress.step}; the same command goes on from there")
-            return Result(progress.step, loss, False, None, self.stopped)
+        if stopped is not None:
+            self._print(f"stopped by {stopped} at step {progress.step}; the same command goes on from there")
+            return Result(progress.step, loss, False, None, stopped)
         return Result(progress.step, loss, True, folder / outputs.MODEL)
 
     def _print(self, text: str) -> None:
@@ -243,7 +260,7 @@ class Run:
                 progress.step += 1
                 progress.examples += len(batch.indices)
                 progress.tokens += batch.input_ids.size
-                at_end = progress.examples >= self.data.batches_per_epoch * self.data.batch_size
+                at_end = not self.data.batches_left(progress.examples)
                 if at_end:
                     progress.epoch, progress.examples = progress.epoch + 1, 0
                     self.epoch_of_step = progress.epoch - 1
@@ -284,6 +301,8 @@ class Run:
             config.scheduler, config.optimizer.learning_rate, current, self.plan.total, progress.bolted_on
         )
         step.update(rate, self.clipping.scales(norms, bound))
+        if config.clip_fused and progress.step == 1:
+            self.clipping.means = None
         progress.updates += 1
         progress.targets += targets
         per_target = cross_entropy / max(targets, 1)
@@ -295,7 +314,7 @@ class Run:
                 "loss_per_target": per_target,
                 **({"z_loss": config.z_factor * z / divisor} if config.z_factor else {}),
                 "grad_norm": norm,
-                **({"max_grad_norm": bound} if bound is not None else {}),
+                **({"max_grad_norm": bound} if bound is not None and math.isfinite(bound) else {}),
                 "lr": rate,
                 "tokens": progress.tokens,
                 "targets": progress.targets,
@@ -375,6 +394,7 @@ def _fixed(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
         "max_sequence_length": data.files.length,
         "instances": len(data.files),
         "data_seed": config.data_seed,
+        "data_weights": config.data.weights,
         "optimizer": config.optimizer.name,
         "lora": config.lora is not None,
     }

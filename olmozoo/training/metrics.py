@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -85,22 +86,28 @@ class Metrics:
             text = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in numbers.items())
             self.console.print(f"evaluation at step {step}: {text}", highlight=False, markup=False, soft_wrap=True)
 
+    def is_evaluated(self, step: int) -> bool:
+        """Whether metrics.jsonl has the evaluation of a step."""
+        return any(line["step"] == step for line in read(self.file)[1])
+
     def text(self, text: str) -> None:
         """Print a line."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self, plot: bool) -> None:
-        """Close the files, and draw the losses."""
+        """Close the files, and draw the losses where the disk has room for it."""
         self.bar.stop()
-        self.stream.close()
-        if self.index_stream:
-            self.index_stream.close()
+        for stream in (self.stream, self.index_stream):
+            if stream:
+                with contextlib.suppress(OSError):  # each line was flushed
+                    stream.close()
         if self.board is not None:
             self.board.close()
         if self.run is not None:
             self.run.finish()
         if plot:
-            draw(self.file, self.folder / PLOT)
+            with contextlib.suppress(OSError):
+                draw(self.file, self.folder / PLOT)
 
     def _write(self, numbers: dict[str, Any]) -> None:
         self.stream.write(json.dumps(numbers) + "\n")

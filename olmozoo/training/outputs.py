@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ from olmozoo.checkpoint.convert import convert_checkpoint, settings_files, write
 from olmozoo.checkpoint.files import write_json
 from olmozoo.checkpoint.formats import safetensors
 from olmozoo.checkpoint.tensors import LazyTensor
-from olmozoo.errors import HubError, InputError, OlmozooError
+from olmozoo.errors import HubError, InputError, OlmozooError, raise_problems
+from olmozoo.families.parameter import Parameter
 from olmozoo.hub import ADAPTER_CONFIG, resolve
 from olmozoo.text.pipeline import TextGenerationPipeline
 from olmozoo.text.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ from olmozoo.typing import Array
 if TYPE_CHECKING:
     from olmozoo.training.loop import Run
 
-MODEL, CONFIG, ADAPTER_WEIGHTS = "model", "config.yaml", "adapter_model.safetensors"
+MODEL, BASE, CONFIG, ADAPTER_WEIGHTS = "model", "base", "config.yaml", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
@@ -71,6 +72,16 @@ def open_tokenizer(config: TrainConfig, start: Start) -> Tokenizer | None:
     return tokenizer
 
 
+def tokenizer_files(config: TrainConfig, start: Start) -> dict[str, bytes]:
+    """The contents of the tokenizer's files by name, as they are now: a step that has them may be removed later."""
+    source = tokenizer_folder(config, start)
+    if source is None:
+        return {}
+    if source.is_file():
+        return {"tokenizer.json": source.read_bytes()}
+    return {name: content for name, content in settings_files(source).items() if name != "generation_config.json"}
+
+
 def check_folder(config: TrainConfig) -> None:
     """Check that the folder of a run is one, or can be.
 
@@ -101,12 +112,19 @@ def prepare_folder(config: TrainConfig) -> None:
     """Make the folder of a run, with its config; an older run in it is removed where it is to be overwritten."""
     folder = Path(config.save_folder)
     for path in _older_run(config):
-        shutil.rmtree(path)
+        state.remove(path)
     folder.mkdir(parents=True, exist_ok=True)
+    state.remove_abandoned(folder)
     file = folder / CONFIG
     temporary = folder / f".{CONFIG}.new"
     temporary.write_text(config.to_yaml(), encoding="utf-8")
     temporary.replace(file)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a run's folder has the model of its last step, which is written after it."""
+    model, step = folder / MODEL, state.latest(folder)
+    return model.is_dir() and step is not None and model.stat().st_mtime >= step.stat().st_mtime
 
 
 def write_step(run: Run, folder: Path) -> None:
@@ -115,28 +133,18 @@ def write_step(run: Run, folder: Path) -> None:
         write_adapter(run, folder)
     else:
         run.step.sync().save_pretrained(folder)
-    _write_tokenizer(run, folder)
-
-
-def _write_tokenizer(run: Run, folder: Path) -> None:
-    source = tokenizer_folder(run.config, run.start)
-    if source is None:
-        return
-    if source.is_file():
-        write_settings({"tokenizer.json": source.read_bytes()}, folder)
-        return
-    write_settings({n: c for n, c in settings_files(source).items() if n != "generation_config.json"}, folder)
+    write_settings(run.tokenizer_files, folder)
 
 
 def write_adapter(run: Run, folder: Path) -> None:
     """Write the adapter in PEFT's format."""
     lora = run.config.lora
     assert lora is not None
-    base = run.start.folder
+    assert run.start.folder is not None
     write_json(
         folder / ADAPTER_CONFIG,
         {
-            "base_model_name_or_path": str(run.config.load_path if base is None else base.resolve()),
+            "base_model_name_or_path": str(run.start.folder.resolve()),
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
@@ -155,10 +163,30 @@ def write_adapter(run: Run, folder: Path) -> None:
     safetensors.write(folder / ADAPTER_WEIGHTS, tensors)
 
 
-def adapter_values(folder: Path) -> dict[str, Array]:
-    """The values of an adapter, by the names of the parameters."""
-    tensors = safetensors.read_tensors(folder / ADAPTER_WEIGHTS)
-    return {name.removeprefix(PEFT_PREFIX): tensor.read() for name, tensor in tensors.items()}
+def adapter_values(folder: Path, trained: Sequence[Parameter]) -> dict[str, Array]:
+    """The values of an adapter, by the names of the parameters.
+
+    Raises:
+        InputError: it has not the factors that are trained.
+    """
+    file = folder / ADAPTER_WEIGHTS
+    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in safetensors.read_tensors(file).items()}
+    problems = [
+        f"{parameter.name} is {list(tensors[parameter.name].shape) if parameter.name in tensors else 'not there'}, "
+        f"expected {list(parameter.shape)}"
+        for parameter in trained
+        if parameter.name not in tensors or tensors[parameter.name].shape != parameter.shape
+    ]
+    problems += [f"{name} is not trained" for name in tensors.keys() - {parameter.name for parameter in trained}]
+    raise_problems(f"{file} does not fit the settings of lora", problems, InputError)
+    return {name: tensor.read() for name, tensor in tensors.items()}
+
+
+def write_base(config: TrainConfig, model: Any) -> Path:
+    """Write the model that adapters are trained on, where it is no folder that they can name."""
+    folder = Path(config.save_folder) / BASE
+    model.save_pretrained(folder)
+    return folder
 
 
 def write_final(run: Run) -> None:
@@ -172,7 +200,7 @@ def write_final(run: Run) -> None:
         write_step(run, staging)
     assert run.start.folder is not None
     convert_checkpoint(run.start.folder, folder / MODEL, to="safetensors", adapter=folder / "adapter", force=True)
-    _write_tokenizer(run, folder / MODEL)
+    write_settings(run.tokenizer_files, folder / MODEL)
 
 
 def sample(config: TrainConfig, backend: Backend, tokenizer: Tokenizer) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -15,6 +16,7 @@ from olmozoo.training.config import LoraConfig, OptimizerConfig, TrainConfig
 from olmozoo.typing import Array
 
 EPS = 1e-6  # added to the norm that clipping divides by
+FUSED = re.compile(r"\.(self_attn)\.[qkv]_proj\.|\.(mlp)\.(?:gate|up)_proj\.")
 
 
 def stored_parameters(model: ModelConfig) -> list[Parameter]:
@@ -76,14 +78,18 @@ class Clipping:
         ratio: None to clip the norm of all together, as `torch.nn.utils.clip_grad_norm_` does; else each parameter's,
             at `ratio` times the running mean of its norm.
         betas: of the optimizer; the larger is the decay of that mean.
+        names: of the parameters.
+        fused: whether queries, keys and values of a block are one gradient, and gates and ups, as in AI2's trainer.
 
     Attributes:
-        means: the running means; None before the first step.
+        means: the running means, one a parameter; None before the first step.
     """
 
-    def __init__(self, ratio: float | None, betas: Sequence[float]) -> None:
+    def __init__(self, ratio: float | None, betas: Sequence[float], names: Sequence[str], fused: bool) -> None:
         self.ratio, self.decay = ratio, max(betas)
         self.means: Array | None = None
+        matrices = [FUSED.sub(lambda match: f".{match[1] or match[2]}.", name) if fused else name for name in names]
+        self.groups: Array = np.unique(matrices, return_inverse=True)[1]
 
     def scales(self, norms: Array, bound: float | None) -> Array | None:
         """The factor of each gradient; None where all are 1."""
@@ -92,6 +98,7 @@ class Clipping:
             if bound is None or total + EPS <= bound:
                 return None
             return np.full(len(norms), bound / (total + EPS))
+        norms = np.sqrt(np.bincount(self.groups, np.square(norms.astype(np.float64))))[self.groups]
         means = norms if self.means is None else self.means
         scales: Array = np.minimum(1.0, self.ratio * means / (norms + EPS))
         self.means = means + (norms * scales - means) * (1 - self.decay)

@@ -116,27 +116,23 @@ def _model_folder(config: TrainConfig) -> Start:
     )
 
 
-def _other_step(config: TrainConfig, folder: Path) -> Start:
+def _step(config: TrainConfig, folder: Path, **fields: Any) -> Start:
+    """The model of a step, or where LoRA is trained its adapter and the model below it."""
     found = locate(folder, need="model")
-    source = open_merged(found, **config.model)
-    saved = state.load(folder)
-    lines = [f"weights of {folder}"]
-    start = Start(source.config, _weights(source, DTYPES[config.precision]), source.generation, str(found.tokenizer))
-    start.folder = found.folder
-    return _restore(config, start, saved, lines)
+    adapter = found.adapter if config.lora is not None else None
+    source = open_merged(found if adapter is None else found._replace(adapter=None), **fields)
+    weights = _weights(source, DTYPES[config.precision])
+    return Start(source.config, weights, source.generation, str(folder), folder=found.folder, adapter=adapter)
+
+
+def _other_step(config: TrainConfig, folder: Path) -> Start:
+    return _restore(config, _step(config, folder, **config.model), state.load(folder), [f"weights of {folder}"])
 
 
 def _own_step(config: TrainConfig, folder: Path) -> Start:
-    found = locate(folder, need="model")
-    with_adapter = config.lora is not None
-    source = open_merged(found._replace(adapter=None) if with_adapter else found)
-    saved = state.load(folder)
+    start, saved = _step(config, folder), state.load(folder)
     where = f"step {saved.progress.step}, epoch {saved.progress.epoch}, instance {saved.progress.examples} of it"
-    lines = [f"resumed from {folder}: weights, optimizer and data position ({where})"]
-    start = Start(
-        source.config, _weights(source, DTYPES[config.precision]), source.generation, str(folder), saved, lines
-    )
-    start.folder, start.adapter = found.folder, found.adapter if with_adapter else None
+    start.saved, start.lines = saved, [f"resumed from {folder}: weights, optimizer and data position ({where})"]
     return start
 
 

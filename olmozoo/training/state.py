@@ -150,11 +150,29 @@ def load(folder: Path) -> Saved:
     return Saved(progress, tensors, None if means is None else means.read(), state["optimizer"], state["run"])
 
 
+def remove(folder: Path) -> None:
+    """Remove a step's folder, which is renamed first: a part of it is never taken for a step."""
+    aside = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what a killed run left of steps that it was writing or removing."""
+    for pattern in (".*step*.saving-*", ".*.removed", ".*step*.lock"):
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
 def keep_newest(folder: Path, count: int) -> None:
     """Remove all but the newest `count` steps; -1 keeps all."""
     found = list(steps(folder).values())
     for path in found[: max(0, len(found) - count)] if count >= 0 else []:
-        shutil.rmtree(path)
+        remove(path)
 
 
 def trim_lines(file: Path, last: int, step_of: Callable[[str], int]) -> None:
