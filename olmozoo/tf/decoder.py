@@ -102,7 +102,8 @@ class Decoder(TrackedBlocks, PreTrainedModel):
             if recompute:
                 hidden = recomputed(block, mask, layer_input, seed)(hidden)
             else:
-                hidden, present, weights = block(hidden, layer_input, layer_past, seed, mask=mask)
+                # Not called `mask`, of which Keras would make metadata of the hidden states.
+                hidden, present, weights = block(hidden, layer_input, layer_past, seed, key_mask=mask)
                 presents.append(present)
                 attentions.append(weights)
             if training and self.layerdrop:
@@ -139,4 +140,4 @@ class Decoder(TrackedBlocks, PreTrainedModel):
 
 def recomputed(block: keras.Layer, mask: Tensor, layer_input: Any, seed: Tensor | None) -> Any:
     """A function from the hidden states before a block to those after it that keeps nothing for the backward pass."""
-    return keras.remat(lambda hidden: block(hidden, layer_input, None, seed, mask=mask)[0])
+    return keras.remat(lambda hidden: block(hidden, layer_input, None, seed, key_mask=mask)[0])

@@ -50,14 +50,14 @@ class OlmoAttention(Layer):
         self.limit = config.clip_qkv
 
     def call(
-        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None, mask: Tensor | QueryBlocks
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None, key_mask: Tensor | QueryBlocks
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         query = split_heads(clip(self.q_proj(x), self.limit), self.head_dim)  # (b, h, s, d)
         key = split_heads(clip(self.k_proj(x), self.limit), self.head_dim)  # (b, g, s, d)
         value = split_heads(clip(self.v_proj(x), self.limit), self.head_dim)
         query, key = rotate(query, *cos_sin), rotate(key, *cos_sin)
         key, value = update(past, key, value)  # (b, g, t, d)
-        out, weights = attention(query, key, value, mask, self.head_dim**-0.5, self.dropout, seed)
+        out, weights = attention(query, key, value, key_mask, self.head_dim**-0.5, self.dropout, seed)
         return self.o_proj(out), (key, value), weights
 
 
@@ -72,9 +72,9 @@ class OlmoBlock(Layer):
         self.post_attention_layernorm = LayerNorm(False, name="post_attention_layernorm")
 
     def call(
-        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None, mask: Tensor | QueryBlocks
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None, key_mask: Tensor | QueryBlocks
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        out, present, weights = self.self_attn(self.input_layernorm(x), cos_sin, past, seed, mask=mask)
+        out, present, weights = self.self_attn(self.input_layernorm(x), cos_sin, past, seed, key_mask=key_mask)
         x = x + out  # (b, s, c)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x, present, weights

@@ -40,14 +40,14 @@ class Olmo2Attention(Layer):
         self.dropout = config.attention_dropout
 
     def call(
-        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None, mask: Tensor | QueryBlocks
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None, key_mask: Tensor | QueryBlocks
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         query = split_heads(self.q_norm(self.q_proj(x)), self.head_dim)  # (b, h, s, d)
         key = split_heads(self.k_norm(self.k_proj(x)), self.head_dim)  # (b, g, s, d)
         value = split_heads(self.v_proj(x), self.head_dim)
         query, key = rotate(query, *cos_sin), rotate(key, *cos_sin)
         key, value = update(past, key, value)  # (b, g, t, d)
-        out, weights = attention(query, key, value, mask, self.head_dim**-0.5, self.dropout, seed)
+        out, weights = attention(query, key, value, key_mask, self.head_dim**-0.5, self.dropout, seed)
         return self.o_proj(out), (key, value), weights
 
 
@@ -62,9 +62,9 @@ class Olmo2Block(Layer):
         self.post_feedforward_layernorm = RMSNorm(config.rms_norm_eps, name="post_feedforward_layernorm")
 
     def call(
-        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None, mask: Tensor | QueryBlocks
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None, key_mask: Tensor | QueryBlocks
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        out, present, weights = self.self_attn(x, cos_sin, past, seed, mask=mask)
+        out, present, weights = self.self_attn(x, cos_sin, past, seed, key_mask=key_mask)
         x = x + self.post_attention_layernorm(out)  # (b, s, c)
         x = x + self.post_feedforward_layernorm(self.mlp(x))
         return x, present, weights

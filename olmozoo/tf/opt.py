@@ -55,13 +55,13 @@ class OPTAttention(Layer):
         self.dropout = config.attention_dropout
 
     def call(
-        self, x: Tensor, head_mask: Tensor | None, past: Any, seed: Tensor | None, mask: Tensor | QueryBlocks
+        self, x: Tensor, head_mask: Tensor | None, past: Any, seed: Tensor | None, key_mask: Tensor | QueryBlocks
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         query = split_heads(self.q_proj(x) * self.head_dim**-0.5, self.head_dim)  # (b, h, s, d)
         key = split_heads(self.k_proj(x), self.head_dim)
         value = split_heads(self.v_proj(x), self.head_dim)
         key, value = update(past, key, value)  # (b, h, t, d)
-        out, weights = attention(query, key, value, mask, 1.0, self.dropout, seed, head_mask)
+        out, weights = attention(query, key, value, key_mask, 1.0, self.dropout, seed, head_mask)
         return self.out_proj(out), (key, value), weights
 
 
@@ -81,11 +81,11 @@ class OPTBlock(Layer):
         self.norm_first = config.do_layer_norm_before
 
     def call(
-        self, x: Tensor, head_mask: Tensor | None, past: Any, seed: Tensor | None, mask: Tensor | QueryBlocks
+        self, x: Tensor, head_mask: Tensor | None, past: Any, seed: Tensor | None, key_mask: Tensor | QueryBlocks
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         seeds = split_seed(seed, 3)
         out = self.self_attn_layer_norm(x) if self.norm_first else x
-        out, present, weights = self.self_attn(out, head_mask, past, seeds[0], mask=mask)
+        out, present, weights = self.self_attn(out, head_mask, past, seeds[0], key_mask=key_mask)
         x = x + dropout(out, self.dropout, seeds[1])  # (b, s, c)
         if not self.norm_first:
             x = self.self_attn_layer_norm(x)

@@ -138,11 +138,6 @@ def _own_step(config: TrainConfig, folder: Path) -> Start:
 
 def _foreign(config: TrainConfig, folder: Path) -> Start:
     """A checkpoint of AI2's trainer or of OLMo-core."""
-    if config.lora is not None:
-        raise ConfigError(
-            f"lora is set, and load_path {folder} is a checkpoint of AI2's: adapters need a model folder. Convert it "
-            f"with python -m conversion.{'olmo_core' if ai2.is_core(folder) else 'olmo_native'} {folder} DST"
-        )
     model, sources = ai2.open_weights(folder)
     if config.model:
         model = model.replace(**config.model)

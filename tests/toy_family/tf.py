@@ -16,9 +16,9 @@ class ToyBlock(Layer):
         self.self_attn = OlmoAttention(config, name="self_attn")
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act, name="mlp")
 
-    def call(self, x, cos_sin, past, seed, mask):
+    def call(self, x, cos_sin, past, seed, key_mask):
         normed = self.input_norm(x)
-        out, present, weights = self.self_attn(normed, cos_sin, past, seed, mask=mask)
+        out, present, weights = self.self_attn(normed, cos_sin, past, seed, key_mask=key_mask)
         return x + out + self.mlp(normed), present, weights
 
 

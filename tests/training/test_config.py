@@ -128,7 +128,6 @@ MISTAKES = [
     ("--lora.target_modules=[qkv_proj]", "qkv_proj; there are down_proj"),
     ("--lora.rank=0", "lora.rank is 0, expected more than 0"),
     ("--lora.dropout=1", "lora.dropout is 1.0, expected 0 to less than 1"),
-    ("--lora={} --load_path=null --model.preset=olmo2-1b", "lora is set without load_path"),
     ("--freeze=[model.layerz*]", "freeze fits no parameter of the model: 1 problem(s)\n  - model.layerz*"),
     ("--freeze=['*']", "freeze leaves no parameter"),
     ("--evaluators=[{label: x}]", "evaluators[0] has no data, expected paths, datasets or file"),

@@ -350,7 +350,7 @@ def test_starting_over(fields, tmp_path):
     assert again.indices != first.indices
     assert [line["step"] for line in again.steps] == [1, 2, 3, 4, 5]
     assert list(state.steps(tmp_path / "run")) == [4, 5]
-    with pytest.raises(InputError, match="save_overwrite would remove load_path"):
+    with pytest.raises(InputError, match=r"save_overwrite would remove .* and the run needs"):
         run(fields, save_overwrite=True, load_path=str(tmp_path / "run" / "step5"))
     assert list(state.steps(tmp_path / "run")) == [4, 5]
 
