@@ -252,7 +252,7 @@ class _Shape:
             values += 2 * hidden
         scores = heads[0] // config.head_dim
         kept = tokens * (self.element * values + self.norms(layer, 2) + wide * scores) + self.cast_norms(layer)
-        if self.backend == "flax" or getattr(config, "attention_dropout", 0):  # scores and weights themselves
+        if self.backend == "flax" or getattr(config, "attention_dropout", 0) > 0:  # scores and weights themselves
             kept += self.batch * scores * self.length**2 * (3 * wide + self.element + 1)
         return kept
 
