@@ -413,6 +413,8 @@ def given_devices(
     given = {"device": device, "device_mesh": device_mesh, "device_map": device_map}
     if len(names := [name for name, value in given.items() if value is not None]) > 1:
         raise InputError(f"{' and '.join(names)} are given, expected one of them")
+    if device_map is None and not (max_memory is None and offload_folder is None):
+        raise InputError("max_memory and offload_folder are for a device_map: pass device_map='auto'")
     if isinstance(device_map, dict) and len(set(device_map.values())) == 1:
         device_map = next(iter(device_map.values()))
     if device_map is None:

@@ -245,7 +245,9 @@ def dispatch(model: Any, device_map: Any, max_memory: Any = None, offload_folder
     try:
         import accelerate
     except ImportError as error:
-        raise MissingBackendError("device_map over several devices needs accelerate: pip install accelerate") from error
+        raise MissingBackendError(
+            "device_map over several devices needs accelerate: pip install 'olmozoo[accelerate]'"
+        ) from error
     blocks = model._no_split_modules
     if isinstance(device_map, str):
         if device_map != "sequential":
