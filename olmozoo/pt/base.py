@@ -408,7 +408,7 @@ def given_devices(
     """Where a model goes, as arguments of `_from_checkpoint`; `device_map` is among them if it is over several devices.
 
     Raises:
-        InputError: there are two answers.
+        InputError: there are two answers, or a device is not here.
     """
     given = {"device": device, "device_mesh": device_mesh, "device_map": device_map}
     if len(names := [name for name, value in given.items() if value is not None]) > 1:
@@ -419,9 +419,10 @@ def given_devices(
         device_map = next(iter(device_map.values()))
     if device_map is None:
         return {"device": device, "device_mesh": device_mesh}
-    if isinstance(device_map, dict) or (
-        device_map in ACCELERATE and (max_memory is not None or torch.accelerator.device_count() > 1)
-    ):
+    count = torch.accelerator.device_count()
+    if isinstance(device_map, dict) and any(isinstance(x, int) and x >= count for x in device_map.values()):
+        raise InputError(f"device_map is {device_map!r}, and there are {count} accelerators here")
+    if isinstance(device_map, dict) or (device_map in ACCELERATE and (max_memory is not None or count > 1)):
         spread = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
         return {"device": "cpu", **spread}
     if device_map in ACCELERATE:
