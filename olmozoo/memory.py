@@ -19,6 +19,7 @@ from olmozoo.sharding import Placement, Style, layout
 SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 MOMENTS = {"adamw": 2, "lionw": 1, "sgd": 0}  # values of optimizer state for each trained one
 COUNTER = 4  # bytes of a count of steps
+SPARE = 256  # positions that a layer with a window generates before what it sees is moved in memory
 INTEGER = {"pt": 8, "flax": 4}  # bytes of a token id
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "gathered", "cache")
 MOST = 1 << 40  # of rows and positions that `largest` looks for
@@ -119,7 +120,7 @@ def plan(
             activations=max(map(shape.block, range(config.num_hidden_layers))),
             logits=batch * shape.outputs * (shape.element + shape.wide) if head else 0,
             gathered=gathered,
-            cache=cache_bytes(config, batch, length, dtype, mesh) if head == "causal_lm" else 0,
+            cache=cache_bytes(config, batch, length, dtype, mesh, backend) if head == "causal_lm" else 0,
             bounds=(*bounds, "activations"),
         )
     chosen = [place for place in shape.places if trained is None or trained(place.parameter)]
@@ -151,11 +152,20 @@ def plan(
 
 
 def cache_bytes(
-    config: ModelConfig, batch: int, length: int, dtype: str = "float32", mesh: Mapping[str, int] | None = None
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    dtype: str = "float32",
+    mesh: Mapping[str, int] | None = None,
+    backend: Style = "pt",
 ) -> int:
-    """The bytes of keys and values on each device, for `batch` rows of `length` positions."""
-    heads = sum(config.kv_heads_in(layer) for layer in range(config.num_hidden_layers))
-    return 2 * batch * length * heads * config.head_dim * SIZES[dtype] // (mesh or {}).get("tensor", 1)
+    """The bytes of keys and values on each device, for `batch` rows of `length` positions.
+
+    In PyTorch, `generate` keeps of a layer with a window what it sees, and `SPARE` positions more.
+    """
+    kept = [length if window is None or backend == "flax" else min(length, window + SPARE) for window in config.windows]
+    positions = sum(config.kv_heads_in(layer) * count for layer, count in enumerate(kept))
+    return 2 * batch * positions * config.head_dim * SIZES[dtype] // (mesh or {}).get("tensor", 1)
 
 
 def largest(memory: int, name: str, config: ModelConfig, **settings: Any) -> int:
@@ -254,6 +264,9 @@ class _Shape:
         kept = tokens * (self.element * values + self.norms(layer, 2) + wide * scores) + self.cast_norms(layer)
         if self.backend == "flax" or getattr(config, "attention_dropout", 0) > 0:  # scores and weights themselves
             kept += self.batch * scores * self.length**2 * (3 * wide + self.element + 1)
+        window = config.windows[layer]
+        if window is not None and self.length > window:  # its mask, as numbers
+            kept += self.element * self.length**2
         return kept
 
     def kept(self, checkpointing: bool) -> int:
@@ -271,7 +284,8 @@ class _Shape:
         rest += self.cast_norms(None) + integer + self.wide  # the number of labels, and the loss
         if any("positions" in part.parameter.axes for part in outside):
             return blocks + rest + integer * self.length
-        return blocks + rest + 2 * self.wide * self.length * config.head_dim  # cosines and sines
+        tables = len({window is None for window in config.windows})
+        return blocks + rest + tables * 2 * self.wide * self.length * config.head_dim  # cosines and sines
 
     def norms(self, layer: int | None, unlisted: int) -> int:
         """The bytes that norms keep for each position; where the table has none, `unlisted` layer norms."""

@@ -5,7 +5,7 @@ import pytest
 
 from olmozoo import InputError
 from olmozoo.families.config import ModelConfig
-from olmozoo.memory import cache_bytes, largest, meshes, plan
+from olmozoo.memory import SPARE, cache_bytes, largest, meshes, plan
 from tests.helpers.configs import CONFIGS
 from tests.helpers.wings import model_class, needs
 
@@ -98,6 +98,21 @@ def test_the_cache_is_that_of_torch():
         cache.update(key, key, layer)
     assert cache_bytes(config, 3, 12) == sum(x.nbytes for x in (*cache.keys, *cache.values))
     assert plan(config, **SETTINGS).cache == cache_bytes(config, 3, 12)
+
+
+@needs("pt")
+def test_the_cache_of_windows_is_that_of_torch():
+    import torch
+
+    from olmozoo.pt.cache import WindowCache
+
+    config = CONFIGS["olmo3"]
+    cache = WindowCache(config, 3, 500, SPARE, torch.float32)
+    for layer in range(3):
+        key = torch.zeros(3, config.kv_heads, 1, config.head_dim)
+        cache.update(key, key, layer)
+    assert cache_bytes(config, 3, 500) == sum(x.nbytes for x in (*cache.keys, *cache.values))
+    assert cache_bytes(config, 3, 500) < cache_bytes(config, 3, 500, backend="flax")
 
 
 @needs("flax")

@@ -15,6 +15,7 @@ from olmozoo.generation.config import GenerationConfig
 from olmozoo.generation.decode import decode_step, propose_draft
 from olmozoo.generation.prepare import Call, finalize, prepare
 from olmozoo.generation.state import State
+from olmozoo.memory import SPARE
 from olmozoo.outputs import GenerateOutput
 from olmozoo.pt.cache import KVCache, StaticCache, TupleCache, WindowCache, cached_length, open_cache
 from olmozoo.pt.layers import at_least_float32
@@ -33,8 +34,6 @@ def without_gradients(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(model, *arguments, **options)
 
     return call
-
-SPARE = 256  # positions that a layer with a window generates before what it sees is moved in memory
 
 
 class GenerationMixin:

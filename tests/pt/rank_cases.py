@@ -22,6 +22,7 @@ SIZES = {"vocab_size": 62, "eos_token_id": None, "max_position_embeddings": 64}
 FAMILIES = {
     "olmo": CONFIGS["olmo-clip-tied"].replace(**SIZES),
     "olmo2": CONFIGS["olmo2"].replace(**SIZES, attention_bias=True),
+    "olmo3": CONFIGS["olmo3"].replace(**SIZES),
     "opt": CONFIGS["opt-projected-post-norm"].replace(**SIZES, dropout=0.0),
 }
 WAYS = [{}, {"num_beams": 3}, {"do_sample": True, "seed": 3, "temperature": 0.7}]

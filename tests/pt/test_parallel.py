@@ -7,7 +7,7 @@ from tests.helpers.processes import free_port, start
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
-FAMILIES = ("olmo", "olmo2", "opt")
+FAMILIES = ("olmo", "olmo2", "olmo3", "opt")
 MESHES = ("fsdp", "tensor", "both")
 
 
