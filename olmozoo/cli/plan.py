@@ -98,11 +98,9 @@ def plan(
 def _show(title: str, plans: dict[str, Plan]) -> None:
     """Print plans as a table, with what is exact and what a bound."""
     rows = []
-    for kind, _ in next(iter(plans.values())).by_kind().items():
-        values = [getattr(found, kind) for found in plans.values()]
-        if any(values):
-            rows.append(
-                (kind, *(("≤ " if kind in p.bounds else "") + in_bytes(getattr(p, kind)) for p in plans.values()))
-            )
+    for kind in next(iter(plans.values())).by_kind():
+        values = [(getattr(found, kind), kind in found.bounds) for found in plans.values()]
+        if any(count for count, _ in values):
+            rows.append((kind, *(("≤ " if bound else "") + in_bytes(count) for count, bound in values)))
     rows.append(("total", *(f"≤ {in_bytes(found.total)}" for found in plans.values())))
     show(title, ["", *plans], rows)
