@@ -75,7 +75,8 @@ ALLOWED = {
     "hub": BELOW,
     "foreign": BELOW,
     "families": {*BELOW, "foreign", "hub"},
-    **dict.fromkeys(("checkpoint", "generation", "sharding", "memory", "quantization", "modeling"), CORE),
+    **dict.fromkeys(("checkpoint", "generation", "sharding", "quantization", "modeling"), CORE),
+    "memory": {*CORE, "sharding"},
     **dict.fromkeys(WINGS, NEUTRAL_ROOMS),
 }
 ON_TOP = {"olmozoo.checkpoint.convert"}  # of its package: Keras's own formats are written from a live model

@@ -58,7 +58,7 @@ def test_the_commands_run(hub_environment, tmp_path):
         for line in block.splitlines()
         if line.startswith("olmozoo ")
     ]
-    assert len(commands) == 9
+    assert len(commands) == 10
     (tmp_path / "text.txt").write_text(README[:500], encoding="utf-8")
     run_commands(commands, hub_environment, tmp_path)
     assert (tmp_path / "divergence.png").exists()

@@ -131,6 +131,21 @@ def locate(path_or_repo: StrPath, *, need: Need, adapter: StrPath | None = None,
     return Source(model, found)
 
 
+def config_alone(
+    path_or_repo: StrPath,
+    config_class: type[ModelConfig] = ModelConfig,
+    *,
+    adapter: StrPath | None = None,
+    hub: HubOptions,
+    config: Any = None,
+    **overrides: Any,
+) -> ModelConfig:
+    """The config of a model whose weights are not downloaded yet; arguments as of `locate` and `open_merged`."""
+    if config is not None:
+        return config_class.from_dict(config.to_dict(), **overrides)
+    return config_class.from_folder(locate(path_or_repo, need="config", adapter=adapter, **hub).folder, **overrides)
+
+
 def _has_model(folder: Path, need: Need) -> bool:
     names = {path.name for path in folder.iterdir()}
     return "config.json" in names and (need == "config" or any(ALL_WEIGHTS.fullmatch(name) for name in names))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,17 +44,37 @@ def load_weights(
     Raises:
         CheckpointError: one error that lists every missing, unexpected, duplicate and misshapen tensor.
     """
+    for parameter, read in find_weights(
+        checkpoint, config, head, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, seed=seed
+    ):
+        yield parameter, read().astype(dtype, copy=False)
+
+
+def find_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    head: Head | None = None,
+    *,
+    dtype: np.dtype[Any],
+    ignore_mismatched_sizes: bool = False,
+    seed: int = 0,
+) -> Iterator[tuple[Parameter, Callable[[], Array]]]:
+    """Every parameter of the table with a function that returns its values, in the dtype of the file.
+
+    Where the file is mapped, they are a view of it: whoever takes a slice reads that slice alone. Order, arguments and
+    errors are those of `load_weights`.
+    """
     sources, fresh = match_tensors(checkpoint, config, head, ignore_mismatched_sizes)
     if fresh:
         warnings.warn(
-            f"{checkpoint.folder}: started anew, for training: {', '.join(sorted(fresh.values()))}", stacklevel=4
+            f"{checkpoint.folder}: started anew, for training: {', '.join(sorted(fresh.values()))}", stacklevel=5
         )
     for parameter in sorted(config.parameters(head), key=lambda parameter: -parameter.size):
         if parameter.tied_to is None:
             if parameter.name in sources:
-                yield parameter, checkpoint.tensors[sources[parameter.name]].exact_values().astype(dtype, copy=False)
+                yield parameter, checkpoint.tensors[sources[parameter.name]].exact_values
             else:
-                yield parameter, parameter.initial(seed, dtype)
+                yield parameter, partial(parameter.initial, seed, dtype)
 
 
 def initial_weights(

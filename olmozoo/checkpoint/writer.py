@@ -60,6 +60,48 @@ def save_checkpoint(
         write_weights(staging, tensors, max_shard_size)
 
 
+def save_together(
+    save: Callable[..., None],
+    config: ModelConfig,
+    head: Head | None,
+    read: Callable[[Parameter], Array],
+    writes: bool,
+    agree: Callable[[bool], bool],
+) -> None:
+    """Save from several processes, each of which has a part of every parameter; one of them writes.
+
+    Args:
+        save: `save_checkpoint` with all arguments but `read`.
+        config, head: as of `save_checkpoint`.
+        read: gathers a parameter. Every process calls it for each, in the same order.
+        writes: whether this process is the one that writes.
+        agree: returns what the process that writes gives; every process calls it, and waits there.
+
+    Raises:
+        CheckpointError: the folder could not be written, in every process.
+    """
+    gathered = ((parameter, read(parameter)) for parameter in config.parameters(head) if parameter.tied_to is None)
+
+    def take(parameter: Parameter) -> Array:
+        found, values = next(gathered)
+        assert found.name == parameter.name, "parameters are written in the order of the table"
+        return values
+
+    failure: Exception | None = None
+    if writes:
+        try:
+            save(read=take)
+        except Exception as error:
+            failure = error
+    for _ in gathered:  # so that no process waits for one that has stopped
+        pass
+    right = agree(failure is None)
+    if failure is not None:
+        raise failure
+    if not right:
+        raise CheckpointError("the process that writes could not write the checkpoint; its own error says why")
+
+
 def write_config(folder: Path, config: ModelConfig, head: Head | None, tensors: list[LazyTensor]) -> None:
     """Write the config.json of a model with this head and these tensors as a new file."""
     config = config.replace(

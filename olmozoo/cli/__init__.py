@@ -10,14 +10,14 @@ from typing import Annotated
 
 import typer
 
-from olmozoo.cli import checkpoint, evaluate, generate, prepare, train, verify
+from olmozoo.cli import checkpoint, evaluate, generate, plan, prepare, train, verify
 from olmozoo.cli.common import err, printable, write
 from olmozoo.errors import OlmozooError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (
     *(generate.generate, generate.chat, checkpoint.info, checkpoint.convert),
-    *(verify.verify, checkpoint.diff, evaluate.evaluate, prepare.prepare),
+    *(verify.verify, checkpoint.diff, evaluate.evaluate, prepare.prepare, plan.plan),
 ):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train.train)
@@ -38,14 +38,27 @@ OPTIONS = {
         name: "--" + name.replace("_", "-")
         for name in (
             *("max_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "num_beams"),
-            *("length_penalty", "num_return_sequences", "batch_size", "max_shard_size"),
+            *("length_penalty", "num_return_sequences", "batch_size", "max_shard_size", "param_dtype"),
         )
     },
 }
 # Words that are options only where an error begins with their value.
 VALUES = (
-    *("backend", "backends", "device", "dtype", "eos", "length", "packing", "pad", "preview", "processes", "seed"),
-    *("stride", "temperature", "template", "to", "window"),
+    *(
+        "backend",
+        "backends",
+        "batch",
+        "device",
+        "dtype",
+        "eos",
+        "fsdp",
+        "length",
+        "memory",
+        "optimizer",
+        "packing",
+        "pad",
+    ),
+    *("preview", "processes", "seed", "stride", "temperature", "template", "tensor", "to", "window"),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -23,13 +23,13 @@ from olmozoo.cli.common import (
     out,
     printable,
     progress_bar,
+    read_config,
     show,
     write,
 )
 
 if TYPE_CHECKING:
     from olmozoo.checkpoint.diff import Diff
-    from olmozoo.families.config import ModelConfig
 
 
 def info(
@@ -40,7 +40,7 @@ def info(
     """Show a model's config, its parameters by group and their size, from config.json alone."""
     from olmozoo.checkpoint.tensors import DTYPES
 
-    config, adapter = _config(model, revision)
+    config, adapter = read_config(model, revision)
     counts = config.count_parameters()
     total = sum(counts.values())
     cache = 2 * config.num_hidden_layers * config.kv_heads * config.head_dim
@@ -148,17 +148,3 @@ def show_diff(found: Diff, most: int | None) -> None:
         out.print(f"... and {len(found.differing) - len(listed):,} more that differ: --all lists them")
     count = f"different: {len(found.differing):,} of {len(found.tensors):,} tensors, {len(found.config)} in the config"
     out.print("[green]the same config and the same weights[/]" if found.same else f"[bold red]{count}[/]")
-
-
-def _config(model: str, revision: str | None) -> tuple[ModelConfig, dict[str, Any] | None]:
-    """The config of a folder, of a preset where there is no such folder, or of a repository; and its adapter's."""
-    from olmozoo.checkpoint.adapters import locate
-    from olmozoo.families.config import ModelConfig, read_json
-    from olmozoo.families.registry import presets
-    from olmozoo.hub import ADAPTER_CONFIG
-
-    if model in presets() and not Path(model).is_dir():
-        return ModelConfig.from_preset(model), None
-    folder, adapter = locate(model, need="config", revision=revision)
-    settings = None if adapter is None else read_json(adapter / ADAPTER_CONFIG)
-    return ModelConfig.from_folder(folder), settings

@@ -6,7 +6,8 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.cells import cell_len
@@ -14,6 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from olmozoo.families.config import ModelConfig
 
 out = Console()
 err = Console(stderr=True)
@@ -147,3 +151,17 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
     """A progress bar on standard error; nothing where that is no terminal."""
     kept = (*Progress.get_default_columns()[:-1], *(columns or (MofNCompleteColumn(), TimeRemainingColumn())))
     return Progress(*kept, console=err, transient=True, disable=not err.is_terminal)
+
+
+def read_config(model: str, revision: str | None) -> tuple[ModelConfig, dict[str, Any] | None]:
+    """The config of a folder, of a preset where there is no such folder, or of a repository; and its adapter's."""
+    from olmozoo.checkpoint.adapters import locate
+    from olmozoo.families.config import ModelConfig, read_json
+    from olmozoo.families.registry import presets
+    from olmozoo.hub import ADAPTER_CONFIG
+
+    if model in presets() and not Path(model).is_dir():
+        return ModelConfig.from_preset(model), None
+    folder, adapter = locate(model, need="config", revision=revision)
+    settings = None if adapter is None else read_json(adapter / ADAPTER_CONFIG)
+    return ModelConfig.from_folder(folder), settings

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Generic, TypeVar
 
-from olmozoo.checkpoint.adapters import locate, open_merged
+from jax.sharding import Mesh
+
+from olmozoo.checkpoint.adapters import config_alone, locate, open_merged
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Head
 from olmozoo.families.registry import model_class
 from olmozoo.flax.base import PreTrainedModel
 from olmozoo.flax.decoder import Decoder
 from olmozoo.flax.heads import CausalLM, QuestionAnswerer, SequenceClassifier
+from olmozoo.flax.sharding import parameter_shardings
 from olmozoo.modeling import given_dtype, own_config, split_options
 from olmozoo.typing import StrPath
 
@@ -31,6 +34,7 @@ class AutoClass(Generic[Model]):
         ignore_mismatched_sizes: bool = False,
         _do_init: bool = True,
         adapter: StrPath | None = None,
+        mesh: Mesh | None = None,
         **options: Any,
     ) -> Model | tuple[Model, dict[str, Any]]:
         """A model of the checkpoint's family with its weights.
@@ -42,10 +46,13 @@ class AutoClass(Generic[Model]):
         """
         dtype = given_dtype(dtype, options)
         hub, overrides = split_options(options)
+        if mesh is not None:
+            config = config_alone(path_or_repo, adapter=adapter, hub=hub, **overrides)
+            parameter_shardings(config, cls.head, mesh)
         source = open_merged(locate(path_or_repo, need="weights", adapter=adapter, **hub), **overrides)
         found: type[Model] = model_class("flax", source.config, cls.head)
         return found._from_checkpoint(
-            source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, _do_init=_do_init
+            source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, _do_init=_do_init, mesh=mesh
         )
 
     @classmethod

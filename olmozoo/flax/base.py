@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import jax
@@ -13,18 +13,20 @@ import numpy as np
 from flax import linen as nn
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
-from olmozoo.checkpoint.adapters import locate, open_merged
-from olmozoo.checkpoint.matching import load_weights
+from olmozoo.checkpoint.adapters import config_alone, locate, open_merged
+from olmozoo.checkpoint.matching import find_weights, load_weights
 from olmozoo.checkpoint.reader import OpenCheckpoint
 from olmozoo.checkpoint.tensors import aligned_copy, check_shapes, dtype_of
-from olmozoo.checkpoint.writer import save_checkpoint
+from olmozoo.checkpoint.writer import save_checkpoint, save_together
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Kind, Parameter
 from olmozoo.flax.buckets import SETTINGS, cut_output, is_traced, pad_call
 from olmozoo.flax.cache import KVCache
 from olmozoo.flax.layers import at_least_float32
+from olmozoo.flax.sharding import agree, check_mesh, constrain, from_slices, parameter_shardings, to_host
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.modeling import ModelMixin, given_dtype, resized_config, split_options
 from olmozoo.outputs import OUTPUTS
@@ -47,14 +49,16 @@ class PreTrainedModel(ModelMixin):
         dtype: what is computed in.
         _do_init: False makes no parameters: pass `params` to each call, as `init_weights` or a checkpoint gives them.
         param_dtype: of the parameters; default `dtype`, but at least float32.
+        mesh: the devices that parameters and computation are split over; see `olmozoo.flax.sharding`. Default one.
 
     Attributes:
-        config, dtype, param_dtype: as above.
+        config, dtype, param_dtype, mesh: as above.
         module: the Flax module, whose `apply({"params": params}, ...)` is the model.
         generation_config: the defaults of `generate`.
 
     Raises:
         ConfigError: the config is of another family, or float64 is asked for and JAX has it switched off.
+        InputError: the mesh does not fit the model, or has an axis that is not of type Auto.
     """
 
     wing = "flax"
@@ -68,9 +72,13 @@ class PreTrainedModel(ModelMixin):
         _do_init: bool = True,
         *,
         param_dtype: Any = None,
+        mesh: Mesh | None = None,
     ) -> None:
         config = self.check_config(config)
         self.config = config
+        self.mesh = mesh
+        if mesh is not None:
+            self.shardings()  # checks it
         self.dtype = usable_dtype(dtype)
         self.param_dtype = at_least_float32(self.dtype) if param_dtype is None else usable_dtype(param_dtype)
         self.generation_config = GenerationConfig.from_model(config)
@@ -108,9 +116,12 @@ class PreTrainedModel(ModelMixin):
     def init_weights(self, seed: int = 0) -> dict[str, Any]:
         """Initial parameters in `param_dtype`, bit for bit the same as in the other frameworks.
 
-        Under `jax.eval_shape` and while jit traces, nothing is drawn or allocated.
+        Under `jax.eval_shape` and while jit traces, nothing is drawn or allocated. On a mesh, each parameter is drawn
+        on the host, and each device gets its part.
         """
         traced = (seed,) if isinstance(seed, jax.Array) else ()
+        if self.mesh is not None and not traced and not isinstance(jnp.zeros(()), jax.core.Tracer):
+            return self._split((p, partial(p.initial, seed, self.param_dtype)) for p in self._parameter_table())
 
         def draw(parameter: Parameter) -> jax.Array:
             def initial(*seeds: Any) -> np.ndarray:
@@ -170,6 +181,36 @@ class PreTrainedModel(ModelMixin):
         shape = parameter.shape[::-1] if parameter.kind == "linear" else parameter.shape
         return jax.ShapeDtypeStruct(shape, self.param_dtype)
 
+    def shardings(self, mesh: Mesh | None = None) -> dict[str, Any]:
+        """The `NamedSharding` of each parameter, as a tree like `params`.
+
+        Args:
+            mesh: default the model's own.
+
+        Raises:
+            InputError: there is no mesh, or it does not fit the model; every problem is named.
+        """
+        mesh = self.mesh if mesh is None else mesh
+        if mesh is None:
+            raise InputError("the model has no mesh: pass one, as olmozoo.flax.sharding.make_mesh makes")
+        found = parameter_shardings(self.config, self.head, check_mesh(mesh))
+        return self._tree((parameter, found[parameter.name]) for parameter in self._parameter_table())
+
+    def _split(self, items: Iterable[tuple[Parameter, Any]]) -> dict[str, Any]:
+        """A tree on the mesh, of parameters with functions that return their values."""
+        assert self.mesh is not None
+        shardings = parameter_shardings(self.config, self.head, self.mesh)
+
+        def place(parameter: Parameter, read: Any) -> jax.Array:
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                return aligned_copy(oriented(parameter, values)[index], False).astype(self.param_dtype, copy=False)
+
+            values = read()
+            shape = self._struct(parameter).shape
+            return from_slices(shape, self.param_dtype, shardings[parameter.name], part)
+
+        return self._tree((parameter, place(parameter, read)) for parameter, read in items)
+
     def _tree(self, leaves: Iterable[tuple[Parameter, Any]]) -> dict[str, Any]:
         return unflatten_dict({self._leaf(parameter): leaf for parameter, leaf in leaves})
 
@@ -184,6 +225,7 @@ class PreTrainedModel(ModelMixin):
         ignore_mismatched_sizes: bool = False,
         _do_init: bool = True,
         adapter: str | os.PathLike[str] | None = None,
+        mesh: Mesh | None = None,
         **options: Any,
     ) -> Self | tuple[Self, dict[str, Any]]:
         """A model with the weights of a checkpoint.
@@ -198,6 +240,8 @@ class PreTrainedModel(ModelMixin):
             _do_init: False returns `(model, params)`, the model without parameters of its own.
             adapter: a folder or a repository with a LoRA adapter of PEFT, which is merged into the weights; default one
                 that is in the model's folder. See `olmozoo.checkpoint.adapters`.
+            mesh: the devices that the model is split over; each process reads the parts of its own devices alone. See
+                `olmozoo.flax.sharding`.
             **options: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only` say where on the hub to look
                 (see `olmozoo.hub.resolve`). `config` is used instead of config.json. Keywords of Transformers are taken
                 where they mean the same here (`torch_dtype`, `attn_implementation`, `low_cpu_mem_usage`, ...). All
@@ -207,14 +251,19 @@ class PreTrainedModel(ModelMixin):
             HubError: the repository or one of its files cannot be downloaded and is not in the cache.
             ConfigError: the config is of another family or has a bad value, or the dtype is float64 and JAX has it
                 switched off.
+            InputError: the mesh does not fit the model; every problem is named, before anything is downloaded but the
+                config.
             CheckpointError: the weights are broken or do not fit the config; every problem is named.
         """
         dtype = given_dtype(dtype, options)
         hub, overrides = split_options(options)
+        if mesh is not None:
+            config = config_alone(path_or_repo, cls.config_class, adapter=adapter, hub=hub, **overrides)
+            parameter_shardings(config, cls.head, mesh)
         found = locate(path_or_repo, need="weights", adapter=adapter, **hub)
         source = open_merged(found, cls.config_class, **overrides)
         return cls._from_checkpoint(
-            source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, _do_init=_do_init
+            source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, _do_init=_do_init, mesh=mesh
         )
 
     @classmethod
@@ -225,15 +274,21 @@ class PreTrainedModel(ModelMixin):
         dtype: Any = None,
         ignore_mismatched_sizes: bool = False,
         _do_init: bool = True,
+        mesh: Mesh | None = None,
     ) -> Self | tuple[Self, dict[str, Any]]:
         """`from_pretrained` of a folder that is open."""
         config, checkpoint = source.config, source.checkpoint
         wanted = usable_dtype(checkpoint.dtype if dtype in (None, "auto") else dtype)
-        weights = load_weights(
-            checkpoint, config, cls.head, dtype=wanted, ignore_mismatched_sizes=ignore_mismatched_sizes
-        )
-        model = cls(config, dtype=wanted, param_dtype=wanted, _do_init=False)
+        model = cls(config, dtype=wanted, param_dtype=wanted, _do_init=False, mesh=mesh)
         model.generation_config = GenerationConfig.from_contents(source.generation, config)
+        settings: Any = {"dtype": wanted, "ignore_mismatched_sizes": ignore_mismatched_sizes}
+        if mesh is not None:
+            params = model._split(find_weights(checkpoint, config, cls.head, **settings))
+            if not _do_init:
+                return model, params
+            model.params = params
+            return model
+        weights = load_weights(checkpoint, config, cls.head, **settings)
         if not _do_init:
             return model, model._tree((parameter, from_numpy(parameter, array)) for parameter, array in weights)
         model.bind_parameters(weights)
@@ -252,17 +307,27 @@ class PreTrainedModel(ModelMixin):
         Raises:
             InputError: there are no parameters, or they do not fit.
             CheckpointError: the folder could not be written and is as it was before.
+
+        With several processes, all of them call this: parameters are gathered one by one, and process 0 writes.
         """
         leaves = flatten_dict(self.check_parameters(params))
-        save_checkpoint(
+        save = partial(
+            save_checkpoint,
             folder,
             self.config,
             self.head,
-            read=lambda parameter: to_numpy(parameter, leaves[self._leaf(parameter)]),
             dtype=lambda parameter: leaves[self._leaf(parameter)].dtype,
             generation_config=self.generation_config.to_dict(),
             max_shard_size=max_shard_size,
         )
+
+        def read(parameter: Parameter) -> np.ndarray:
+            return to_numpy(parameter, leaves[self._leaf(parameter)])
+
+        if jax.process_count() == 1:
+            save(read=read)
+        else:
+            save_together(save, self.config, self.head, read, jax.process_index() == 0, agree)
 
     # -- calling --------------------------------------------------------------------------------------------------
 
@@ -305,7 +370,9 @@ class PreTrainedModel(ModelMixin):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` positions; dtype by default the model's."""
-        return KVCache.create(self.config, batch_size, max_length, self.dtype if dtype is None else dtype)
+        cache = KVCache.create(self.config, batch_size, max_length, self.dtype if dtype is None else dtype)
+        keys, values = (tuple(constrain(x, self.mesh, x.shape[1]) for x in side) for side in (cache.keys, cache.values))
+        return cache.replace(keys=keys, values=values)
 
     # -- what users of Flax models ask for ------------------------------------------------------------------------
 
@@ -422,7 +489,7 @@ def from_numpy(parameter: Parameter, array: np.ndarray) -> jax.Array:
 
 def to_numpy(parameter: Parameter, leaf: jax.Array) -> np.ndarray:
     """The leaf as it is on disk: a copy of a linear weight, the memory of the leaf itself for the rest."""
-    array = np.asarray(leaf)
+    array = to_host(leaf)
     return aligned_copy(array, transposed=True) if parameter.kind == "linear" else array
 
 

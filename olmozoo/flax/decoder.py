@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.sharding import Mesh
 
 from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.flax.base import PreTrainedModel
 from olmozoo.flax.cache import close_cache, open_cache
 from olmozoo.flax.layers import causal_mask, concrete, query_mask, rotary
+from olmozoo.flax.sharding import constrain
 from olmozoo.modeling import check_inputs, check_range
 from olmozoo.outputs import BaseModelOutput
 
@@ -45,6 +47,7 @@ class DecoderModule(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     gradient_checkpointing: bool = False
+    mesh: Mesh | None = None
 
     def __call__(
         self,
@@ -78,6 +81,7 @@ class DecoderModule(nn.Module):
         if position_ids is None and cache_position is not None:
             position_ids = jnp.asarray(cache_position)[None]
         hidden, layer_inputs = self.embed_positions(hidden, position_ids, attention_mask, past, **family_inputs)
+        hidden = constrain(hidden, self.mesh)
 
         layerdrop = getattr(self.config, "layerdrop", 0.0)
         states, presents, attentions = [hidden], [], []
@@ -86,6 +90,7 @@ class DecoderModule(nn.Module):
             hidden, present, weights = block(hidden, masks[window], layer_input, layer_past, deterministic)
             if layerdrop and not deterministic:
                 hidden = jnp.where(jax.random.uniform(self.make_rng("dropout")) < layerdrop, before, hidden)
+            hidden = constrain(hidden, self.mesh)
             states.append(hidden)
             presents.append(present)
             attentions.append(weights if output_attentions else None)
@@ -130,7 +135,7 @@ class Decoder(PreTrainedModel):
     module_class: ClassVar[type[DecoderModule]]
 
     def make_module(self) -> DecoderModule:
-        return self.module_class(self.config, self.dtype, self.param_dtype)
+        return self.module_class(self.config, self.dtype, self.param_dtype, mesh=self.mesh)
 
     def __call__(
         self,

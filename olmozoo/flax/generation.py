@@ -14,6 +14,7 @@ from jax import Array, lax
 from olmozoo.errors import InputError
 from olmozoo.flax.cache import KVCache, cached_length, padded_left
 from olmozoo.flax.layers import at_least_float32
+from olmozoo.flax.sharding import replicated, to_host
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.generation.decode import decode_step, propose_draft
 from olmozoo.generation.prepare import finalize, prepare, run
@@ -129,7 +130,7 @@ class GenerationMixin:
         output = finalize(call, jax.tree.map(np.asarray, state))  # in NumPy: JAX would compile for each new length
         if output.logprobs is not None and options.beams == 1:
             slots = layout.used_slots(int(state.count))
-            keys, values = (tuple(np.asarray(x)[:, :, slots] for x in side) for side in (cache.keys, cache.values))
+            keys, values = (tuple(to_host(x)[:, :, slots] for x in side) for side in (cache.keys, cache.values))
             is_object = isinstance(past_key_values, KVCache)
             kept = KVCache(keys, values, np.int32(len(slots))) if is_object else tuple(zip(keys, values, strict=True))
             output.past_key_values = kept
@@ -193,7 +194,7 @@ class GenerationMixin:
             rows = jnp.repeat(jnp.arange(mask.shape[0]), options.rows_per_prompt)
             logits, cache = logits[rows], cache.reorder(rows)
         state, order = decode_step(XP, options, values, state, logits[:, -1])
-        return state, cache if order is None else cache.reorder(order)
+        return replicated(state, self.mesh), cache if order is None else cache.reorder(order)
 
     def _answer(
         self,
@@ -241,9 +242,10 @@ class GenerationMixin:
             state, _, _ = lax.while_loop(lambda carry: carry[2], accept, (state, jnp.int32(0), jnp.bool_(True)))
             return state, cache.replace(length=end + state.count - 1)
 
-        return lax.while_loop(
+        state, cache = lax.while_loop(
             lambda carry: unfinished(carry[0]), speculative_step if options.draft_tokens else step, (state, cache)
         )
+        return replicated(state, self.mesh), cache
 
 
 class Namespace:

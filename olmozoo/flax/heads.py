@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.sharding import Mesh
 
 from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
@@ -33,6 +34,7 @@ class HeadedModule(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     gradient_checkpointing: bool = False
+    mesh: Mesh | None = None
 
     head: ClassVar[Head]
     output_class: ClassVar[type[Any]]
@@ -40,7 +42,7 @@ class HeadedModule(nn.Module):
 
     def setup(self) -> None:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.model = self.base(self.config, **types, gradient_checkpointing=self.gradient_checkpointing)
+        self.model = self.base(self.config, **types, gradient_checkpointing=self.gradient_checkpointing, mesh=self.mesh)
         for module, parameters in self.config.head_modules(self.head).items():
             if parameters[0].tied_to is None:
                 setattr(self, module, nn.Dense(parameters[0].shape[0], use_bias=len(parameters) > 1, **types))
@@ -92,7 +94,9 @@ class HeadedModel(PreTrainedModel):
     module_class: ClassVar[type[HeadedModule]]
 
     def make_module(self) -> HeadedModule:
-        return self.module_class(self.base_class.module_class, self.config, self.dtype, self.param_dtype)
+        return self.module_class(
+            self.base_class.module_class, self.config, self.dtype, self.param_dtype, mesh=self.mesh
+        )
 
     def __call__(
         self,

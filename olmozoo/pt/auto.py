@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 
-from olmozoo.checkpoint.adapters import locate, open_merged
+from olmozoo.checkpoint.adapters import config_alone, locate, open_merged
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Head
 from olmozoo.families.registry import model_class
 from olmozoo.modeling import given_dtype, own_config, split_options
-from olmozoo.pt.base import PreTrainedModel, given_device
+from olmozoo.pt.base import PreTrainedModel, given_devices
 from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.heads import CausalLM, QuestionAnswerer, SequenceClassifier
+from olmozoo.pt.parallel import mesh_sizes
+from olmozoo.sharding import layout
 from olmozoo.typing import StrPath
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -32,6 +37,10 @@ class AutoClass(Generic[Model]):
         dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
         device: torch.device | str | None = None,
+        device_mesh: DeviceMesh | None = None,
+        device_map: Any = None,
+        max_memory: dict[Any, Any] | None = None,
+        offload_folder: StrPath | None = None,
         adapter: StrPath | None = None,
         **options: Any,
     ) -> Model:
@@ -42,14 +51,16 @@ class AutoClass(Generic[Model]):
         Raises:
             ConfigError: the family has no such head.
         """
-        dtype, device = given_dtype(dtype, options), given_device(device, options)
+        dtype = given_dtype(dtype, options)
+        devices = given_devices(device, device_mesh, device_map, max_memory, offload_folder)
         hub, overrides = split_options(options)
+        if device_mesh is not None:
+            config = config_alone(path_or_repo, adapter=adapter, hub=hub, **overrides)
+            layout(config, cls.head, mesh_sizes(device_mesh), style="pt")
         location = locate(path_or_repo, need="weights", adapter=adapter, **hub)
         source = open_merged(location, **overrides)
         found: type[Model] = model_class("pt", source.config, cls.head)
-        model = found._from_checkpoint(
-            source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, device=device
-        )
+        model = found._from_checkpoint(source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, **devices)
         model.note_source(path_or_repo, location)
         return model
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from olmozoo.checkpoint.adapters import Source, locate, open_merged
-from olmozoo.checkpoint.matching import initial_weights, load_weights
+from olmozoo.checkpoint.adapters import Source, config_alone, locate, open_merged
+from olmozoo.checkpoint.matching import find_weights, initial_weights, load_weights
 from olmozoo.checkpoint.reader import OpenCheckpoint
 from olmozoo.checkpoint.tensors import check_shapes, dtype_of
-from olmozoo.checkpoint.writer import save_checkpoint
+from olmozoo.checkpoint.writer import save_checkpoint, save_together
 from olmozoo.errors import InputError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
@@ -22,7 +23,23 @@ from olmozoo.generation.config import GenerationConfig
 from olmozoo.modeling import ModelMixin, given_dtype, resized_config, split_options
 from olmozoo.outputs import OUTPUTS
 from olmozoo.pt.cache import KVCache
+from olmozoo.pt.parallel import (
+    ACCELERATE,
+    dispatch,
+    highest,
+    is_first,
+    is_split,
+    local_part,
+    mesh_sizes,
+    parallelize,
+    reshard,
+    root_mesh,
+)
+from olmozoo.sharding import layout
 from olmozoo.typing import StrPath
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 for output_class in OUTPUTS:  # so that torch.export and DDP see the tensors in them
     torch.export.register_dataclass(output_class, serialized_type_name=f"olmozoo.{output_class.__name__}")
@@ -71,6 +88,10 @@ class PreTrainedModel(ModelMixin, nn.Module):
         dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
         device: torch.device | str | None = None,
+        device_mesh: DeviceMesh | None = None,
+        device_map: Any = None,
+        max_memory: dict[Any, Any] | None = None,
+        offload_folder: StrPath | None = None,
         adapter: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
@@ -84,6 +105,13 @@ class PreTrainedModel(ModelMixin, nn.Module):
             dtype: of the parameters; default the checkpoint's own.
             ignore_mismatched_sizes: start tensors of a wrong shape anew, with a warning, rather than refuse.
             device: where the parameters go; default torch's default device.
+            device_mesh: the devices that the model is split over, with dimensions named `fsdp` or `tensor`, or both;
+                each rank reads its own parts alone. See `olmozoo.pt.parallel`.
+            device_map: a device, or "auto" for an accelerator if there is one. With several devices or `max_memory`,
+                blocks are spread over the devices by accelerate; also "balanced", "balanced_low_0", "sequential", or a
+                device by name of a module.
+            max_memory: what each device may hold, such as `{0: "20GB", "cpu": "60GB"}`.
+            offload_folder: where weights go that fit on no device.
             adapter: a folder or a repository with a LoRA adapter of PEFT, which is merged into the weights; default one
                 that is in the model's folder. See `olmozoo.checkpoint.adapters`.
             **options: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only` say where on the hub to look
@@ -94,15 +122,19 @@ class PreTrainedModel(ModelMixin, nn.Module):
         Raises:
             HubError: the repository or one of its files cannot be downloaded and is not in the cache.
             ConfigError: the config is of another family or has a bad value.
+            InputError: the mesh does not fit the model; every problem is named, before anything is downloaded but the
+                config. Or devices are given twice.
             CheckpointError: the weights are broken or do not fit the config; every problem is named.
         """
-        dtype, device = given_dtype(dtype, options), given_device(device, options)
+        dtype = given_dtype(dtype, options)
+        devices = given_devices(device, device_mesh, device_map, max_memory, offload_folder)
         hub, overrides = split_options(options)
+        if device_mesh is not None:
+            config = config_alone(path_or_repo, cls.config_class, adapter=adapter, hub=hub, **overrides)
+            layout(config, cls.head, mesh_sizes(device_mesh), style="pt")
         location = locate(path_or_repo, need="weights", adapter=adapter, **hub)
         source = open_merged(location, cls.config_class, **overrides)
-        model = cls._from_checkpoint(
-            source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, device=device
-        )
+        model = cls._from_checkpoint(source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, **devices)
         model.note_source(path_or_repo, location)
         return model
 
@@ -114,15 +146,26 @@ class PreTrainedModel(ModelMixin, nn.Module):
         dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
         device: torch.device | str | None = None,
+        device_mesh: DeviceMesh | None = None,
+        device_map: Any = None,
+        max_memory: dict[Any, Any] | None = None,
+        offload_folder: StrPath | None = None,
     ) -> Self:
-        """`from_pretrained` of a folder that is open."""
+        """`from_pretrained` of a folder that is open; `device_map` is None, or one over several devices."""
         config, checkpoint = source.config, source.checkpoint
         wanted = checkpoint.dtype if dtype in (None, "auto") else dtype_of(dtype)
-        weights = load_weights(
-            checkpoint, config, cls.head, dtype=wanted, ignore_mismatched_sizes=ignore_mismatched_sizes
-        )
         model = cls(config, seed=None)
-        model.bind_parameters(weights, device)
+        settings: Any = {"dtype": wanted, "ignore_mismatched_sizes": ignore_mismatched_sizes}
+        if device_mesh is None:
+            model.bind_parameters(load_weights(checkpoint, config, cls.head, **settings), device)
+        else:
+            parallelize(model, device_mesh)
+            for parameter, read in find_weights(checkpoint, config, cls.head, **settings):
+                part = local_part(model._find(parameter), read(), lambda x: from_numpy(x.astype(wanted, copy=False)))
+                model._bind(parameter, part)
+            model.tie_weights()
+        if device_map is not None:
+            dispatch(model, device_map, max_memory, offload_folder)
         model.generation_config = GenerationConfig.from_contents(source.generation, config)
         return model.eval()
 
@@ -141,17 +184,31 @@ class PreTrainedModel(ModelMixin, nn.Module):
         Raises:
             InputError: the model has other parameters than its config says, such as adapters that are not merged.
             CheckpointError: the folder could not be written and is as it was before.
+
+        Of a model that is split over a mesh, every rank calls this: parameters are gathered one by one, and the first
+        rank writes.
         """
+        mesh = root_mesh(self)
+        if mesh is not None:
+            reshard(self)
         self.check_parameters()
-        save_checkpoint(
+        save = partial(
+            save_checkpoint,
             folder,
             self.config,
             self.head,
-            read=lambda parameter: to_numpy(self._find(parameter)),
             dtype=lambda parameter: self._find(parameter).dtype,
             generation_config=self.generation_config.to_dict(),
             max_shard_size=max_shard_size,
         )
+
+        def read(parameter: Parameter) -> np.ndarray:
+            return to_numpy(self._find(parameter))
+
+        if mesh is None:
+            save(read=read)
+        else:
+            save_together(save, self.config, self.head, read, is_first(mesh), lambda ok: not highest(not ok, mesh))
 
     # -- parameters -----------------------------------------------------------------------------------------------
 
@@ -224,7 +281,7 @@ class PreTrainedModel(ModelMixin, nn.Module):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` positions; dtype by default the model's."""
-        return KVCache.create(self.config, batch_size, max_length, self.dtype if dtype is None else dtype, self.device)
+        return KVCache.create(self.config, batch_size, max_length, self.dtype if dtype is None else dtype)
 
     # -- what users of PyTorch models ask for ---------------------------------------------------------------------
 
@@ -235,8 +292,15 @@ class PreTrainedModel(ModelMixin, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters."""
-        return next(self.parameters()).device
+        """The device of the parameters; where they are spread over several, the one that inputs go to."""
+        hook = getattr(self.get_input_embeddings(), "_hf_hook", None)  # of accelerate
+        device = getattr(hook, "execution_device", None)
+        return next(self.parameters()).device if device is None else torch.device(device)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The class of the blocks, which accelerate puts on one device each."""
+        return [type(self.base_model.stack.layers[0]).__name__]
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -313,7 +377,12 @@ class PreTrainedModel(ModelMixin, nn.Module):
         Args:
             new_num_tokens: rows; default as many as there are.
             pad_to_multiple_of: round that up to a multiple.
+
+        Raises:
+            InputError: the model is split over a mesh.
         """
+        if root_mesh(self) is not None:
+            raise InputError("the model is split over a mesh: call resize_token_embeddings before parallelize")
         config = resized_config(self.config, new_num_tokens, pad_to_multiple_of)
         rows = config.vocab_size
         for parameter in config.parameters(self.head):
@@ -333,22 +402,32 @@ class PreTrainedModel(ModelMixin, nn.Module):
         return self.get_input_embeddings()
 
 
-def given_device(device: Any, options: dict[str, Any]) -> Any:
-    """`device`, or the one device of Transformers' `device_map`, which is taken out of `options`.
+def given_devices(
+    device: Any, device_mesh: Any, device_map: Any, max_memory: Any = None, offload_folder: Any = None
+) -> dict[str, Any]:
+    """Where a model goes, as arguments of `_from_checkpoint`; `device_map` is among them if it is over several devices.
 
     Raises:
-        InputError: both are given, or the map names several devices.
+        InputError: there are two answers, or a device is not here.
     """
-    places = options.pop("device_map", None)
-    if isinstance(places, dict) and len(set(places.values())) == 1:
-        places = next(iter(places.values()))
-    if places is None:
-        return device
-    if device is not None or isinstance(places, dict):
-        raise InputError(f"device_map is {places!r}, expected one device, and no device= beside it: FSDP shards models")
-    if places in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return places
+    given = {"device": device, "device_mesh": device_mesh, "device_map": device_map}
+    if len(names := [name for name, value in given.items() if value is not None]) > 1:
+        raise InputError(f"{' and '.join(names)} are given, expected one of them")
+    if device_map is None and not (max_memory is None and offload_folder is None):
+        raise InputError("max_memory and offload_folder are for a device_map: pass device_map='auto'")
+    if isinstance(device_map, dict) and len(set(device_map.values())) == 1:
+        device_map = next(iter(device_map.values()))
+    if device_map is None:
+        return {"device": device, "device_mesh": device_mesh}
+    count = torch.accelerator.device_count()
+    if isinstance(device_map, dict) and any(isinstance(x, int) and x >= count for x in device_map.values()):
+        raise InputError(f"device_map is {device_map!r}, and there are {count} accelerators here")
+    if isinstance(device_map, dict) or (device_map in ACCELERATE and (max_memory is not None or count > 1)):
+        spread = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+        return {"device": "cpu", **spread}
+    if device_map in ACCELERATE:
+        device_map = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return {"device": device_map}
 
 
 def drop_tied(model: PreTrainedModel, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
@@ -392,7 +471,9 @@ def from_numpy(array: np.ndarray) -> Tensor:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """The tensor as an array, sharing its memory where it is on the CPU."""
+    """The tensor as an array, sharing its memory where it is on the CPU; a part of one is gathered, by all ranks."""
+    if is_split(tensor):
+        tensor = tensor.full_tensor()
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(dtype_of(torch.bfloat16))

@@ -19,6 +19,9 @@ from olmozoo.families.config import ModelConfig
 class KVCache:
     """Preallocated keys and values, for `max_length` positions.
 
+    Memory is allocated when a layer's first keys come, on their device and for as many heads: on several devices, a
+    layer may be on another one, or have a part of the heads. Until then tensors are on the meta device.
+
     Args:
         keys: one tensor a layer, (batch, kv_heads, max_length, head_dim).
         values: the same for values.
@@ -36,12 +39,11 @@ class KVCache:
         batch_size: int,
         max_length: int,
         dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
     ) -> Self:
         """An empty cache for `batch_size` rows of up to `max_length` positions."""
         layers = range(config.num_hidden_layers)
         shapes = [(batch_size, config.kv_heads_in(layer), max_length, config.head_dim) for layer in layers]
-        keys, values = ([torch.empty(shape, dtype=dtype, device=device) for shape in shapes] for _ in range(2))
+        keys, values = ([torch.empty(shape, dtype=dtype, device="meta") for shape in shapes] for _ in range(2))
         return cls(keys, values)
 
     @property
@@ -70,16 +72,34 @@ class KVCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def check_rows(self, key: Tensor, layer: int) -> None:
-        """Raise an InputError unless new keys have the rows and heads of those cached."""
+        """Raise an InputError unless new keys have the rows and heads of those cached; the first ones allocate."""
+        self._allocate(key, layer)
         cached, new = tuple(self.keys[layer].shape[:2]), tuple(key.shape[:2])
         if cached != new:
             raise InputError(f"the cache has {cached} rows and heads, expected {new}")
 
-    def begin_with(self, cache: Any, length: int) -> None:
+    def cached(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer so far."""
+        end = self.lengths[layer]
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def _allocate(self, key: Tensor, layer: int) -> None:
+        """Allocate the memory of a layer, if it is not yet, for the rows of the cache and the heads of `key`."""
+        if self.keys[layer].is_meta and key.shape[0] == self.keys[layer].shape[0]:
+            shape = (key.shape[0], key.shape[1], *self.keys[layer].shape[2:])
+            for side in (self.keys, self.values):
+                side[layer] = torch.empty(shape, dtype=side[layer].dtype, device=key.device)
+
+    def begin_with(self, cache: Any, length: int, device: torch.device) -> None:
         """Copy another cache to the end of the first `length` positions; zeros before it pad it on the left."""
-        for layer, key in enumerate(self.keys):
-            none = key[:, :, :0]  # added to any kind of cache, it returns what is cached
-            old_key, old_value = cache.update(none, none, layer)
+        for layer, empty in enumerate(self.keys):
+            if hasattr(cache, "cached"):
+                old_key, old_value = cache.cached(layer)
+            else:  # of another library: where nothing is added, it returns what is cached
+                none = torch.empty_like(empty[:, :, :0], device=device)
+                old_key, old_value = cache.update(none, none, layer)
+            self._allocate(old_key, layer)
+            key = self.keys[layer]
             if old_key.shape != (shape := (*key.shape[:2], cache.get_seq_length(), key.shape[3])):
                 raise InputError(f"past_key_values is {tuple(old_key.shape)} in layer {layer}, expected {shape}")
             left = (0, 0, length - old_key.shape[2], 0)
@@ -110,12 +130,14 @@ class WindowCache(KVCache):
         spare: positions beyond a window; what is cached can be rewound by so many.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, spare: int, **options: Any) -> None:
+    def __init__(
+        self, config: ModelConfig, batch_size: int, max_length: int, spare: int, dtype: torch.dtype | None = None
+    ) -> None:
         shapes = [
             (batch_size, config.kv_heads_in(layer), min(max_length, (window or max_length) + spare), config.head_dim)
             for layer, window in enumerate(config.windows)
         ]
-        super().__init__(*([torch.empty(shape, **options) for shape in shapes] for _ in range(2)))
+        super().__init__(*([torch.empty(shape, dtype=dtype, device="meta") for shape in shapes] for _ in range(2)))
         self.windows, self.limit = config.windows, max_length
         self.firsts = [0] * len(shapes)  # the positions that memory begins with
 
@@ -183,6 +205,10 @@ class TupleCache:
     def get_seq_length(self, layer: int = 0) -> int:
         """The number of positions cached."""
         return self.pairs[layer][0].shape[2] if layer < len(self.pairs) else 0
+
+    def cached(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer so far."""
+        return self.pairs[layer]
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Add key and value (batch, kv_heads, new, head_dim) of a layer; return all that are cached then."""

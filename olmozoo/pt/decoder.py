@@ -64,7 +64,7 @@ class Decoder(PreTrainedModel):
         Raises:
             InputError: arguments do not fit together, or an id or position is out of range (see `check_range`).
         """
-        device = self.stack.embed_tokens.weight.device
+        device = self.device
         input_ids, attention_mask, position_ids, inputs_embeds, cache_position = (
             as_tensor(x, device) for x in (input_ids, attention_mask, position_ids, inputs_embeds, cache_position)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,25 @@ from olmozoo.generation.config import GenerationConfig
 from olmozoo.generation.decode import decode_step, propose_draft
 from olmozoo.generation.prepare import Call, finalize, prepare
 from olmozoo.generation.state import State
+from olmozoo.memory import SPARE
 from olmozoo.outputs import GenerateOutput
 from olmozoo.pt.cache import KVCache, StaticCache, TupleCache, WindowCache, cached_length, open_cache
 from olmozoo.pt.layers import at_least_float32
+from olmozoo.pt.parallel import Pace, root_mesh
 
-SPARE = 256  # positions that a layer with a window generates before what it sees is moved in memory
+
+def without_gradients(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method in inference mode, or for a model that is split over a mesh without gradients alone.
+
+    FSDP2 keeps the buffers of its first call, which in inference mode no training step could use.
+    """
+
+    @functools.wraps(method)
+    def call(model: Any, *arguments: Any, **options: Any) -> Any:
+        with torch.inference_mode() if root_mesh(model) is None else torch.no_grad():
+            return method(model, *arguments, **options)
+
+    return call
 
 
 class GenerationMixin:
@@ -75,7 +90,7 @@ class GenerationMixin:
         output = GenerateOutput(**output | {"past_key_values": past})
         return output.sequences if output.logprobs is None else output
 
-    @torch.inference_mode()
+    @without_gradients
     def _generate(
         self,
         input_ids: Any = None,
@@ -165,12 +180,17 @@ class GenerationMixin:
             cache = self.init_cache(len(mask), mask.shape[1])
         else:
             spare = max(SPARE, 1 + options.draft_tokens)
-            cache = WindowCache(self.config, len(mask), mask.shape[1], spare, dtype=self.dtype, device=device)
+            cache = WindowCache(self.config, len(mask), mask.shape[1], spare, self.dtype)
         if past is not None:
-            cache.begin_with(past, layout.past_slots)
+            cache.begin_with(past, layout.past_slots, device)
+
+        pace = Pace(root_mesh(self))
+        if compile and pace.mesh is not None:
+            raise InputError("compile=True is for a model on one device: this one is split over a mesh")
 
         def read(ids: Tensor | None, start: int, end: int, embeds: Tensor | None = None, keep: int = 1) -> Tensor:
             """Logits (rows, keep, v) after reading the tokens at slots start to end of the cache."""
+            pace.step()
             hook = type(self).prepare_inputs_for_generation.__get__(self)
             inputs = (hook if virtual else self.prepare_inputs_for_generation)(
                 ids,
@@ -231,6 +251,7 @@ class GenerationMixin:
                     break
                 show(chosen)
             cache.rewind(layout.answer_start + state.count - 1)
+        pace.finish(lambda: self(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False))
         if streamer is not None:
             streamer.end()
         return state, cache

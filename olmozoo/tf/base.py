@@ -26,6 +26,7 @@ from olmozoo.modeling import ModelMixin, given_dtype, resized_config, split_opti
 from olmozoo.outputs import OUTPUTS, ModelOutput
 from olmozoo.tf.cache import KVCache
 from olmozoo.tf.layers import Dense, Tensor, embedding, from_numpy, linear
+from olmozoo.tf.parallel import check_distribution
 
 LEAVES = {"linear": "kernel", "embedding": "embeddings", "norm": "scale", "bias": "bias"}  # what layers call them
 
@@ -41,6 +42,10 @@ class PreTrainedModel(ModelMixin, keras.Model):
             global policy.
         name: of the model, in the paths of its variables.
         nested: whether this model is a part of another, which makes its variables.
+
+    Raises:
+        ConfigError: the config is of another family.
+        InputError: `keras.distribution` is set, which does nothing on TensorFlow.
     """
 
     wing = "tf"
@@ -58,6 +63,7 @@ class PreTrainedModel(ModelMixin, keras.Model):
         nested: bool = False,
     ) -> None:
         config = self.check_config(config)
+        check_distribution()
         super().__init__(name=name, dtype=dtype, autocast=False)
         self.config = config
         self.generation_config = GenerationConfig.from_model(config)

@@ -25,6 +25,7 @@ from olmozoo.tf.losses import (
     next_labels,
     next_token_loss,
 )
+from olmozoo.tf.parallel import check_distribution
 
 
 class HeadedModel(PreTrainedModel):
@@ -186,8 +187,10 @@ class HeadedModel(PreTrainedModel):
             **options: as in Keras.
 
         Raises:
-            InputError: both kinds of metrics are given without a loss, where they are the same.
+            InputError: both kinds of metrics are given without a loss, where they are the same; or
+                `keras.distribution` is set, which does nothing on TensorFlow.
         """
+        check_distribution()
         if loss is None and metrics:  # only weighted metrics take the weights that leave labels out
             if weighted_metrics:
                 raise InputError("metrics and weighted_metrics are the same for the model's own loss: give one of them")

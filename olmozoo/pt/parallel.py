@@ -1,0 +1,261 @@
+"""A model over several devices: PyTorch's FSDP2 and DTensor, from the parameter table.
+
+    mesh = init_device_mesh("cuda", (4, 2), mesh_dim_names=("fsdp", "tensor"))
+    model = Olmo2ForCausalLM.from_pretrained(folder, device_mesh=mesh)
+
+Along `tensor`, modules keep their code and their parameters become DTensors: a linear with split outputs returns the
+local ones, one with split inputs sums its outputs over the devices, and everything else has whole parameters. The norms
+of OLMo 2 over all heads at once stay over all heads: their parts exchange the sum of squares, and nothing is gathered.
+Along `fsdp`, each block is a unit of `fully_shard`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from olmozoo.errors import InputError, MissingBackendError
+from olmozoo.families.parameter import BASE_PREFIX
+from olmozoo.sharding import Placement as Split
+from olmozoo.sharding import layout
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+ACCELERATE = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def parallelize(model: Any, mesh: DeviceMesh, **options: Any) -> Any:
+    """Split a model over a mesh, in place.
+
+    Args:
+        model: a model of `olmozoo.pt`, with or without values (on the meta device). The same on every rank.
+        mesh: with dimensions named `fsdp` or `tensor`, or both.
+        **options: further arguments of `torch.distributed.fsdp.fully_shard`, such as `mp_policy`.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: the mesh has other dimensions, or does not fit the model; every problem is named.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    splits = layout(model.config, model.head, mesh_sizes(mesh), style="pt")
+    names = mesh.mesh_dim_names or ()
+    if "tensor" in names:
+        _split_modules(model, mesh["tensor"], splits)
+        model.tie_weights()
+    if "fsdp" in names:
+        for block in model.base_model.stack.layers:
+            fully_shard(block, mesh=mesh["fsdp"], **options)
+        fully_shard(model, mesh=mesh["fsdp"], **options)
+    return model
+
+
+def mesh_sizes(mesh: DeviceMesh) -> dict[str, int]:
+    """The number of devices by dimension of the mesh.
+
+    Raises:
+        InputError: a dimension has no name.
+    """
+    if mesh.mesh_dim_names is None:
+        raise InputError("the mesh has no mesh_dim_names, expected 'fsdp', 'tensor' or both")
+    return {name: mesh.size(dim) for dim, name in enumerate(mesh.mesh_dim_names)}
+
+
+def _split_modules(model: nn.Module, mesh: DeviceMesh, splits: dict[str, Split]) -> None:
+    """Make the parameters of every module DTensors on the dimension `tensor`, and convert inputs and outputs."""
+    modules: dict[str, dict[str, Split]] = {}
+    for name, split in splits.items():
+        path, leaf = (name if model.head else name.removeprefix(BASE_PREFIX)).rsplit(".", 1)
+        modules.setdefault(path, {})[leaf] = split
+    normed = {path.rsplit(".", 1)[0]: set[str]() for path in modules}
+    for path, leaves in modules.items():  # what norms over all heads are of
+        if leaves["weight"].parameter.kind == "norm" and _axis(leaves["weight"]) is not None:
+            parent, norm = path.rsplit(".", 1)
+            normed[parent].add(norm.replace("norm", "proj"))
+    for path, leaves in modules.items():
+        parent, own = path.rsplit(".", 1) if "." in path else ("", path)
+        _split_module(model.get_submodule(path), mesh, leaves, own in normed.get(parent, ()))
+
+
+def _axis(split: Split) -> int | None:
+    """The dimension of a parameter that is on `tensor`."""
+    return next((dim for dim, axes in enumerate(split.split) if "tensor" in axes), None)
+
+
+def _split_module(module: nn.Module, mesh: DeviceMesh, leaves: dict[str, Split], keeps: bool) -> None:
+    """Make the parameters of one module DTensors.
+
+    Args:
+        module: the module.
+        mesh: the dimension `tensor`.
+        leaves: its parameters.
+        keeps: whether its output stays a DTensor, for a norm over all of it.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+
+    weight = leaves["weight"]
+    axis, kind = _axis(weight), weight.parameter.kind
+    split_input = (kind == "linear" and axis == 1) or (kind == "norm" and axis == 0)
+    entry = Shard(-1) if split_input else Replicate()
+    # The logits and the outputs of a module whose inputs are split are whole; a norm's are as its input.
+    whole = not (axis == 0 and kind in ("linear", "norm")) or weight.parameter.axes[0] == "vocab"
+
+    def partition(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for leaf, split in leaves.items():
+            old, dim = getattr(module, leaf), _axis(split)
+            placement = Replicate() if dim is None else Shard(dim)
+            new = distribute_tensor(old.detach(), mesh, [placement], src_data_rank=None)
+            setattr(module, leaf, nn.Parameter(new, old.requires_grad))
+
+    def enter(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+        first, *others = inputs
+        if kind == "embedding" and axis == 0 and module.weight.requires_grad and not module.weight._backward_hooks:
+            # The gradient of a split embedding is whole otherwise.
+            module.weight.register_hook(lambda gradient: gradient.redistribute(placements=[Shard(0)]))
+        if not isinstance(first, DTensor):
+            first = DTensor.from_local(first, mesh, [entry], run_check=False)
+        return first, *others
+
+    def leave(module: nn.Module, outputs: Any, mesh: DeviceMesh) -> Any:
+        outputs = outputs.redistribute(placements=[Replicate()]) if whole else outputs
+        return outputs if keeps else outputs.to_local()
+
+    distribute_module(module, mesh, partition, enter, leave)
+
+
+# -- values ---------------------------------------------------------------------------------------------------------
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor; its class is imported only where there are some."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local_part(tensor: Any, values: np.ndarray, convert: Callable[[np.ndarray], Tensor]) -> Tensor:
+    """A DTensor like `tensor`, of whose values this rank takes its part."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = tensor.device_mesh, tensor.placements
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    part = values[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+    local = convert(part).to(mesh.device_type)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+def root_mesh(model: nn.Module) -> DeviceMesh | None:
+    """The mesh over which a model is split, also by `fully_shard` alone; None where it is not."""
+    meshes = [p.device_mesh for p in model.parameters() if is_split(p)]
+    return max(meshes, key=lambda mesh: mesh.ndim, default=None)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole parameters that FSDP2 has gathered, so that each rank has its parts alone."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+def is_first(mesh: DeviceMesh) -> bool:
+    """Whether this is the first rank of the mesh."""
+    return not any(mesh.get_coordinate() or ())
+
+
+def highest(value: int, mesh: DeviceMesh) -> int:
+    """The highest value of all ranks of the mesh; every rank calls this."""
+    import torch.distributed as dist
+
+    found = torch.tensor(value, device=mesh.device_type)
+    for dim in range(mesh.ndim):
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+    return int(found)
+
+
+class Pace:
+    """Keeps ranks that share weights in step: each call of the model needs all of them.
+
+    Args:
+        mesh: over which the model is split; None where it is not.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None) -> None:
+        self.mesh = mesh
+
+    def step(self) -> None:
+        """Say that this rank calls the model now."""
+        if self.mesh is not None:
+            highest(1, self.mesh)
+
+    def finish(self, call: Callable[[], Any]) -> None:
+        """Take part in the calls of the ranks that are not finished yet, by calls of `call`."""
+        while self.mesh is not None and highest(0, self.mesh):
+            call()
+
+
+def token_mean(loss: Tensor, labels: Tensor, mesh: DeviceMesh | None = None) -> Tensor:
+    """A loss whose gradient, averaged over ranks as FSDP2 and DDP do, is that of the mean over all ranks' tokens.
+
+    The mean of the ranks' own means is another where ranks have unequal numbers of labels.
+
+    Args:
+        loss: the mean over the labels of this rank, as a language model returns it.
+        labels: (batch, seq), -100 where there is nothing to learn; the first of each row is no target.
+        mesh: with a dimension `fsdp` over which rows are split; default all ranks.
+
+    Returns:
+        loss * n * ranks / total, where n of the total number of labels are on this rank. Its mean over ranks is the
+        mean loss.
+    """
+    import torch.distributed as dist
+
+    if mesh is not None and "fsdp" not in mesh_sizes(mesh):
+        return loss  # every rank has all rows
+    group = None if mesh is None else mesh.get_group("fsdp")
+    own = (labels[:, 1:] != -100).sum().to(loss.device)
+    total = own.clone()
+    dist.all_reduce(total, group=group)
+    return loss * (own * dist.get_world_size(group) / total.clamp(min=1)).to(loss.dtype)
+
+
+# -- one process, several devices -----------------------------------------------------------------------------------
+
+
+def dispatch(model: Any, device_map: Any, max_memory: Any = None, offload_folder: Any = None) -> Any:
+    """Put the blocks of a model on several devices by accelerate; they run one after the other.
+
+    Args:
+        model: a model on the CPU.
+        device_map: "auto" or another word of accelerate, or a device by name of a module.
+        max_memory: bytes by device, as accelerate takes them: `{0: "20GB", "cpu": "60GB"}`.
+        offload_folder: where what fits on no device goes.
+
+    Returns:
+        The model, with `hf_device_map`.
+
+    Raises:
+        MissingBackendError: accelerate is not installed.
+    """
+    try:
+        import accelerate
+    except ImportError as error:
+        raise MissingBackendError(
+            "device_map over several devices needs accelerate: pip install 'olmozoo[accelerate]'"
+        ) from error
+    blocks = model._no_split_modules
+    if isinstance(device_map, str):
+        if device_map != "sequential":
+            low = device_map == "balanced_low_0"
+            max_memory = accelerate.utils.get_balanced_memory(
+                model, max_memory, no_split_module_classes=blocks, low_zero=low
+            )
+        device_map = accelerate.infer_auto_device_map(model, max_memory, no_split_module_classes=blocks)
+    if "disk" in device_map.values() and offload_folder is None:
+        raise InputError("the model does not fit on the devices and in memory: pass offload_folder, or more max_memory")
+    return accelerate.dispatch_model(model, device_map, offload_dir=offload_folder, force_hooks=True)

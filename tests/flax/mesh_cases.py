@@ -1,0 +1,175 @@
+"""What `test_sharding.py` asserts, measured in a process with 8 devices."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType
+
+from olmozoo import InputError
+from olmozoo.flax import FlaxAutoModelForCausalLM
+from olmozoo.flax.sharding import batch_sharding, make_mesh, optimizer_shardings
+from olmozoo.memory import plan
+from tests.helpers.checkpoints import left_padded, write_checkpoint
+from tests.helpers.configs import CONFIGS
+from tests.helpers.processes import CountedFile, run
+
+MESHES = {"fsdp": (8, 1), "tensor": (1, 2), "both": (4, 2)}
+SIZES = {"vocab_size": 64, "eos_token_id": None, "max_position_embeddings": 64}
+FAMILIES = {
+    "olmo": CONFIGS["olmo-clip-tied"].replace(**SIZES),
+    "olmo2": CONFIGS["olmo2"].replace(**SIZES, attention_bias=True),
+    "opt": CONFIGS["opt-projected-post-norm"].replace(**SIZES, dropout=0.0),
+}
+SETTINGS = {"max_new_tokens": 5}
+
+
+def mesh_of(name):
+    fsdp, tensor = MESHES[name]
+    return make_mesh(fsdp, tensor, jax.devices()[: fsdp * tensor])
+
+
+def difference(a, b):
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), a, b)))
+
+
+def step(model, ids, mask, params):
+    return jax.value_and_grad(lambda p: model(ids, mask, labels=ids, params=p).loss)(params)
+
+
+def equal(folder, family, name):
+    """The largest difference of loss and gradients, and how logits and gradients are split."""
+    config = FAMILIES[family]
+    ids, mask = left_padded(config, batch=8, length=9)
+    whole = FlaxAutoModelForCausalLM.from_pretrained(folder / family)
+    expected = step(whole, ids, mask, whole.params)
+    mesh = mesh_of(name)
+    model = FlaxAutoModelForCausalLM.from_pretrained(folder / family, mesh=mesh)
+    ids, mask = (jax.device_put(x, batch_sharding(mesh)) for x in (ids, mask))
+    found = jax.jit(partial(step, model))(ids, mask, model.params)
+    logits = jax.jit(lambda p: model(ids, mask, params=p).logits)(model.params)
+    return {
+        "difference": difference(expected, found),
+        "rows": logits.addressable_shards[0].data.shape[0],
+        "whole": [
+            "/".join(path) for path, leaf in flatten_dict(model.params).items() if leaf.sharding.is_fully_replicated
+        ],
+    }
+
+
+def tokens(folder, family):
+    """Whether greedy, beam and sampled tokens are those of one device, and how the cache is split."""
+    ids, mask = left_padded(FAMILIES[family], batch=4, length=7)
+    whole = FlaxAutoModelForCausalLM.from_pretrained(folder / family)
+    model = FlaxAutoModelForCausalLM.from_pretrained(folder / family, mesh=mesh_of("both"))
+    ways = [{}, {"num_beams": 3}, {"do_sample": True, "seed": 3, "temperature": 0.7}][: 3 if family == "olmo2" else 1]
+    same = [
+        bool(
+            (
+                whole.generate(ids, mask, **SETTINGS, **way).sequences
+                == model.generate(ids, mask, **SETTINGS, **way).sequences
+            ).all()
+        )
+        for way in ways
+    ]
+    cache = jax.jit(lambda: model.init_cache(4, 16))()
+    return {"same": same, "cache": cache.keys[0].addressable_shards[0].data.shape}
+
+
+def bytes_read(folder, count):
+    devices = jax.devices()[:count]
+    with CountedFile() as counted:
+        model = FlaxAutoModelForCausalLM.from_pretrained(folder / "olmo2", mesh=make_mesh(count // 2, 2, devices))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model.params))
+    return {"read": counted.nbytes, "all": sum(x.nbytes for x in jax.tree.leaves(model.params)), "held": held}
+
+
+def planned(folder):
+    """The bytes of a training step's arguments on a device by XLA, and by the plan."""
+    config, mesh, tx = FAMILIES["olmo2"], mesh_of("both"), optax.adamw(1e-3)
+    model = FlaxAutoModelForCausalLM.from_config(config, mesh=mesh, _do_init=False)
+    shardings = optimizer_shardings(tx, model)
+
+    def train(params, state, ids):
+        loss, grads = jax.value_and_grad(lambda p: model(ids, labels=ids, params=p).loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    split = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.params_shape_tree, model.shardings()
+    )
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(tx.init, model.params_shape_tree),
+        shardings,
+    )
+    ids = jax.ShapeDtypeStruct((8, 12), jnp.int32, sharding=batch_sharding(mesh))
+    compiled = jax.jit(train).lower(split, state, ids).compile()
+    found = plan(config, batch=2, length=12, mesh={"fsdp": 4, "tensor": 2}, train=True, backend="flax")
+    return {
+        "xla": compiled.memory_analysis().argument_size_in_bytes,
+        "plan": found.weights + found.optimizer + 2 * 12 * 4,
+    }
+
+
+def state_is_split(folder):
+    mesh, tx = mesh_of("both"), optax.adamw(1e-3)
+    model = FlaxAutoModelForCausalLM.from_pretrained(folder / "olmo2", mesh=mesh)
+    state = jax.jit(tx.init, out_shardings=optimizer_shardings(tx, model))(model.params)
+    moments = optax.tree_utils.tree_get(state, "mu")
+    return jax.tree.leaves(
+        jax.tree.map(lambda m, p: m.sharding.is_equivalent_to(p.sharding, p.ndim), moments, model.params)
+    )
+
+
+def saved(folder):
+    """Whether a folder that is saved from a mesh has the bytes of one saved from one device."""
+    for name, mesh in (("one", None), ("many", mesh_of("both"))):
+        FlaxAutoModelForCausalLM.from_pretrained(folder / "olmo2", mesh=mesh).save_pretrained(folder / name)
+    return {
+        path.name: path.read_bytes() == (folder / "many" / path.name).read_bytes()
+        for path in (folder / "one").iterdir()
+    }
+
+
+def initial(folder):
+    config = FAMILIES["opt"]
+    whole = FlaxAutoModelForCausalLM.from_config(config, seed=3)
+    model = FlaxAutoModelForCausalLM.from_config(config, seed=3, mesh=mesh_of("both"))
+    kernel = model.params["model"]["decoder"]["layers"]["0"]["fc1"]["kernel"]
+    return {"difference": difference(whole.params, model.params), "shard": kernel.addressable_shards[0].data.shape}
+
+
+def refused(folder):
+    """The errors of an Explicit mesh, of one that does not divide, of a wrong number of devices, and of none."""
+    explicit = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    messages = []
+    for function in (
+        lambda: FlaxAutoModelForCausalLM.from_pretrained(folder / "olmo2", mesh=explicit),
+        lambda: FlaxAutoModelForCausalLM.from_pretrained(folder / "config_alone", mesh=make_mesh(1, 8)),
+        lambda: make_mesh(3, 2),
+        lambda: FlaxAutoModelForCausalLM.from_config(FAMILIES["olmo2"], _do_init=False).shardings(),
+    ):
+        try:
+            function()
+        except InputError as error:
+            messages.append(str(error))
+    return messages
+
+
+if __name__ == "__main__":
+    work, rank = Path(sys.argv[1]), int(sys.argv[2])
+    jax.config.update("jax_enable_x64", True)
+    for each, config in FAMILIES.items():
+        write_checkpoint(work / each, config)
+    FAMILIES["olmo2"].save_pretrained(work / "config_alone")
+    cases = {f"equal-{f}-{m}": partial(equal, work, f, m) for f in FAMILIES for m in MESHES}
+    cases |= {f"tokens-{f}": partial(tokens, work, f) for f in FAMILIES}
+    cases |= {f"bytes-{count}": partial(bytes_read, work, count) for count in (2, 8)}
+    others = (planned, state_is_split, saved, initial, refused)
+    run(cases | {case.__name__: partial(case, work) for case in others}, work, rank)

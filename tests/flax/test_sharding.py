@@ -1,0 +1,111 @@
+"""Models over 8 devices: every number that of one device, and each device with its share alone."""
+
+import os
+
+import numpy as np
+import pytest
+
+from tests.helpers.checkpoints import left_padded, write_checkpoint
+from tests.helpers.configs import CONFIGS, GRADIENT_BOUND
+from tests.helpers.processes import free_port, start
+
+jax = pytest.importorskip("jax")
+pytest.importorskip("optax")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    return start("tests.flax.mesh_cases", tmp_path_factory.mktemp("mesh"), [environment], 400)[0]
+
+
+@pytest.mark.parametrize(("mesh", "rows"), [("fsdp", 1), ("tensor", 8), ("both", 2)])
+@pytest.mark.parametrize("family", ["olmo", "olmo2", "opt"])
+def test_losses_and_gradients_are_those_of_one_device(results, family, mesh, rows):
+    found = results[f"equal-{family}-{mesh}"]
+    assert isinstance(found, dict), found
+    assert found["difference"] < GRADIENT_BOUND
+    assert found["rows"] == rows  # the batch stays split through the blocks
+    if mesh == "both":
+        assert found["whole"] == []
+
+
+@pytest.mark.parametrize("family", ["olmo", "olmo2", "opt"])
+def test_tokens_are_those_of_one_device(results, family):
+    found = results[f"tokens-{family}"]
+    assert isinstance(found, dict), found
+    assert all(found["same"])
+    heads = {"olmo": 1, "olmo2": 1, "opt": 2}[family]
+    assert found["cache"] == (1, heads, 16, 10)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_every_byte_is_read_once_and_held_in_parts(results, count):
+    found = results[f"bytes-{count}"]
+    assert isinstance(found, dict), found
+    assert found["read"] == found["all"]
+    assert found["held"] == pytest.approx(found["all"] / count, rel=0.05)
+
+
+def test_the_plan_is_that_of_xla(results):
+    assert isinstance(results["planned"], dict), results["planned"]
+    assert results["planned"]["xla"] == results["planned"]["plan"]
+
+
+def test_the_state_of_an_optimizer_is_split_as_the_parameters(results):
+    assert results["state_is_split"] == [True] * len(results["state_is_split"]), results["state_is_split"]
+
+
+def test_a_saved_folder_has_the_same_bytes(results):
+    assert isinstance(results["saved"], dict), results["saved"]
+    assert len(results["saved"]) == 3
+    assert all(results["saved"].values())
+
+
+def test_initial_weights_are_the_same(results):
+    assert results["initial"] == {"difference": 0.0, "shard": (10, 18)}
+
+
+def test_meshes_that_do_not_fit_are_refused(results):
+    explicit, divide, devices, none = results["refused"]
+    assert "axes of type Explicit or Manual (fsdp, tensor), expected AxisType.Auto" in explicit
+    assert "kv_heads is 20, which tensor = 8 does not divide" in divide
+    assert "make 6 devices, expected 8" in devices
+    assert "the model has no mesh" in none
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What two processes found, and the folder that they loaded and wrote."""
+    folder = tmp_path_factory.mktemp("processes")
+    write_checkpoint(folder / "olmo2", CONFIGS["olmo2"].replace(vocab_size=64, eos_token_id=None, attention_bias=True))
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "OLMOZOO_PORT": str(free_port())}
+    return start("tests.flax.process_cases", folder, [environment] * 2, 200), folder
+
+
+def test_two_processes_are_as_one(processes):
+    from olmozoo.flax import FlaxOlmo2ForCausalLM
+
+    (first, second), folder = processes
+    for found in (first, second):
+        assert isinstance(found["loaded"], dict), found["loaded"]
+        assert found["loaded"]["read"] == pytest.approx(found["loaded"]["all"] / 2, rel=0.05)
+        assert isinstance(found["state"], dict), found["state"]
+    with jax.enable_x64(True):
+        model = FlaxOlmo2ForCausalLM.from_pretrained(folder / "olmo2")
+        ids, mask = left_padded(model.config, batch=4, length=7)
+        expected = np.asarray(model.generate(ids, mask, max_new_tokens=5).sequences)
+        model.save_pretrained(folder / "one")
+    np.testing.assert_array_equal(first["tokens"], expected)
+    np.testing.assert_array_equal(second["tokens"], expected)
+    assert first["saved"] == sorted(path.name for path in (folder / "one").iterdir())
+    assert all(path.read_bytes() == (folder / "two" / path.name).read_bytes() for path in (folder / "one").iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_in_every_process(processes):
+    (first, second), _ = processes
+    assert "file" in first["not_saved"]
+    assert "could not write the checkpoint" in second["not_saved"]
