@@ -61,6 +61,7 @@ def test_the_code_of_every_page_runs(environment, wing, tmp_path):
 def test_the_commands_of_every_page_run(environment, tmp_path):
     commands = [line for text in PAGES.values() for code in blocks(text, "sh") for line in code.splitlines()]
     assert len(commands) >= 4
+    (tmp_path / "chats.jsonl").write_text(blocks(PAGES["training-data.md"], "json")[0], encoding="utf-8")
     assert "Language modeling is" in run_commands(commands, environment, tmp_path)
 
 

@@ -10,7 +10,7 @@ import pytest
 from olmozoo import ConfigError, InputError, Olmo2Config
 from olmozoo.families.parameter import Parameter
 from tests.helpers.checkpoints import left_padded, write_checkpoint
-from tests.helpers.configs import SMALL_OLMO, SMALL_OLMO2, SMALL_OPT
+from tests.helpers.configs import SMALL_OLMO2, config_of
 from tests.helpers.flax_models import (
     all_close,
     answer,
@@ -48,8 +48,7 @@ LARGEST = {
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_the_variables_of_the_module_are_the_table(cls, name):
-    config = next(config for config in (SMALL_OLMO2, SMALL_OPT, SMALL_OLMO) if isinstance(config, cls.config_class))
-    config = config.replace(**OPTIONS[name])
+    config = config_of(cls).replace(**OPTIONS[name])
     model = cls(config, seed=3)
     ids = jax.ShapeDtypeStruct((1, 5), jnp.int32)
     variables = jax.eval_shape(model.module.init, jax.random.key(0), ids)["params"]

@@ -82,3 +82,9 @@ SMALL_OLMO2 = CONFIGS["olmo2"].replace(max_position_embeddings=4096, eos_token_i
 SMALL_OLMO3 = CONFIGS["olmo3"].replace(max_position_embeddings=4096, eos_token_id=None)
 SMALL_OLMO = CONFIGS["olmo-bias"].replace(max_position_embeddings=4096, eos_token_id=None, tie_word_embeddings=True)
 SMALL_OPT = CONFIGS["opt-projected-post-norm"].replace(eos_token_id=None)
+
+
+def config_of(cls):
+    """A small config of a model class's family."""
+    configs = (SMALL_OLMO2, SMALL_OLMO3, SMALL_OPT, SMALL_OLMO)
+    return next(config for config in configs if isinstance(config, cls.config_class))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.helpers.pt_models import CLASSES, config_of
+from tests.helpers.configs import config_of
+from tests.helpers.pt_models import CLASSES
 
 torch = pytest.importorskip("torch")
 

@@ -7,8 +7,8 @@ import pickle
 import pytest
 
 from olmozoo import ConfigError, InputError, Olmo2Config
-from tests.helpers.configs import SMALL_OLMO, SMALL_OLMO2, SMALL_OPT
-from tests.helpers.pt_models import CLASSES, config_of
+from tests.helpers.configs import SMALL_OLMO, SMALL_OLMO2, SMALL_OPT, config_of
+from tests.helpers.pt_models import CLASSES
 
 torch = pytest.importorskip("torch")
 

@@ -6,8 +6,8 @@ import pytest
 from olmozoo import ConfigError
 from olmozoo.checkpoint.reader import Checkpoint
 from tests.helpers.checkpoints import write_checkpoint
-from tests.helpers.configs import SMALL_OLMO, SMALL_OLMO2
-from tests.helpers.pt_models import CLASSES, config_of
+from tests.helpers.configs import SMALL_OLMO, SMALL_OLMO2, config_of
+from tests.helpers.pt_models import CLASSES
 from tests.helpers.wings import refusal
 
 torch = pytest.importorskip("torch")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from olmozoo import InputError, OPTConfig
-from tests.helpers.pt_models import CLASSES, config_of
+from tests.helpers.configs import config_of
+from tests.helpers.pt_models import CLASSES
 
 torch = pytest.importorskip("torch")
 
