@@ -13,6 +13,7 @@ from olmozoo.checkpoint.reader import Checkpoint
 from olmozoo.errors import CheckpointError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import ARCHITECTURES, BASE_PREFIX, Head, Parameter
+from olmozoo.quantization import QuantizedTensor
 from olmozoo.typing import Array
 
 
@@ -24,8 +25,10 @@ def load_weights(
     dtype: np.dtype[Any],
     ignore_mismatched_sizes: bool = False,
     seed: int = 0,
-) -> Iterator[tuple[Parameter, Array]]:
+) -> Iterator[tuple[Parameter, Array | QuantizedTensor]]:
     """Every parameter of the table with its values, the largest first; tied ones are left out.
+
+    Those of a quantized weight are its integers, as they are.
 
     The order keeps the peak of memory low: where values are copied, the largest are there twice while little else is.
     All checks come before the first tensor is read. A base model's checkpoint and one with another head both serve.
@@ -51,7 +54,11 @@ def load_weights(
     for parameter in sorted(config.parameters(head), key=lambda parameter: -parameter.size):
         if parameter.tied_to is None:
             if parameter.name in sources:
-                yield parameter, checkpoint.tensors[sources[parameter.name]].exact_values().astype(dtype, copy=False)
+                tensor = checkpoint.tensors[sources[parameter.name]]
+                if tensor.integers is not None:
+                    yield parameter, tensor.integers.read()
+                else:
+                    yield parameter, tensor.exact_values().astype(dtype, copy=False)
             else:
                 yield parameter, parameter.initial(seed, dtype)
 

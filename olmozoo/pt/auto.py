@@ -10,10 +10,11 @@ from olmozoo.checkpoint.adapters import locate, open_merged
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Head
 from olmozoo.families.registry import model_class
-from olmozoo.modeling import given_dtype, own_config, split_options
+from olmozoo.modeling import given_dtype, given_quantization, own_config, split_options
 from olmozoo.pt.base import PreTrainedModel, given_device
 from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.heads import CausalLM, QuestionAnswerer, SequenceClassifier
+from olmozoo.quantization import GROUP_SIZE
 from olmozoo.typing import StrPath
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -33,6 +34,8 @@ class AutoClass(Generic[Model]):
         ignore_mismatched_sizes: bool = False,
         device: torch.device | str | None = None,
         adapter: StrPath | None = None,
+        quantization: str | None = None,
+        group_size: int = GROUP_SIZE,
         **options: Any,
     ) -> Model:
         """A model of the checkpoint's family with its weights.
@@ -43,9 +46,10 @@ class AutoClass(Generic[Model]):
             ConfigError: the family has no such head.
         """
         dtype, device = given_dtype(dtype, options), given_device(device, options)
+        how = given_quantization(quantization, group_size, options)
         hub, overrides = split_options(options)
         location = locate(path_or_repo, need="weights", adapter=adapter, **hub)
-        source = open_merged(location, **overrides)
+        source = open_merged(location, quantization=how, **overrides)
         found: type[Model] = model_class("pt", source.config, cls.head)
         model = found._from_checkpoint(
             source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, device=device
