@@ -16,6 +16,7 @@ from olmozoo.errors import CheckpointError, ConfigError, HubError, raise_problem
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.families.registry import config_class
+from olmozoo.quantization import as_floats
 from olmozoo.training import ai2, state
 from olmozoo.training.config import TrainConfig
 from olmozoo.training.parameters import stored_parameters
@@ -71,7 +72,9 @@ def open_start(config: TrainConfig) -> Start:
 
 
 def _weights(source: Any, dtype: str) -> Iterator[tuple[Parameter, Array]]:
-    return load_weights(source.checkpoint, source.config, "causal_lm", dtype=np.dtype(dtype))
+    """The weights of a checkpoint in floating point, also where it is quantized."""
+    weights = load_weights(source.checkpoint, source.config, "causal_lm", dtype=np.dtype(dtype))
+    return ((parameter, as_floats(values, dtype)) for parameter, values in weights)
 
 
 def _new(config: TrainConfig) -> Start:

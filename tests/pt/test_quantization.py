@@ -87,7 +87,7 @@ def test_the_words_of_transformers(folder):
         with pytest.warns(UserWarning, match=f"olmozoo quantizes the linear weights itself .{expected}"):
             model = AutoModelForCausalLM.from_pretrained(folder, **words)
         assert str(model.model.layers[0].mlp.up_proj.scheme).startswith(expected)
-        assert type(model.lm_head) is torch.nn.Linear
+        assert not isinstance(model.lm_head, QuantizedLinear)
     with pytest.raises(InputError, match=r"a dict \(gptq\), expected 8 or 4 bits of bitsandbytes"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(InputError, match="quantization is 'int8', and load_in_8bit is given too"):
