@@ -593,8 +593,13 @@ def global_policy(policy: keras.DTypePolicy) -> Iterator[None]:
 
 def replace_layer(parent: keras.Layer, name: str, layer: keras.Layer) -> None:
     """Replace a layer of `parent`. Keras alone would go on counting the variables of the old one."""
-    parent._tracker.untrack(getattr(parent, name))  # no public way; see test_resize_token_embeddings
+    tracker = parent._tracker  # no public way; see test_resize_token_embeddings
+    is_locked = tracker.locked  # once its layer has been built
+    tracker.unlock()
+    tracker.untrack(getattr(parent, name))
     setattr(parent, name, layer)
+    if is_locked:
+        tracker.lock()
 
 
 def register_outputs() -> None:
