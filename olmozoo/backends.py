@@ -24,6 +24,8 @@ from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Head
 from olmozoo.families.registry import model_class
 from olmozoo.generation.config import GenerationConfig
+from olmozoo.modeling import given_quantization
+from olmozoo.quantization import GROUP_SIZE
 from olmozoo.typing import Array, HubOptions, StrPath
 
 
@@ -360,6 +362,8 @@ def load(
     dtype: str | None = None,
     device: str | None = None,
     adapter: StrPath | None = None,
+    quantization: str | None = None,
+    group_size: int = GROUP_SIZE,
     **hub: Unpack[HubOptions],
 ) -> Backend:
     """Load a causal language model in a wing.
@@ -370,15 +374,18 @@ def load(
         dtype: name of the parameters' dtype; default the checkpoint's own.
         device: such as "cpu", "cuda", "cuda:1" or "mps"; default an accelerator if there is one, else the CPU.
         adapter: a folder or a repository with a LoRA adapter of PEFT; default one in the model's folder.
+        quantization: `int8`, `int4`, or `none` for floats; default as the folder has it (see `olmozoo.quantization`).
+        group_size: of int4.
         **hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
-        InputError: there is no such wing or device.
+        InputError: there is no such wing or device, or the weights cannot be quantized so.
         MissingBackendError: the wing's framework is not installed.
     """
     cls = backend_class(backend)
     cls.module()  # before anything is downloaded
-    source = open_merged(locate(path_or_repo, need="weights", adapter=adapter, **hub))
+    how = given_quantization(quantization, group_size)
+    source = open_merged(locate(path_or_repo, need="weights", adapter=adapter, **hub), quantization=how)
     return cls(source, dtype, device)
 
 

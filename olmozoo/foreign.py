@@ -60,8 +60,9 @@ def quantization(folder: Path, names: Iterable[str]) -> str | None:
     if method is None or not (found or "has dtype" in text or ".bin" in text):
         return None
     return (
-        f"{folder} is quantized ({method}), and olmozoo reads weights in floating point: take the model that was "
-        "quantized, or let Transformers dequantize it (model.dequantize().save_pretrained(...)) where it can"
+        f"{folder} is quantized ({method}), and olmozoo reads floating point, and what compressed-tensors, torchao and "
+        "bitsandbytes store in 8 and 4 bits: take the model that was quantized, or let Transformers dequantize it "
+        "(model.dequantize().save_pretrained(...)) where it can"
     )
 
 

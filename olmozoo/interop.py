@@ -11,6 +11,7 @@ from olmozoo.backends import BACKENDS
 from olmozoo.checkpoint.tensors import widest
 from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
+from olmozoo.quantization import QuantizedTensor
 
 
 def convert(model: Any, to: str) -> Any:
@@ -33,13 +34,18 @@ def convert(model: Any, to: str) -> Any:
         raise InputError(f"to is {to!r}, expected one of {', '.join(BACKENDS)}")
     if not isinstance(getattr(model, "config", None), ModelConfig) or not hasattr(model, "read_parameters"):
         raise InputError(f"a {type(model).__name__} is no model of olmozoo.pt, olmozoo.tf or olmozoo.flax")
-    dtype = widest(array.dtype for _, array in model.read_parameters())
+    dtype = widest(array.dtype for _, array in model.read_parameters() if not isinstance(array, QuantizedTensor))
     made = BACKENDS[to].empty_model(model.config, model.head, dtype)
     made.generation_config = copy.deepcopy(model.generation_config)
     uniform = dtype if to == "tf" else None
-    made.bind_parameters(
-        (parameter, np.array(array, uniform, order="C")) for parameter, array in model.read_parameters()
+    values = (
+        (parameter, array if isinstance(array, QuantizedTensor) else np.array(array, uniform, order="C"))
+        for parameter, array in model.read_parameters()
     )
+    if to == "pt":
+        made.bind_parameters(values, dtype=dtype)
+    else:
+        made.bind_parameters(values)
     if to == "pt":
         made.train(getattr(model, "training", False) is True)
     return made

@@ -6,8 +6,10 @@ once.
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import BASE_PREFIX, Head, Parameter
 from olmozoo.families.registry import register_model
 from olmozoo.hub import HUB_ARGUMENTS
+from olmozoo.quantization import GROUP_SIZE, Quantization
 from olmozoo.typing import Array, HubOptions
 
 QUANTIZERS = ("load_in_8bit", "load_in_4bit", "quantization_config")  # keywords of Transformers
@@ -108,11 +111,6 @@ def split_options(options: Mapping[str, Any]) -> tuple[HubOptions, dict[str, Any
     """
     if options.get("attn_implementation") not in (None, "eager", "sdpa"):
         raise InputError(f"attn_implementation is {options['attn_implementation']!r}, expected 'eager' or 'sdpa'")
-    if wanted := [name for name in QUANTIZERS if options.get(name)]:
-        raise InputError(
-            f"{wanted[0]}: weights are loaded in floating point. Quantize the model afterwards: torchao's "
-            "quantize_(model, ...) in PyTorch, model.quantize('int8') in Keras"
-        )
     if options.get("device_map") not in (None, "auto"):
         raise InputError(
             f"device_map is {options['device_map']!r}, expected 'auto', or device= in PyTorch; load inside of "
@@ -120,6 +118,53 @@ def split_options(options: Mapping[str, Any]) -> tuple[HubOptions, dict[str, Any
         )
     hub: Any = {name: value for name, value in options.items() if name in HUB_ARGUMENTS}
     return hub, {name: value for name, value in options.items() if name not in (*hub, *SAME_HERE, *QUANTIZERS)}
+
+
+def given_quantization(
+    quantization: str | None, group_size: int = GROUP_SIZE, options: dict[str, Any] | None = None
+) -> Quantization | Literal["none"] | None:
+    """How weights are to be quantized, by our own keywords or by those of Transformers.
+
+    `load_in_8bit`, `load_in_4bit` and a `quantization_config` are taken out of `options`; a warning says what they mean
+    here.
+
+    Args:
+        quantization: `int8`, `int4`, `none` for floats, or None for what the folder has.
+        group_size: of int4.
+        options: further keywords of `from_pretrained`.
+
+    Raises:
+        InputError: there is no such quantization, or two are asked for.
+    """
+    asked = {name: value for name in QUANTIZERS if (value := (options or {}).pop(name, None))}
+    if quantization is not None and asked:
+        raise InputError(f"quantization is {quantization!r}, and {', '.join(asked)} is given too: leave one out")
+    for name, value in asked.items():
+        quantization, group_size = _own_quantization(name, value, group_size)
+    if quantization in (None, "none"):
+        return None if quantization is None else "none"
+    how = Quantization.of(str(quantization), group_size)
+    if asked:
+        warnings.warn(f"{', '.join(asked)}: olmozoo quantizes the linear weights itself ({how})", stacklevel=4)
+    return how
+
+
+def _own_quantization(name: str, value: Any, group_size: int) -> tuple[str, int]:
+    """What a keyword of Transformers asks for, as our own `quantization` and `group_size`."""
+    if name != "quantization_config":
+        return ("int8" if name == "load_in_8bit" else "int4"), group_size
+    settings = value if isinstance(value, Mapping) else value.to_dict() if hasattr(value, "to_dict") else {}
+    method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
+    if settings.get("load_in_8bit") or settings.get("load_in_4bit"):
+        return ("int8" if settings.get("load_in_8bit") else "int4"), group_size
+    kind = getattr(value, "quant_type", None) or settings.get("quant_type")
+    found = re.match(r"(int[48])_?weight_?only", (kind if isinstance(kind, str) else type(kind).__name__).lower())
+    if found:
+        return found[1], getattr(kind, "group_size", None) or group_size
+    raise InputError(
+        f"quantization_config is a {type(value).__name__} ({method}), expected 8 or 4 bits of bitsandbytes, or int8 or "
+        "int4 weight-only of torchao; quantization='int8' or 'int4' says the same"
+    )
 
 
 def given_dtype(dtype: Any, options: dict[str, Any]) -> Any:

@@ -66,8 +66,8 @@ def test_there_is_no_circle():
 
 
 BELOW = {"errors", "typing"}
-CORE = {*BELOW, "foreign", "hub", "outputs", "families"}
-NEUTRAL_ROOMS = {*CORE, "checkpoint", "generation", "sharding", "memory", "quantization", "modeling"}
+CORE = {*BELOW, "foreign", "hub", "outputs", "families", "quantization"}
+NEUTRAL_ROOMS = {*CORE, "checkpoint", "generation", "sharding", "memory", "modeling"}
 ALLOWED = {
     "errors": set(),
     "typing": set(),
@@ -75,7 +75,8 @@ ALLOWED = {
     "hub": BELOW,
     "foreign": BELOW,
     "families": {*BELOW, "foreign", "hub"},
-    **dict.fromkeys(("checkpoint", "generation", "sharding", "quantization", "modeling"), CORE),
+    "quantization": {*BELOW, "families"},
+    **dict.fromkeys(("checkpoint", "generation", "sharding", "modeling"), CORE),
     "memory": {*CORE, "sharding"},
     **dict.fromkeys(WINGS, NEUTRAL_ROOMS),
 }

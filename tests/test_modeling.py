@@ -6,6 +6,7 @@ import pytest
 from olmozoo import InputError
 from olmozoo.backends import BACKENDS, load
 from olmozoo.families.parameter import ARCHITECTURES
+from olmozoo.quantization import QuantizedTensor
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.configs import CONFIGS
 from tests.helpers.wings import WINGS, scope
@@ -133,11 +134,14 @@ def test_keywords_of_transformers(folders, wing, auto):
     assert own.config.num_key_value_heads == config.num_key_value_heads
     for wrong, named in (
         ({"attn_implementation": "flash_attention_2"}, "expected 'eager' or 'sdpa'"),
-        ({"load_in_8bit": True}, r"load_in_8bit: .* Quantize the model afterwards"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "expected 8 or 4 bits of bitsandbytes"),
         ({"device_map": {"model": 0, "lm_head": "cpu"}}, "device_map is"),
     ):
         with pytest.raises(InputError, match=named):
             cls.from_pretrained(folders["olmo2"], **wrong)
+    with pytest.warns(UserWarning, match="load_in_8bit: olmozoo quantizes the linear weights itself"):
+        quantized = cls.from_pretrained(folders["olmo2"], load_in_8bit=True)
+    assert any(isinstance(values, QuantizedTensor) for _, values in quantized.read_parameters())
 
 
 @pytest.mark.tf

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from olmozoo.checkpoint.formats import ALL_WEIGHTS, pytorch, safetensors
+from olmozoo.checkpoint.quantized import Wanted, quantized_tensors
 from olmozoo.checkpoint.reader import Checkpoint, OpenCheckpoint, open_checkpoint
 from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError, HubError, raise_problems
@@ -155,19 +156,28 @@ def _two_adapters(model: Path | None, other: Path) -> CheckpointError:
     return CheckpointError(f"{model} has an adapter of its own, besides {other}: merge it first by `olmozoo convert`")
 
 
-def open_merged(source: Source, config_class: type[ModelConfig] = ModelConfig, **overrides: Any) -> OpenCheckpoint:
-    """`open_checkpoint` of a model's folder, with its adapter merged.
+def open_merged(
+    source: Source,
+    config_class: type[ModelConfig] = ModelConfig,
+    *,
+    quantization: Wanted = None,
+    **overrides: Any,
+) -> OpenCheckpoint:
+    """`open_checkpoint` of a model's folder, with its adapter merged, and then quantized where that is wanted.
 
     The config differs where the adapter brings more rows of the vocabulary or another number of labels, or where it
     changes one of two tied matrices alone.
 
     Raises:
         CheckpointError: the weights or the adapter are broken, or it cannot be merged; every problem is named.
+        InputError: the weights cannot be quantized so.
     """
     opened = open_checkpoint(source.folder, config_class, **overrides)
-    if source.adapter is None:
-        return opened
-    return dataclasses.replace(opened, config=Adapter(source.adapter).merge(opened.checkpoint, opened.config))
+    if source.adapter is not None:
+        opened = dataclasses.replace(opened, config=Adapter(source.adapter).merge(opened.checkpoint, opened.config))
+    checkpoint = opened.checkpoint
+    checkpoint.tensors = quantized_tensors(checkpoint.tensors, opened.config, quantization)
+    return opened
 
 
 class Adapter:
@@ -461,9 +471,8 @@ def _wide(*tensors: LazyTensor) -> np.dtype[Any]:
 
 def _computed(tensor: LazyTensor, values: Callable[[], Array]) -> LazyTensor:
     """A tensor in the dtype of another, with values that are computed when they are read."""
-    return dataclasses.replace(
-        tensor, read=lambda: values().astype(tensor.dtype, copy=False), exact=values, read_rows=None
-    )
+    read = lambda: values().astype(tensor.dtype, copy=False)  # noqa: E731
+    return LazyTensor(tensor.name, tensor.dtype, tensor.shape, read, tensor.file, exact=values)
 
 
 def _fitted(config: ModelConfig, plain: Mapping[str, LazyTensor]) -> ModelConfig:

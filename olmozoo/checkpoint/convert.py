@@ -27,7 +27,9 @@ from olmozoo.checkpoint.writer import write_config, write_weights
 from olmozoo.errors import CheckpointError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import ARCHITECTURES, BASE_PREFIX, HEAD_MODULES, Head, Parameter
-from olmozoo.typing import Array, StrPath
+from olmozoo.modeling import given_quantization
+from olmozoo.quantization import GROUP_SIZE
+from olmozoo.typing import StrPath
 
 Tensors = dict[Parameter, LazyTensor]  # under canonical names
 
@@ -43,6 +45,8 @@ def convert_checkpoint(
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
     adapter: StrPath | None = None,
+    quantization: str | None = None,
+    group_size: int = GROUP_SIZE,
     **hub_options: Any,
 ) -> None:
     """Write a checkpoint in another format, with its config, generation settings and tokenizer.
@@ -62,10 +66,14 @@ def convert_checkpoint(
         progress: called as progress(bytes read, bytes in all).
         adapter: a folder or a repository with a LoRA adapter of PEFT; default one in the model's folder. The merged
             model is written.
+        quantization: `int8` or `int4`, which safetensors alone have, or `none` for floats; default, as in the source
+            where safetensors are written, else floats.
+        group_size: of int4.
         **hub_options: as of `hub.resolve`.
 
     Raises:
-        InputError: there is no such format; or `target` is `source`, or has weights and `force` is not given.
+        InputError: there is no such format, or it has no quantized weights; or `target` is `source`, or has weights
+            and `force` is not given.
         HubError: the repository or a file cannot be downloaded.
         ConfigError: config.json is missing or bad.
         CheckpointError: the weights are broken, do not fit the config or do not fit `dtype`; or nothing could be
@@ -75,11 +83,18 @@ def convert_checkpoint(
         raise InputError(f"to is {to!r}, expected one of {', '.join(WRITABLE)}")
     format = WRITABLE[to]
     parse_size(max_shard_size)
+    how = given_quantization(quantization, group_size)
+    if to != "safetensors":
+        if how not in (None, "none"):
+            raise InputError(f"quantization is {quantization!r}, and only safetensors have quantized weights, not {to}")
+        how = "none"
     found = locate(source, need="model", adapter=adapter, **hub_options)
     folder = found.folder
     for read in (folder, Path(source)):  # the folder of an adapter is another than that of its base
         check_target(read, target, force)
-    opened, settings = read_unchanged(folder, lambda: (open_merged(found), settings_files(folder, found.tokenizer)))
+    opened, settings = read_unchanged(
+        folder, lambda: (open_merged(found, quantization=how), settings_files(folder, found.tokenizer))
+    )
     config, checkpoint = opened.config, opened.checkpoint
     head = head_of(config, checkpoint)
     wanted = dtype_of(dtype) if dtype is not None else checkpoint.dtype if format.one_dtype else None
@@ -186,14 +201,20 @@ def _counted(tensors: Tensors, progress: Callable[[int, int], None] | None) -> T
     total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
 
     def counted(tensor: LazyTensor) -> LazyTensor:
-        def read() -> Array:
-            nonlocal done
-            array = tensor.read()
-            done += tensor.nbytes
-            progress(done, total)
-            return array
+        def counting(read: Callable[[], Any]) -> Callable[[], Any]:
+            def counted_read() -> Any:
+                nonlocal done
+                values = read()
+                done += tensor.nbytes
+                progress(done, total)
+                return values
 
-        return dataclasses.replace(tensor, read=read)
+            return counted_read
+
+        integers = tensor.integers
+        if integers is not None:
+            integers = dataclasses.replace(integers, read=counting(integers.read))
+        return dataclasses.replace(tensor, read=counting(tensor.read), integers=integers)
 
     progress(0, total)
     return {parameter: counted(tensor) for parameter, tensor in tensors.items()}

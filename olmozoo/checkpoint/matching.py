@@ -11,9 +11,10 @@ import numpy as np
 
 from olmozoo import foreign
 from olmozoo.checkpoint.reader import Checkpoint
-from olmozoo.errors import CheckpointError, raise_problems
+from olmozoo.errors import CheckpointError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import ARCHITECTURES, BASE_PREFIX, Head, Parameter
+from olmozoo.quantization import QuantizedTensor
 from olmozoo.typing import Array
 
 
@@ -25,8 +26,10 @@ def load_weights(
     dtype: np.dtype[Any],
     ignore_mismatched_sizes: bool = False,
     seed: int = 0,
-) -> Iterator[tuple[Parameter, Array]]:
+) -> Iterator[tuple[Parameter, Array | QuantizedTensor]]:
     """Every parameter of the table with its values, the largest first; tied ones are left out.
+
+    Those of a quantized weight are its integers, as they are.
 
     The order keeps the peak of memory low: where values are copied, the largest are there twice while little else is.
     All checks come before the first tensor is read. A base model's checkpoint and one with another head both serve.
@@ -47,7 +50,8 @@ def load_weights(
     for parameter, read in find_weights(
         checkpoint, config, head, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, seed=seed
     ):
-        yield parameter, read().astype(dtype, copy=False)
+        values = read()
+        yield parameter, values if isinstance(values, QuantizedTensor) else values.astype(dtype, copy=False)
 
 
 def find_weights(
@@ -58,7 +62,7 @@ def find_weights(
     dtype: np.dtype[Any],
     ignore_mismatched_sizes: bool = False,
     seed: int = 0,
-) -> Iterator[tuple[Parameter, Callable[[], Array]]]:
+) -> Iterator[tuple[Parameter, Callable[[], Any]]]:
     """Every parameter of the table with a function that returns its values, in the dtype of the file.
 
     Where the file is mapped, they are a view of it: whoever takes a slice reads that slice alone. Order, arguments and
@@ -72,9 +76,23 @@ def find_weights(
     for parameter in sorted(config.parameters(head), key=lambda parameter: -parameter.size):
         if parameter.tied_to is None:
             if parameter.name in sources:
-                yield parameter, checkpoint.tensors[sources[parameter.name]].exact_values
+                tensor = checkpoint.tensors[sources[parameter.name]]
+                yield parameter, tensor.exact_values if tensor.integers is None else tensor.integers.read
             else:
                 yield parameter, partial(parameter.initial, seed, dtype)
+
+
+def check_floats(checkpoint: Checkpoint) -> None:
+    """Check that no weight of a checkpoint is quantized, as a model over several devices needs.
+
+    Raises:
+        InputError: one is.
+    """
+    if quantized := [name for name, tensor in checkpoint.tensors.items() if tensor.integers is not None]:
+        raise InputError(
+            f"{checkpoint.folder}: {quantized[0]} is quantized, and models over several devices are in floats: load it "
+            "with quantization='none'"
+        )
 
 
 def initial_weights(

@@ -16,6 +16,7 @@ from olmozoo import foreign
 from olmozoo.checkpoint.files import CONFIG, GENERATION_CONFIG, FolderHandle, index_entries
 from olmozoo.checkpoint.formats import FORMATS, Format, keras, orbax
 from olmozoo.checkpoint.formats.names import canonical_name
+from olmozoo.checkpoint.quantized import join
 from olmozoo.checkpoint.tensors import LazyTensor, widest
 from olmozoo.errors import CheckpointError, OlmozooError, raise_problems
 from olmozoo.families.config import ModelConfig, read_json
@@ -42,7 +43,8 @@ class Checkpoint:
 
     Attributes:
         folder: the same.
-        tensors: the tensors by name.
+        tensors: the tensors by name; a quantized weight is one tensor, under the name that it has in floats.
+        is_quantized: whether the files have quantized weights.
 
     Raises:
         CheckpointError: no weights, or broken ones. One error lists every problem.
@@ -84,6 +86,11 @@ class Checkpoint:
                 stacklevel=2,
             )
             self.tensors = {plain[name]: tensor.renamed(plain[name]) for name, tensor in self.tensors.items()}
+        joined = join(self.tensors, problems)
+        self.is_quantized, self.tensors = joined.keys() != self.tensors.keys(), joined
+        if problems and not self.is_quantized and (reason := foreign.quantization(self.folder, problems)):
+            raise CheckpointError(reason)
+        raise_problems(f"{self.folder} has tensors that no model has", problems)
         if format.file == keras.TRANSFORMERS_FILE and keras.TF_HEAD in self.tensors:
             self.tensors["lm_head.weight"] = self.tensors[keras.TF_HEAD].renamed("lm_head.weight")
 
@@ -173,10 +180,12 @@ def open_checkpoint(
         return source
     if reason := foreign.quantization(path, source.checkpoint.tensors):
         raise CheckpointError(reason)
-    warnings.warn(
-        f"{path}: the weights are not quantized; quantization_config in config.json is ignored, and not written back",
-        stacklevel=2,
-    )
+    if not source.checkpoint.is_quantized:
+        warnings.warn(
+            f"{path}: the weights are not quantized; quantization_config in config.json is ignored, and not written "
+            "back",
+            stacklevel=2,
+        )
     extra = {name: value for name, value in source.config.extra.items() if name != "quantization_config"}
     return dataclasses.replace(source, config=source.config.replace(extra=extra))
 

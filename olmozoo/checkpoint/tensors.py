@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from olmozoo.errors import CheckpointError, InputError, raise_problems
+from olmozoo.quantization import Quantization, QuantizedTensor
 from olmozoo.typing import Array
 
 DTYPES: dict[str, np.dtype[Any]] = {  # by the codes of safetensors
@@ -22,6 +23,13 @@ DTYPES: dict[str, np.dtype[Any]] = {  # by the codes of safetensors
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+INTEGERS: dict[str, np.dtype[Any]] = {  # of quantized weights, and of what is stored beside them
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
 }
 DTYPE_NAMES = {dtype.name: dtype for dtype in DTYPES.values()}
 ALIGNMENT = 64  # bytes: a cache line, and what TensorFlow and XLA require of memory that they did not allocate
@@ -49,6 +57,21 @@ def widest(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
 
 
 @dataclass(frozen=True)
+class LazyIntegers:
+    """The integers of a quantized weight that are not read, or not made, yet.
+
+    Attributes:
+        scheme: how it is quantized.
+        scale: the dtype of the scales.
+        read: returns them.
+    """
+
+    scheme: Quantization
+    scale: np.dtype[Any]
+    read: Callable[[], QuantizedTensor]
+
+
+@dataclass(frozen=True)
 class LazyTensor:
     """A tensor that is not read yet.
 
@@ -59,6 +82,7 @@ class LazyTensor:
         file: where it is stored, for messages.
         read_rows: returns rows [start, stop) without reading the others; None where that is `read()[start:stop]`.
         exact: of a tensor that is computed, returns the values before they are rounded to `dtype`.
+        integers: of a quantized weight, its integers; `read` dequantizes them.
     """
 
     name: str
@@ -68,6 +92,7 @@ class LazyTensor:
     file: Path | str = ""
     read_rows: Callable[[int, int], Array] | None = None
     exact: Callable[[], Array] | None = None
+    integers: LazyIntegers | None = None
 
     @property
     def nbytes(self) -> int:
@@ -88,12 +113,16 @@ class LazyTensor:
 
     def transposed(self) -> LazyTensor:
         """The transpose of a matrix, as a view."""
-        return dataclasses.replace(self, shape=self.shape[::-1], read=lambda: self.read().T, read_rows=None, exact=None)
+        return LazyTensor(self.name, self.dtype, self.shape[::-1], lambda: self.read().T, self.file)
 
     def cast(self, dtype: np.dtype[Any]) -> LazyTensor:
         """The tensor in another dtype; reading it raises a CheckpointError where a value would overflow."""
         if dtype == self.dtype:
             return self
+
+        if self.integers is not None:  # they stay as they are
+            integers = self.integers
+            return dataclasses.replace(self, dtype=dtype, read=lambda: integers.read().dequantize(dtype))
 
         def read() -> Array:
             array = self.exact_values()

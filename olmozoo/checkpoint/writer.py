@@ -9,7 +9,8 @@ from typing import Any
 from olmozoo.checkpoint.atomic import atomic_folder
 from olmozoo.checkpoint.files import CONFIG, GENERATION_CONFIG, parse_size, remove, shards, write_json
 from olmozoo.checkpoint.formats import SHARDED_WEIGHTS, WRITABLE, Format
-from olmozoo.checkpoint.tensors import LazyTensor, dtype_of, widest
+from olmozoo.checkpoint.quantized import parts, quantization_config
+from olmozoo.checkpoint.tensors import LazyIntegers, LazyTensor, dtype_of, widest
 from olmozoo.errors import CheckpointError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import ARCHITECTURES, BASE_PREFIX, Head, Parameter
@@ -24,6 +25,7 @@ def save_checkpoint(
     read: Callable[[Parameter], Array],
     dtype: Callable[[Parameter], Any],
     *,
+    integers: Callable[[Parameter], LazyIntegers | None] = lambda parameter: None,
     generation_config: Mapping[str, Any] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
@@ -39,6 +41,7 @@ def save_checkpoint(
         head: the model's head; None writes a base model, whose names have no leading `model.`.
         read: returns a parameter's values in the shape of the table; called once for each.
         dtype: returns the dtype of those values without reading them.
+        integers: returns the integers of a quantized weight; they are written as compressed-tensors writes them.
         generation_config: the contents of generation_config.json; None writes none.
         max_shard_size: bytes a file, as a number or as "5GB" (10**9) or "5GiB" (2**30).
 
@@ -49,7 +52,13 @@ def save_checkpoint(
         raise CheckpointError(f"{folder} has an adapter, which loading would merge into this model: save elsewhere")
     prefix = BASE_PREFIX if head is None else ""
     tensors = [
-        LazyTensor(p.name.removeprefix(prefix), dtype_of(dtype(p)), p.shape, lambda p=p: read(p))  # type: ignore[misc]
+        LazyTensor(
+            p.name.removeprefix(prefix),
+            dtype_of(dtype(p)),
+            p.shape,
+            lambda p=p: read(p),  # type: ignore[misc]
+            integers=integers(p),
+        )
         for p in config.parameters(head)
         if p.tied_to is None
     ]
@@ -104,11 +113,15 @@ def save_together(
 
 def write_config(folder: Path, config: ModelConfig, head: Head | None, tensors: list[LazyTensor]) -> None:
     """Write the config.json of a model with this head and these tensors as a new file."""
+    prefix = BASE_PREFIX if head is None else ""
+    linear = [p.name.removeprefix(prefix) for p in config.parameters(head) if p.kind == "linear"]
+    quantization = quantization_config(tensors, linear)
     config = config.replace(
         extra={
-            **{key: value for key, value in config.extra.items() if key != "torch_dtype"},
+            **{key: value for key, value in config.extra.items() if key not in ("torch_dtype", "quantization_config")},
             "architectures": [config.name + ARCHITECTURES[head]],
             "dtype": widest(tensor.dtype for tensor in tensors).name,
+            **({} if quantization is None else {"quantization_config": quantization}),
         }
     )
     remove(folder / CONFIG)
@@ -125,11 +138,12 @@ def write_weights(
 
     Args:
         folder: where to.
-        tensors: as `format.write` takes them, in order.
+        tensors: as `format.write` takes them, in order; quantized weights are written as their parts.
         max_shard_size: bytes a file.
         format: one that writes single files.
     """
     assert format.write is not None
+    tensors = [part for tensor in tensors for part in parts(tensor)]
     groups = shards(tensors, parse_size(max_shard_size))
     if len(groups) == 1 or not format.sharded:
         format.write(folder / format.file, tensors)

@@ -15,7 +15,9 @@ from olmozoo.cli.common import (
     Adapter,
     AsJson,
     Dtype,
+    GroupSize,
     Model,
+    Quantization,
     Revision,
     err,
     import_backend,
@@ -27,6 +29,7 @@ from olmozoo.cli.common import (
     show,
     write,
 )
+from olmozoo.quantization import GROUP_SIZE
 
 if TYPE_CHECKING:
     from olmozoo.checkpoint.diff import Diff
@@ -82,6 +85,8 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace the weights of a target that has some.")] = False,
     revision: Revision = None,
     adapter: Adapter = None,
+    quantization: Quantization = None,
+    group_size: GroupSize = GROUP_SIZE,
 ) -> None:
     """Write a checkpoint in another framework's format, with its config and tokenizer.
 
@@ -104,6 +109,8 @@ def convert(
             progress=lambda done, total: bar.update(task, description="writing", completed=done, total=total),
             revision=revision,
             adapter=adapter,
+            quantization=quantization,
+            group_size=group_size,
         )
     write(f"{target}\n")
 

@@ -42,6 +42,11 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="float64, float32, bfloat16 or float16; default the checkpoint's own.", rich_help_panel=MODEL),
 ]
+Quantization = Annotated[
+    str | None,
+    typer.Option(help="int8, int4, or none for floats; default as the files have it.", rich_help_panel=MODEL),
+]
+GroupSize = Annotated[int, typer.Option(help="Values that share a scale in int4.", rich_help_panel=MODEL)]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 MaxNewTokens = Annotated[int, typer.Option(help="The most tokens to write.", rich_help_panel=OUTPUT)]
 Sample = Annotated[

@@ -15,13 +15,16 @@ from olmozoo.cli.common import (
     Backend,
     Device,
     Dtype,
+    GroupSize,
     Model,
+    Quantization,
     Revision,
     import_backend,
     progress_bar,
     show,
     write,
 )
+from olmozoo.quantization import GROUP_SIZE
 
 
 def evaluate(
@@ -39,6 +42,8 @@ def evaluate(
     dtype: Dtype = None,
     revision: Revision = None,
     adapter: Adapter = None,
+    quantization: Quantization = None,
+    group_size: GroupSize = GROUP_SIZE,
 ) -> None:
     """Measure perplexity and bits per byte of texts, or accuracy on multiple-choice questions.
 
@@ -63,6 +68,8 @@ def evaluate(
             progress=lambda done, total: bar.update(task, description="scoring", completed=done, total=total),
             revision=revision,
             adapter=adapter,
+            quantization=quantization,
+            group_size=group_size,
         )
     if as_json:
         write(f"{json.dumps(result.to_dict())}\n")

@@ -19,9 +19,11 @@ from olmozoo.cli.common import (
     Backend,
     Device,
     Dtype,
+    GroupSize,
     MaxNewTokens,
     MinP,
     Model,
+    Quantization,
     RepetitionPenalty,
     Revision,
     Sample,
@@ -35,6 +37,7 @@ from olmozoo.cli.common import (
     write,
 )
 from olmozoo.errors import InputError, OlmozooError
+from olmozoo.quantization import GROUP_SIZE
 
 if TYPE_CHECKING:
     from olmozoo.text.pipeline import TextGenerationPipeline
@@ -62,6 +65,8 @@ def generate(
     dtype: Dtype = None,
     revision: Revision = None,
     adapter: Adapter = None,
+    quantization: Quantization = None,
+    group_size: GroupSize = GROUP_SIZE,
     max_new_tokens: MaxNewTokens = 64,
     stop: Annotated[
         list[str] | None,
@@ -122,7 +127,15 @@ def generate(
     with err.status(f"loading {model}"):
         import_backend(backend)
         pipe = pipeline(
-            "text-generation", model, backend=backend, dtype=dtype, device=device, revision=revision, adapter=adapter
+            "text-generation",
+            model,
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            adapter=adapter,
+            quantization=quantization,
+            group_size=group_size,
         )
     tokens = _count_tokens(pipe, prompts, max_new_tokens, allow_long)
     if stream:
@@ -152,6 +165,8 @@ def chat(
     dtype: Dtype = None,
     revision: Revision = None,
     adapter: Adapter = None,
+    quantization: Quantization = None,
+    group_size: GroupSize = GROUP_SIZE,
     max_new_tokens: MaxNewTokens = 512,
     sample: Sample = None,
     temperature: Temperature = None,
@@ -178,7 +193,15 @@ def chat(
     with err.status(f"loading {model}"):
         import_backend(backend)
         pipe = pipeline(
-            "text-generation", model, backend=backend, dtype=dtype, device=device, revision=revision, adapter=adapter
+            "text-generation",
+            model,
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            adapter=adapter,
+            quantization=quantization,
+            group_size=group_size,
         )
     if "default" not in pipe.tokenizer.chat_templates:
         # A made-up format would look like a chat, and the model was never trained on it.

@@ -9,8 +9,22 @@ import typer
 from rich.markup import escape
 
 from olmozoo.cli.checkpoint import show_diff
-from olmozoo.cli.common import LISTED, Adapter, Device, Model, Revision, err, import_backend, out, printable, show
+from olmozoo.cli.common import (
+    LISTED,
+    Adapter,
+    Device,
+    GroupSize,
+    Model,
+    Quantization,
+    Revision,
+    err,
+    import_backend,
+    out,
+    printable,
+    show,
+)
 from olmozoo.errors import InputError
+from olmozoo.quantization import GROUP_SIZE
 
 if TYPE_CHECKING:
     from olmozoo.verify.report import Report
@@ -39,6 +53,8 @@ def verify(
     device: Device = None,
     revision: Revision = None,
     adapter: Adapter = None,
+    quantization: Quantization = None,
+    group_size: GroupSize = GROUP_SIZE,
     against_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the second.")] = None,
 ) -> None:
     """Run one left-padded batch through the backends and compare every layer. Exit code 1 where a bound is broken."""
@@ -66,6 +82,8 @@ def verify(
             progress=lambda text: status.update(escape(printable(text))),
             revision=revision,
             adapter=adapter,
+            quantization=quantization,
+            group_size=group_size,
             against_revision=against_revision,
         )
         if plot is not None:

@@ -18,6 +18,7 @@ import numpy as np
 from olmozoo.backends import Backend, backend_class, load
 from olmozoo.checkpoint.adapters import locate
 from olmozoo.errors import CheckpointError, InputError
+from olmozoo.quantization import GROUP_SIZE
 from olmozoo.text.encoding import pad_left
 from olmozoo.text.tokenizer import Tokenizer
 from olmozoo.typing import Array, HubOptions, StrPath
@@ -120,6 +121,8 @@ def evaluate(
     batch_size: int = 4,
     progress: Progress = lambda done, total: None,
     adapter: StrPath | None = None,
+    quantization: str | None = None,
+    group_size: int = GROUP_SIZE,
     **hub: Unpack[HubOptions],
 ) -> Perplexity | MultipleChoice:
     """Perplexity of texts, or accuracy on multiple-choice questions; see `perplexity` and `multiple_choice`.
@@ -134,6 +137,8 @@ def evaluate(
         batch_size: rows that run at once.
         progress: called with the number of rows scored and the number of all rows.
         adapter: a folder or a repository with a LoRA adapter of PEFT; default one in the model's folder.
+        quantization: `int8`, `int4`, or `none` for floats; default as the folder has it (see `olmozoo.quantization`).
+        group_size: of int4.
         **hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
@@ -146,7 +151,7 @@ def evaluate(
     backend_class(backend).module()  # before anything is downloaded
     source = locate(path_or_repo, need="model", adapter=adapter, **hub)
     tokenizer = Tokenizer.from_pretrained(source.tokenizer)
-    loaded = load(source.folder, backend, dtype, device, source.adapter)
+    loaded = load(source.folder, backend, dtype, device, source.adapter, quantization, group_size)
     if questions:
         return multiple_choice(loaded, tokenizer, questions, batch_size=batch_size, progress=progress)
     texts = [entry for entry in content if isinstance(entry, str)]

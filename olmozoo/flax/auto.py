@@ -14,7 +14,8 @@ from olmozoo.flax.base import PreTrainedModel
 from olmozoo.flax.decoder import Decoder
 from olmozoo.flax.heads import CausalLM, QuestionAnswerer, SequenceClassifier
 from olmozoo.flax.sharding import parameter_shardings
-from olmozoo.modeling import given_dtype, own_config, split_options
+from olmozoo.modeling import given_dtype, given_quantization, own_config, split_options
+from olmozoo.quantization import GROUP_SIZE
 from olmozoo.typing import StrPath
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -35,6 +36,8 @@ class AutoClass(Generic[Model]):
         _do_init: bool = True,
         adapter: StrPath | None = None,
         mesh: Mesh | None = None,
+        quantization: str | None = None,
+        group_size: int = GROUP_SIZE,
         **options: Any,
     ) -> Model | tuple[Model, dict[str, Any]]:
         """A model of the checkpoint's family with its weights.
@@ -45,11 +48,14 @@ class AutoClass(Generic[Model]):
             ConfigError: the family has no such head.
         """
         dtype = given_dtype(dtype, options)
+        how = given_quantization(quantization, group_size, options)
         hub, overrides = split_options(options)
         if mesh is not None:
             config = config_alone(path_or_repo, adapter=adapter, hub=hub, **overrides)
             parameter_shardings(config, cls.head, mesh)
-        source = open_merged(locate(path_or_repo, need="weights", adapter=adapter, **hub), **overrides)
+        source = open_merged(
+            locate(path_or_repo, need="weights", adapter=adapter, **hub), quantization=how, **overrides
+        )
         found: type[Model] = model_class("flax", source.config, cls.head)
         return found._from_checkpoint(
             source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, _do_init=_do_init, mesh=mesh

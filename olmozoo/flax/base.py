@@ -16,9 +16,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from olmozoo.checkpoint.adapters import config_alone, locate, open_merged
-from olmozoo.checkpoint.matching import find_weights, load_weights
+from olmozoo.checkpoint.matching import check_floats, find_weights, load_weights
 from olmozoo.checkpoint.reader import OpenCheckpoint
-from olmozoo.checkpoint.tensors import aligned_copy, check_shapes, dtype_of
+from olmozoo.checkpoint.tensors import LazyIntegers, aligned_copy, check_shapes, dtype_of
 from olmozoo.checkpoint.writer import save_checkpoint, save_together
 from olmozoo.errors import ConfigError, InputError
 from olmozoo.families.config import ModelConfig
@@ -26,10 +26,12 @@ from olmozoo.families.parameter import Kind, Parameter
 from olmozoo.flax.buckets import SETTINGS, cut_output, is_traced, pad_call
 from olmozoo.flax.cache import KVCache
 from olmozoo.flax.layers import at_least_float32
+from olmozoo.flax.quantization import from_leaves, shapes_in_floats, to_leaves
 from olmozoo.flax.sharding import agree, check_mesh, constrain, from_slices, parameter_shardings, to_host
 from olmozoo.generation.config import GenerationConfig
-from olmozoo.modeling import ModelMixin, given_dtype, resized_config, split_options
+from olmozoo.modeling import ModelMixin, given_dtype, given_quantization, resized_config, split_options
 from olmozoo.outputs import OUTPUTS
+from olmozoo.quantization import GROUP_SIZE, QuantizedTensor, as_floats
 
 DROPOUTS = ("dropout", "attention_dropout", "layerdrop")  # what a config may have that draws random numbers in training
 COMPILED = ("_forward", "_read_prompt", "_read_answer", "trace_count")  # attributes that are not copied
@@ -144,23 +146,24 @@ class PreTrainedModel(ModelMixin):
             InputError: they are not; every problem is named.
         """
         params = unfreeze(self.tree(params))
-        found = {"/".join(path): np.shape(leaf) for path, leaf in flatten_dict(params).items()}
+        found = {"/".join(path): shape for path, shape in shapes_in_floats(flatten_dict(params))}
         expected = {"/".join(path): leaf.shape for path, leaf in flatten_dict(self.params_shape_tree).items()}
         check_shapes(f"params do not fit {type(self).__name__}", found, expected)
         return params
 
-    def bind_parameters(self, items: Iterable[tuple[Parameter, np.ndarray]]) -> None:
+    def bind_parameters(self, items: Iterable[tuple[Parameter, np.ndarray | QuantizedTensor]]) -> None:
         """Set `params` to copies of values, which keep their dtype.
 
         Args:
-            items: all parameters of the table with their values, as they are in a checkpoint.
+            items: all parameters of the table with their values, as they are in a checkpoint; quantized weights
+                become the leaves of `olmozoo.flax.quantization`.
 
         Raises:
             InputError: some are missing or have another shape; every problem is named.
         """
         self.params = self._tree((parameter, from_numpy(parameter, array)) for parameter, array in items)
 
-    def read_parameters(self, params: Any = None) -> Iterator[tuple[Parameter, np.ndarray]]:
+    def read_parameters(self, params: Any = None) -> Iterator[tuple[Parameter, np.ndarray | QuantizedTensor]]:
         """The parameters of the table, without tied ones, with their values as they are in a checkpoint.
 
         Args:
@@ -171,7 +174,8 @@ class PreTrainedModel(ModelMixin):
         """
         leaves = flatten_dict(self.check_parameters(params))
         for parameter in self._parameter_table():
-            yield parameter, to_numpy(parameter, leaves[self._leaf(parameter)])
+            path = self._leaf(parameter)
+            yield parameter, to_numpy(parameter, leaves[path]) if path in leaves else from_leaves(leaves, path)
 
     def _leaf(self, parameter: Parameter) -> tuple[str, ...]:
         """The path of a parameter in the tree: the canonical one, its last name changed to the one of Flax."""
@@ -212,7 +216,13 @@ class PreTrainedModel(ModelMixin):
         return self._tree((parameter, place(parameter, read)) for parameter, read in items)
 
     def _tree(self, leaves: Iterable[tuple[Parameter, Any]]) -> dict[str, Any]:
-        return unflatten_dict({self._leaf(parameter): leaf for parameter, leaf in leaves})
+        found: dict[tuple[str, ...], Any] = {}
+        for parameter, leaf in leaves:
+            path = self._leaf(parameter)
+            found |= (
+                {(*path[:-1], name): part for name, part in leaf.items()} if isinstance(leaf, dict) else {path: leaf}
+            )
+        return unflatten_dict(found)
 
     # -- loading and saving ---------------------------------------------------------------------------------------
 
@@ -226,6 +236,8 @@ class PreTrainedModel(ModelMixin):
         _do_init: bool = True,
         adapter: str | os.PathLike[str] | None = None,
         mesh: Mesh | None = None,
+        quantization: str | None = None,
+        group_size: int = GROUP_SIZE,
         **options: Any,
     ) -> Self | tuple[Self, dict[str, Any]]:
         """A model with the weights of a checkpoint.
@@ -242,6 +254,10 @@ class PreTrainedModel(ModelMixin):
                 that is in the model's folder. See `olmozoo.checkpoint.adapters`.
             mesh: the devices that the model is split over; each process reads the parts of its own devices alone. See
                 `olmozoo.flax.sharding`.
+            quantization: `int8` or `int4` makes the linear weights of the blocks integers (see `olmozoo.quantization`);
+                `none` reads a quantized folder as floats; default, as the folder has them. Transformers'
+                `load_in_8bit`, `load_in_4bit` and a `quantization_config` of bitsandbytes or torchao mean the same.
+            group_size: of int4, the values along a row that share a scale.
             **options: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only` say where on the hub to look
                 (see `olmozoo.hub.resolve`). `config` is used instead of config.json. Keywords of Transformers are taken
                 where they mean the same here (`torch_dtype`, `attn_implementation`, `low_cpu_mem_usage`, ...). All
@@ -254,14 +270,16 @@ class PreTrainedModel(ModelMixin):
             InputError: the mesh does not fit the model; every problem is named, before anything is downloaded but the
                 config.
             CheckpointError: the weights are broken or do not fit the config; every problem is named.
+            InputError: there is no such quantization, or its groups do not divide a layer, which is named.
         """
         dtype = given_dtype(dtype, options)
+        how = given_quantization(quantization, group_size, options)
         hub, overrides = split_options(options)
         if mesh is not None:
             config = config_alone(path_or_repo, cls.config_class, adapter=adapter, hub=hub, **overrides)
             parameter_shardings(config, cls.head, mesh)
         found = locate(path_or_repo, need="weights", adapter=adapter, **hub)
-        source = open_merged(found, cls.config_class, **overrides)
+        source = open_merged(found, cls.config_class, quantization=how, **overrides)
         return cls._from_checkpoint(
             source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, _do_init=_do_init, mesh=mesh
         )
@@ -283,6 +301,7 @@ class PreTrainedModel(ModelMixin):
         model.generation_config = GenerationConfig.from_contents(source.generation, config)
         settings: Any = {"dtype": wanted, "ignore_mismatched_sizes": ignore_mismatched_sizes}
         if mesh is not None:
+            check_floats(checkpoint)
             params = model._split(find_weights(checkpoint, config, cls.head, **settings))
             if not _do_init:
                 return model, params
@@ -311,12 +330,17 @@ class PreTrainedModel(ModelMixin):
         With several processes, all of them call this: parameters are gathered one by one, and process 0 writes.
         """
         leaves = flatten_dict(self.check_parameters(params))
+
+        def in_floats(parameter: Parameter) -> bool:
+            return self._leaf(parameter) in leaves
+
         save = partial(
             save_checkpoint,
             folder,
             self.config,
             self.head,
-            dtype=lambda parameter: leaves[self._leaf(parameter)].dtype,
+            dtype=lambda parameter: leaves[self._leaf(parameter)].dtype if in_floats(parameter) else self.param_dtype,
+            integers=lambda parameter: None if in_floats(parameter) else lazy_integers(leaves, self._leaf(parameter)),
             generation_config=self.generation_config.to_dict(),
             max_shard_size=max_shard_size,
         )
@@ -449,6 +473,8 @@ class PreTrainedModel(ModelMixin):
 def canonical_state(model: PreTrainedModel, params: Any = None) -> dict[str, np.ndarray]:
     """The values of a model by canonical name, as they are in a checkpoint; tied heads are left out.
 
+    Quantized weights are dequantized.
+
     Args:
         model: the model.
         params: a tree of its parameters, or of gradients; default its own.
@@ -456,7 +482,8 @@ def canonical_state(model: PreTrainedModel, params: Any = None) -> dict[str, np.
     Raises:
         InputError: there are no parameters, or they do not fit; every problem is named.
     """
-    return {parameter.name: array for parameter, array in model.read_parameters(params)}
+    dtype = model.param_dtype
+    return {parameter.name: as_floats(array, dtype) for parameter, array in model.read_parameters(params)}
 
 
 def usable_dtype(dtype: Any) -> np.dtype[Any]:
@@ -479,11 +506,13 @@ def oriented(parameter: Parameter, array: np.ndarray) -> np.ndarray:
     return array.T if parameter.kind == "linear" else array
 
 
-def from_numpy(parameter: Parameter, array: np.ndarray) -> jax.Array:
+def from_numpy(parameter: Parameter, array: np.ndarray | QuantizedTensor) -> jax.Array | dict[str, jax.Array]:
     """A copy of the values on the default device: a file that changes later changes no JAX array.
 
-    On the CPU, JAX uses memory that is aligned like this as it is.
+    On the CPU, JAX uses memory that is aligned like this as it is. Of a quantized weight, its leaves by name.
     """
+    if isinstance(array, QuantizedTensor):
+        return to_leaves(array)
     return jax.device_put(aligned_copy(array, transposed=parameter.kind == "linear"))
 
 
@@ -491,6 +520,12 @@ def to_numpy(parameter: Parameter, leaf: jax.Array) -> np.ndarray:
     """The leaf as it is on disk: a copy of a linear weight, the memory of the leaf itself for the rest."""
     array = to_host(leaf)
     return aligned_copy(array, transposed=True) if parameter.kind == "linear" else array
+
+
+def lazy_integers(leaves: Mapping[tuple[str, ...], Any], kernel: tuple[str, ...]) -> LazyIntegers:
+    """The integers of a quantized weight, by the path that its kernel would have."""
+    tensor = from_leaves(leaves, kernel)
+    return LazyIntegers(tensor.scheme, tensor.scale.dtype, lambda: from_leaves(leaves, kernel))
 
 
 def cast(params: Any, dtype: Any, mask: Any) -> Any:

@@ -20,6 +20,7 @@ from olmozoo.families.config import ModelConfig
 from olmozoo.flax.base import PreTrainedModel
 from olmozoo.flax.cache import close_cache, open_cache
 from olmozoo.flax.layers import causal_mask, concrete, query_mask, rotary
+from olmozoo.flax.quantization import quantized_dense
 from olmozoo.flax.sharding import constrain
 from olmozoo.modeling import check_inputs, check_range
 from olmozoo.outputs import BaseModelOutput
@@ -87,7 +88,8 @@ class DecoderModule(nn.Module):
         states, presents, attentions = [hidden], [], []
         for block, layer_input, layer_past, window in zip(blocks, layer_inputs, pasts, windows, strict=True):
             before = hidden
-            hidden, present, weights = block(hidden, masks[window], layer_input, layer_past, deterministic)
+            with nn.intercept_methods(quantized_dense):
+                hidden, present, weights = block(hidden, masks[window], layer_input, layer_past, deterministic)
             if layerdrop and not deterministic:
                 hidden = jnp.where(jax.random.uniform(self.make_rng("dropout")) < layerdrop, before, hidden)
             hidden = constrain(hidden, self.mesh)

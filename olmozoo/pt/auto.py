@@ -10,11 +10,12 @@ from olmozoo.checkpoint.adapters import config_alone, locate, open_merged
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Head
 from olmozoo.families.registry import model_class
-from olmozoo.modeling import given_dtype, own_config, split_options
+from olmozoo.modeling import given_dtype, given_quantization, own_config, split_options
 from olmozoo.pt.base import PreTrainedModel, given_devices
 from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.heads import CausalLM, QuestionAnswerer, SequenceClassifier
 from olmozoo.pt.parallel import mesh_sizes
+from olmozoo.quantization import GROUP_SIZE
 from olmozoo.sharding import layout
 from olmozoo.typing import StrPath
 
@@ -42,6 +43,8 @@ class AutoClass(Generic[Model]):
         max_memory: dict[Any, Any] | None = None,
         offload_folder: StrPath | None = None,
         adapter: StrPath | None = None,
+        quantization: str | None = None,
+        group_size: int = GROUP_SIZE,
         **options: Any,
     ) -> Model:
         """A model of the checkpoint's family with its weights.
@@ -53,12 +56,13 @@ class AutoClass(Generic[Model]):
         """
         dtype = given_dtype(dtype, options)
         devices = given_devices(device, device_mesh, device_map, max_memory, offload_folder)
+        how = given_quantization(quantization, group_size, options)
         hub, overrides = split_options(options)
         if device_mesh is not None:
             config = config_alone(path_or_repo, adapter=adapter, hub=hub, **overrides)
             layout(config, cls.head, mesh_sizes(device_mesh), style="pt")
         location = locate(path_or_repo, need="weights", adapter=adapter, **hub)
-        source = open_merged(location, **overrides)
+        source = open_merged(location, quantization=how, **overrides)
         found: type[Model] = model_class("pt", source.config, cls.head)
         model = found._from_checkpoint(source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, **devices)
         model.note_source(path_or_repo, location)

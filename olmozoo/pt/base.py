@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from olmozoo.checkpoint.adapters import Source, config_alone, locate, open_merged
-from olmozoo.checkpoint.matching import find_weights, initial_weights, load_weights
+from olmozoo.checkpoint.matching import check_floats, find_weights, initial_weights, load_weights
 from olmozoo.checkpoint.reader import OpenCheckpoint
-from olmozoo.checkpoint.tensors import check_shapes, dtype_of
+from olmozoo.checkpoint.tensors import LazyIntegers, check_shapes, dtype_of
 from olmozoo.checkpoint.writer import save_checkpoint, save_together
 from olmozoo.errors import InputError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.generation.config import GenerationConfig
-from olmozoo.modeling import ModelMixin, given_dtype, resized_config, split_options
+from olmozoo.modeling import ModelMixin, given_dtype, given_quantization, resized_config, split_options
 from olmozoo.outputs import OUTPUTS
 from olmozoo.pt.cache import KVCache
 from olmozoo.pt.parallel import (
@@ -35,8 +35,10 @@ from olmozoo.pt.parallel import (
     reshard,
     root_mesh,
 )
+from olmozoo.pt.quantization import QuantizedLinear
+from olmozoo.quantization import GROUP_SIZE, QuantizedTensor, as_floats
 from olmozoo.sharding import layout
-from olmozoo.typing import StrPath
+from olmozoo.typing import Array, StrPath
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -93,6 +95,8 @@ class PreTrainedModel(ModelMixin, nn.Module):
         max_memory: dict[Any, Any] | None = None,
         offload_folder: StrPath | None = None,
         adapter: str | os.PathLike[str] | None = None,
+        quantization: str | None = None,
+        group_size: int = GROUP_SIZE,
         **options: Any,
     ) -> Self:
         """A model with the weights of a checkpoint, in evaluation mode.
@@ -114,6 +118,10 @@ class PreTrainedModel(ModelMixin, nn.Module):
             offload_folder: where weights go that fit on no device.
             adapter: a folder or a repository with a LoRA adapter of PEFT, which is merged into the weights; default one
                 that is in the model's folder. See `olmozoo.checkpoint.adapters`.
+            quantization: `int8` or `int4` makes the linear weights of the blocks integers (see `olmozoo.quantization`);
+                `none` reads a quantized folder as floats; default, as the folder has them. Transformers'
+                `load_in_8bit`, `load_in_4bit` and a `quantization_config` of bitsandbytes or torchao mean the same.
+            group_size: of int4, the values along a row that share a scale.
             **options: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only` say where on the hub to look
                 (see `olmozoo.hub.resolve`). `config` is used instead of config.json. Keywords of Transformers are taken
                 where they mean the same here (`torch_dtype`, `attn_implementation`, `low_cpu_mem_usage`, ...). All
@@ -125,15 +133,17 @@ class PreTrainedModel(ModelMixin, nn.Module):
             InputError: the mesh does not fit the model; every problem is named, before anything is downloaded but the
                 config. Or devices are given twice.
             CheckpointError: the weights are broken or do not fit the config; every problem is named.
+            InputError: there is no such quantization, or its groups do not divide a layer, which is named.
         """
         dtype = given_dtype(dtype, options)
         devices = given_devices(device, device_mesh, device_map, max_memory, offload_folder)
+        how = given_quantization(quantization, group_size, options)
         hub, overrides = split_options(options)
         if device_mesh is not None:
             config = config_alone(path_or_repo, cls.config_class, adapter=adapter, hub=hub, **overrides)
             layout(config, cls.head, mesh_sizes(device_mesh), style="pt")
         location = locate(path_or_repo, need="weights", adapter=adapter, **hub)
-        source = open_merged(location, cls.config_class, **overrides)
+        source = open_merged(location, cls.config_class, quantization=how, **overrides)
         model = cls._from_checkpoint(source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, **devices)
         model.note_source(path_or_repo, location)
         return model
@@ -156,8 +166,10 @@ class PreTrainedModel(ModelMixin, nn.Module):
         wanted = checkpoint.dtype if dtype in (None, "auto") else dtype_of(dtype)
         model = cls(config, seed=None)
         settings: Any = {"dtype": wanted, "ignore_mismatched_sizes": ignore_mismatched_sizes}
+        if device_mesh is not None or device_map is not None:
+            check_floats(checkpoint)
         if device_mesh is None:
-            model.bind_parameters(load_weights(checkpoint, config, cls.head, **settings), device)
+            model.bind_parameters(load_weights(checkpoint, config, cls.head, **settings), device, wanted)
         else:
             parallelize(model, device_mesh)
             for parameter, read in find_weights(checkpoint, config, cls.head, **settings):
@@ -197,7 +209,8 @@ class PreTrainedModel(ModelMixin, nn.Module):
             folder,
             self.config,
             self.head,
-            dtype=lambda parameter: self._find(parameter).dtype,
+            dtype=lambda parameter: self.dtype if self._quantized(parameter) else self._find(parameter).dtype,
+            integers=self._integers,
             generation_config=self.generation_config.to_dict(),
             max_shard_size=max_shard_size,
         )
@@ -213,22 +226,32 @@ class PreTrainedModel(ModelMixin, nn.Module):
     # -- parameters -----------------------------------------------------------------------------------------------
 
     def bind_parameters(
-        self, items: Iterable[tuple[Parameter, np.ndarray]], device: torch.device | str | None = None
+        self,
+        items: Iterable[tuple[Parameter, Array | QuantizedTensor]],
+        device: torch.device | str | None = None,
+        dtype: Any = "float32",
     ) -> None:
         """Give parameters their values, which keep their dtype, and tie those that are tied.
 
         On the CPU a parameter shares the memory of its array: pass a copy of what must not change.
 
         Args:
-            items: parameters of the table with their values, as they are in a checkpoint.
+            items: parameters of the table with their values, as they are in a checkpoint; a layer with a quantized
+                weight becomes a `QuantizedLinear`.
             device: where they go; default torch's default device.
+            dtype: what layers with quantized weights compute in.
         """
         device = torch.get_default_device() if device is None else device
+        compute = getattr(torch, dtype_of(dtype).name)
         for parameter, array in items:
-            self._bind(parameter, from_numpy(array).to(device))
+            if isinstance(array, QuantizedTensor):
+                path = ".".join(self._parameter_path(parameter)[:-1])
+                self.set_submodule(path, QuantizedLinear(array, self.get_submodule(path).bias, compute, device))
+            else:
+                self._bind(parameter, from_numpy(array).to(device))
         self.tie_weights()
 
-    def read_parameters(self) -> Iterator[tuple[Parameter, np.ndarray]]:
+    def read_parameters(self) -> Iterator[tuple[Parameter, Array | QuantizedTensor]]:
         """The parameters of the table, without tied ones, with their values as they are in a checkpoint.
 
         Raises:
@@ -236,7 +259,8 @@ class PreTrainedModel(ModelMixin, nn.Module):
         """
         self.check_parameters()
         for parameter in self._parameter_table():
-            yield parameter, to_numpy(self._find(parameter))
+            layer = self._quantized(parameter)
+            yield parameter, to_numpy(self._find(parameter)) if layer is None else layer.tensor()
 
     def check_parameters(self) -> None:
         """Check that the module's parameters are those of the parameter table, and have values.
@@ -245,6 +269,9 @@ class PreTrainedModel(ModelMixin, nn.Module):
             InputError: they are not; every problem is named.
         """
         expected = {".".join(self._parameter_path(parameter)): parameter.shape for parameter in self._parameter_table()}
+        table = self._parameter_table()
+        integers = [".".join(self._parameter_path(p)) for p in table if self._quantized(p)]
+        expected = {name: shape for name, shape in expected.items() if name not in integers}
         bound = {name: self.get_parameter(name) for name in expected}
         known = {id(tensor) for tensor in bound.values()}
         others = {name: tensor for name, tensor in self.named_parameters() if id(tensor) not in known}
@@ -253,11 +280,25 @@ class PreTrainedModel(ModelMixin, nn.Module):
                 f"{len(adapters)} parameters are of adapters that are not merged, such as {adapters[0]}: call "
                 "merge_and_unload() of the PEFT model first, or save the adapter alone with its save_pretrained"
             )
+        if foreign := [name for name, tensor in bound.items() if type(tensor).__module__.startswith("torchao.")]:
+            raise InputError(
+                f"{len(foreign)} weights are quantized by torchao, such as {foreign[0]}: save them by torchao, or load "
+                "the model with quantization= instead, whose integers are saved"
+            )
         headline = f"parameters do not fit the config of {type(self).__name__}"
         found = {name: tuple(tensor.shape) for name, tensor in (bound | others).items()}
         check_shapes(headline, found, expected)
         empty = (f"without values, on the meta device: {name}" for name, tensor in bound.items() if tensor.is_meta)
         raise_problems(headline, empty, InputError)
+
+    def _quantized(self, parameter: Parameter) -> QuantizedLinear | None:
+        """The layer of a quantized weight."""
+        layer = self.get_submodule(".".join(self._parameter_path(parameter)[:-1]))
+        return layer if parameter.kind == "linear" and isinstance(layer, QuantizedLinear) else None
+
+    def _integers(self, parameter: Parameter) -> LazyIntegers | None:
+        layer = self._quantized(parameter)
+        return None if layer is None else LazyIntegers(layer.scheme, layer.scale_dtype, layer.tensor)
 
     def _find(self, parameter: Parameter) -> nn.Parameter:
         return self.get_parameter(".".join(self._parameter_path(parameter)))
@@ -308,9 +349,11 @@ class PreTrainedModel(ModelMixin, nn.Module):
         return self.model if self.head else self
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """The number of values in parameters; tied ones count once."""
+        """The number of values in parameters, those of quantized weights included; tied ones count once."""
         left_out = {id(self.get_input_embeddings().weight)} if exclude_embeddings else set()
-        return sum(
+        layers = [] if only_trainable else [m for m in self.modules() if isinstance(m, QuantizedLinear)]
+        integers = sum(layer.in_features * layer.out_features for layer in layers)
+        return integers + sum(
             p.numel() for p in self.parameters() if id(p) not in left_out and (p.requires_grad or not only_trainable)
         )
 
@@ -454,12 +497,13 @@ def add_tied(model: PreTrainedModel, state_dict: dict[str, Any], prefix: str, *_
 def canonical_state(model: PreTrainedModel) -> dict[str, np.ndarray]:
     """The values of a model by canonical name, as they are in a checkpoint; tied heads are left out.
 
-    On the CPU the arrays share the memory of the parameters.
+    On the CPU the arrays share the memory of the parameters. Quantized weights are dequantized.
 
     Raises:
         InputError: the model has other parameters than its config says; every problem is named.
     """
-    return {parameter.name: array for parameter, array in model.read_parameters()}
+    dtype = dtype_of(model.dtype)
+    return {parameter.name: as_floats(array, dtype) for parameter, array in model.read_parameters()}
 
 
 def from_numpy(array: np.ndarray) -> Tensor:

@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olmozoo.errors import InputError
 from olmozoo.families.opt import POSITION_OFFSET, OPTConfig
 from olmozoo.modeling import check_range
 from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.heads import CausalLM, QuestionAnswerer, SequenceClassifier
 from olmozoo.pt.layers import ACTIVATIONS, LayerNorm, Linear, attention, concrete, split_heads
+from olmozoo.pt.quantization import QuantizedLinear
 
 
 class OPTAttention(nn.Module):
@@ -140,7 +142,10 @@ class OPTModel(Decoder):
 
         Raises:
             ConfigError: there is no such layer or head, or a layer would have none left.
+            InputError: the weights are quantized.
         """
+        if any(isinstance(module, QuantizedLinear) for module in self.modules()):
+            raise InputError("heads of a quantized model cannot be pruned: prune the float model first")
         before = self.config.pruned_heads
         pruned = {layer: sorted({*before.get(layer, ()), *heads}) for layer, heads in (before | heads_to_prune).items()}
         self.config = self.config.replace(extra={**self.config.extra, "pruned_heads": pruned})

@@ -15,6 +15,7 @@ import numpy as np
 from olmozoo.backends import Backend, backend_class, backend_of, load
 from olmozoo.checkpoint.adapters import locate
 from olmozoo.errors import InputError
+from olmozoo.quantization import GROUP_SIZE
 from olmozoo.text.chat import Message
 from olmozoo.text.encoding import pad_left
 from olmozoo.text.streaming import TextIteratorStreamer
@@ -303,6 +304,8 @@ def pipeline(
     dtype: str | None = None,
     device: str | None = None,
     adapter: StrPath | None = None,
+    quantization: str | None = None,
+    group_size: int = GROUP_SIZE,
     **hub: Unpack[HubOptions],
 ) -> TextGenerationPipeline:
     """A pipeline for a task.
@@ -315,6 +318,8 @@ def pipeline(
         dtype: name of the parameters' dtype; default the checkpoint's own.
         device: such as "cpu", "cuda", "cuda:1" or "mps"; default an accelerator if there is one, else the CPU.
         adapter: a folder or a repository with a LoRA adapter of PEFT; default one in the model's folder.
+        quantization: `int8`, `int4`, or `none` for floats; default as the folder has it (see `olmozoo.quantization`).
+        group_size: of int4.
         **hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
@@ -327,6 +332,7 @@ def pipeline(
         tokenizer = Tokenizer.from_pretrained(tokenizer)
     if not isinstance(model, (str, os.PathLike)):
         given = {"backend": backend, "dtype": dtype, "device": device, "adapter": adapter, **hub}
+        given |= {"quantization": quantization}
         if wrong := [name for name, value in given.items() if value is not None]:
             raise InputError(f"{', '.join(wrong)} given with a {type(model).__name__}, which is loaded already")
         if tokenizer is None:
@@ -335,4 +341,5 @@ def pipeline(
     backend_class(backend).module()  # before anything is downloaded
     source = locate(model, need="model" if tokenizer is None else "weights", adapter=adapter, **hub)
     tokenizer = tokenizer or Tokenizer.from_pretrained(source.tokenizer)
-    return TextGenerationPipeline(load(source.folder, backend, dtype, device, source.adapter), tokenizer)
+    loaded = load(source.folder, backend, dtype, device, source.adapter, quantization, group_size)
+    return TextGenerationPipeline(loaded, tokenizer)

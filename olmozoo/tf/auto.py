@@ -8,7 +8,8 @@ from olmozoo.checkpoint.adapters import locate, open_merged
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Head
 from olmozoo.families.registry import model_class
-from olmozoo.modeling import given_dtype, own_config, split_options
+from olmozoo.modeling import given_dtype, given_quantization, own_config, split_options
+from olmozoo.quantization import GROUP_SIZE
 from olmozoo.tf.base import PreTrainedModel
 from olmozoo.tf.decoder import Decoder
 from olmozoo.tf.heads import CausalLM, QuestionAnswerer, SequenceClassifier
@@ -30,6 +31,8 @@ class AutoClass(Generic[Model]):
         dtype: Any = None,
         ignore_mismatched_sizes: bool = False,
         adapter: StrPath | None = None,
+        quantization: str | None = None,
+        group_size: int = GROUP_SIZE,
         **options: Any,
     ) -> Model:
         """A model of the checkpoint's family with its weights.
@@ -40,8 +43,11 @@ class AutoClass(Generic[Model]):
             ConfigError: the family has no such head.
         """
         dtype = given_dtype(dtype, options)
+        how = given_quantization(quantization, group_size, options)
         hub, overrides = split_options(options)
-        source = open_merged(locate(path_or_repo, need="weights", adapter=adapter, **hub), **overrides)
+        source = open_merged(
+            locate(path_or_repo, need="weights", adapter=adapter, **hub), quantization=how, **overrides
+        )
         found: type[Model] = model_class("tf", source.config, cls.head)
         return found._from_checkpoint(source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes)
 

@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import astuple
 from typing import Any, ClassVar, Self
 
 import keras
@@ -16,17 +17,20 @@ import tensorflow as tf
 from olmozoo.checkpoint.adapters import locate, open_merged
 from olmozoo.checkpoint.matching import initial_weights, load_weights
 from olmozoo.checkpoint.reader import OpenCheckpoint
-from olmozoo.checkpoint.tensors import aligned, check_shapes
+from olmozoo.checkpoint.tensors import LazyIntegers, aligned, check_shapes, dtype_of
 from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.generation.config import GenerationConfig
-from olmozoo.modeling import ModelMixin, given_dtype, resized_config, split_options
+from olmozoo.modeling import ModelMixin, given_dtype, given_quantization, resized_config, split_options
 from olmozoo.outputs import OUTPUTS, ModelOutput
+from olmozoo.quantization import GROUP_SIZE, Quantization, QuantizedTensor, as_floats
 from olmozoo.tf.cache import KVCache
 from olmozoo.tf.layers import Dense, Tensor, embedding, from_numpy, linear
 from olmozoo.tf.parallel import check_distribution
+from olmozoo.tf.quantization import QuantizedDense, scale_dtype
+from olmozoo.typing import Array
 
 LEAVES = {"linear": "kernel", "embedding": "embeddings", "norm": "scale", "bias": "bias"}  # what layers call them
 
@@ -102,6 +106,8 @@ class PreTrainedModel(ModelMixin, keras.Model):
         dtype: Any = None,
         ignore_mismatched_sizes: bool = False,
         adapter: str | os.PathLike[str] | None = None,
+        quantization: str | None = None,
+        group_size: int = GROUP_SIZE,
         **options: Any,
     ) -> Self:
         """A model with the weights of a checkpoint.
@@ -117,6 +123,10 @@ class PreTrainedModel(ModelMixin, keras.Model):
             ignore_mismatched_sizes: start tensors of a wrong shape anew, with a warning, rather than refuse.
             adapter: a folder or a repository with a LoRA adapter of PEFT, which is merged into the weights; default one
                 that is in the model's folder. See `olmozoo.checkpoint.adapters`.
+            quantization: `int8` or `int4` makes the linear weights of the blocks integers (see `olmozoo.quantization`);
+                `none` reads a quantized folder as floats; default, as the folder has them. Transformers'
+                `load_in_8bit`, `load_in_4bit` and a `quantization_config` of bitsandbytes or torchao mean the same.
+            group_size: of int4, the values along a row that share a scale.
             **options: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only` say where on the hub to look
                 (see `olmozoo.hub.resolve`). `config` is used instead of config.json. Keywords of Transformers are taken
                 where they mean the same here (`torch_dtype`, `attn_implementation`, `low_cpu_mem_usage`, ...). All
@@ -126,11 +136,13 @@ class PreTrainedModel(ModelMixin, keras.Model):
             HubError: the repository or one of its files cannot be downloaded and is not in the cache.
             ConfigError: the config is of another family or has a bad value.
             CheckpointError: the weights are broken or do not fit the config; every problem is named.
+            InputError: there is no such quantization, or its groups do not divide a layer, which is named.
         """
         dtype = given_dtype(dtype, options)
+        how = given_quantization(quantization, group_size, options)
         hub, overrides = split_options(options)
         found = locate(path_or_repo, need="weights", adapter=adapter, **hub)
-        source = open_merged(found, cls.config_class, **overrides)
+        source = open_merged(found, cls.config_class, quantization=how, **overrides)
         return cls._from_checkpoint(source, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes)
 
     @classmethod
@@ -172,7 +184,8 @@ class PreTrainedModel(ModelMixin, keras.Model):
             self.config,
             self.head,
             read=self._read,
-            dtype=lambda parameter: self._find(parameter).dtype,
+            dtype=lambda p: self.variable_dtype if self._quantized(p) else self._find(p).dtype,
+            integers=self._integers,
             generation_config=self.generation_config.to_dict(),
             max_shard_size=max_shard_size,
         )
@@ -266,6 +279,7 @@ class PreTrainedModel(ModelMixin, keras.Model):
             "name": self.name,
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             **quantized,
+            **({"integers": integers} if (integers := self._schemes()) else {}),
             **({"lora": self._lora()} if self._lora() else {}),
             **({"frozen": frozen} if (frozen := self._frozen()) else {}),
         }
@@ -279,7 +293,12 @@ class PreTrainedModel(ModelMixin, keras.Model):
         if "quantized" in config:
             mode, how, filters = config["quantized"]
             model.quantize(mode, keras.saving.deserialize_keras_object(how), filters=filters)
-        layers = {parameter.name: model._layer(parameter) for parameter in model._parameter_table()}
+        table = {parameter.name: parameter for parameter in model._parameter_table()}
+        integers = config.get("integers", {})
+        for name in sorted(integers, key=lambda name: -table[name].size):  # as `load_weights` orders them
+            scheme, scales = integers[name]
+            model._make_quantized(table[name], Quantization(*scheme), scales)
+        layers = {name: model._layer(parameter) for name, parameter in table.items()}
         for name, (rank, alpha) in config.get("lora", {}).items():
             layers[name].enable_lora(rank, alpha)
         frozen = config.get("frozen")
@@ -290,6 +309,11 @@ class PreTrainedModel(ModelMixin, keras.Model):
             for variable in model.variables:
                 variable.trainable = variable.trainable and variable.path not in frozen["variables"]
         return model
+
+    def _schemes(self) -> dict[str, Any]:
+        """How each quantized weight is quantized, and the dtype of its scales, by the parameter's name."""
+        layers = {p.name: layer for p in self._parameter_table() if (layer := self._quantized(p)) is not None}
+        return {name: [list(astuple(layer.scheme)), layer.scale_dtype] for name, layer in layers.items()}
 
     def _lora(self) -> dict[str, tuple[int, float]]:
         """The rank and alpha of the LoRA adapters, by the name of the parameter that they adapt."""
@@ -349,18 +373,37 @@ class PreTrainedModel(ModelMixin, keras.Model):
 
     # -- parameters -----------------------------------------------------------------------------------------------
 
-    def bind_parameters(self, items: Iterable[tuple[Parameter, np.ndarray]]) -> None:
+    def bind_parameters(self, items: Iterable[tuple[Parameter, Array | QuantizedTensor]]) -> None:
         """Give parameters their values.
 
         A variable may share the memory of its array: pass a copy of what must not change.
 
         Args:
-            items: parameters of the table with their values, as they are in a checkpoint, in the variables' dtype.
+            items: parameters of the table with their values, as they are in a checkpoint, in the variables' dtype; a
+                layer with a quantized weight becomes a `QuantizedDense`.
         """
         for parameter, array in items:
-            self._find(parameter).assign(from_numpy(aligned(array, transposed=parameter.kind == "linear")))
+            if isinstance(array, QuantizedTensor):
+                self._make_quantized(parameter, array.scheme, scale_dtype(array)).assign(array)
+            else:
+                self._find(parameter).assign(from_numpy(aligned(array, transposed=parameter.kind == "linear")))
 
-    def read_parameters(self) -> Iterator[tuple[Parameter, np.ndarray]]:
+    def _make_quantized(self, parameter: Parameter, scheme: Quantization, scales: str) -> QuantizedDense:
+        """Replace the layer of a linear weight by one for integers, which keeps its bias."""
+        *path, name, _ = self._parameter_path(parameter)
+        old = self._layer(parameter)
+        (out, width), use_bias = parameter.shape, old.bias is not None
+        with global_policy(self.dtype_policy), ExitStack() as scopes:
+            for step in (self.name, *path):
+                scopes.enter_context(keras.name_scope(step))
+            layer = QuantizedDense(out, width, scheme, scales, use_bias, name)
+            layer.build()
+        if use_bias:
+            layer.bias.assign(old.bias)
+        replace_layer(self._at(path), name, layer)
+        return layer
+
+    def read_parameters(self) -> Iterator[tuple[Parameter, Array | QuantizedTensor]]:
         """The parameters of the table, without tied ones, with their values as they are in a checkpoint.
 
         Raises:
@@ -368,7 +411,8 @@ class PreTrainedModel(ModelMixin, keras.Model):
         """
         self.check_parameters()
         for parameter in self._parameter_table():
-            yield parameter, self._read(parameter)
+            layer = self._quantized(parameter)
+            yield parameter, self._read(parameter) if layer is None else layer.tensor()
 
     def check_parameters(self) -> None:
         """Check that the layers with variables are those of the parameter table, and that adapters are merged.
@@ -383,8 +427,14 @@ class PreTrainedModel(ModelMixin, keras.Model):
                 f"{len(unmerged)} layers have LoRA adapters that are not merged, such as {unmerged[0]}: call "
                 "merge_lora() first, or keep them with save('model.keras')"
             )
+        if foreign := [p.name for p in table if getattr(self._layer(p), "quantization_mode", None)]:
+            raise InputError(
+                f"{len(foreign)} layers are quantized by Keras, such as that of {foreign[0]}: keep them with "
+                "save('model.keras'), or load the model with quantization= instead"
+            )
         known = {id(variable) for parameter in table for variable in self._layer(parameter).weights}
         found = {variable.path: tuple(variable.shape) for variable in self.weights if id(variable) not in known}
+        table = [parameter for parameter in table if self._quantized(parameter) is None]
         found |= {parameter.name: tuple(self._find(parameter).shape) for parameter in table}
         expected = {p.name: p.shape[::-1] if p.kind == "linear" else p.shape for p in table}
         check_shapes(f"variables do not fit the config of {type(self).__name__}", found, expected)
@@ -394,10 +444,22 @@ class PreTrainedModel(ModelMixin, keras.Model):
 
         A Keras model's `layers` are all its layers, so the blocks of a decoder are in `blocks`.
         """
+        return self._at(self._parameter_path(parameter)[:-1])
+
+    def _at(self, path: list[str]) -> keras.layers.Layer:
         layer: Any = self
-        for step in self._parameter_path(parameter)[:-1]:
+        for step in path:
             layer = layer[int(step)] if step.isdigit() else getattr(layer, "blocks" if step == "layers" else step)
         return layer
+
+    def _quantized(self, parameter: Parameter) -> QuantizedDense | None:
+        """The layer of a quantized weight."""
+        layer = self._layer(parameter)
+        return layer if parameter.kind == "linear" and isinstance(layer, QuantizedDense) else None
+
+    def _integers(self, parameter: Parameter) -> LazyIntegers | None:
+        layer = self._quantized(parameter)
+        return None if layer is None else LazyIntegers(layer.scheme, dtype_of(layer.scale_dtype), layer.tensor)
 
     def _find(self, parameter: Parameter) -> keras.Variable:
         """A parameter's variable, under the name that Keras gives the leaf."""
@@ -447,10 +509,13 @@ class PreTrainedModel(ModelMixin, keras.Model):
         return KVCache.create(self.config, batch_size, max_length, self.compute_dtype if dtype is None else dtype)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """The number of values in variables; tied ones count once."""
+        """The number of values in variables, those of quantized weights included; tied ones count once."""
         left_out = {id(v) for v in self.get_input_embeddings().weights} if exclude_embeddings else set()
+        layers = [(p, layer) for p in self._parameter_table() if (layer := self._quantized(p)) is not None]
+        left_out |= {id(v) for _, layer in layers for v in (layer.values, layer.scale, layer.zero)}
+        integers = 0 if only_trainable else sum(parameter.size for parameter, _ in layers)
         weights = self.trainable_weights if only_trainable else self.weights
-        return sum(int(np.prod(v.shape)) for v in weights if id(v) not in left_out)
+        return integers + sum(int(np.prod(v.shape)) for v in weights if id(v) not in left_out)
 
     def get_input_embeddings(self) -> keras.layers.Embedding:
         """The token embedding."""
@@ -512,10 +577,13 @@ def is_ids(value: Any) -> bool:
 def canonical_state(model: PreTrainedModel) -> dict[str, np.ndarray]:
     """The values of a model by canonical name, as they are in a checkpoint; tied heads are left out.
 
+    Quantized weights are dequantized.
+
     Raises:
         InputError: the model has other variables than its config says; every problem is named.
     """
-    return {parameter.name: array for parameter, array in model.read_parameters()}
+    dtype = dtype_of(model.variable_dtype)
+    return {parameter.name: as_floats(array, dtype) for parameter, array in model.read_parameters()}
 
 
 @contextmanager
@@ -531,8 +599,13 @@ def global_policy(policy: keras.DTypePolicy) -> Iterator[None]:
 
 def replace_layer(parent: keras.Layer, name: str, layer: keras.Layer) -> None:
     """Replace a layer of `parent`. Keras alone would go on counting the variables of the old one."""
-    parent._tracker.untrack(getattr(parent, name))  # no public way; see test_resize_token_embeddings
+    tracker = parent._tracker  # no public way; see test_resize_token_embeddings
+    is_locked = tracker.locked  # once its layer has been built
+    tracker.unlock()
+    tracker.untrack(getattr(parent, name))
     setattr(parent, name, layer)
+    if is_locked:
+        tracker.lock()
 
 
 def register_outputs() -> None:

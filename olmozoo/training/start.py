@@ -16,6 +16,7 @@ from olmozoo.errors import CheckpointError, ConfigError, HubError, raise_problem
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.families.registry import config_class
+from olmozoo.quantization import as_floats
 from olmozoo.training import ai2, state
 from olmozoo.training.config import TrainConfig
 from olmozoo.training.parameters import stored_parameters
@@ -71,7 +72,9 @@ def open_start(config: TrainConfig) -> Start:
 
 
 def _weights(source: Any, dtype: str) -> Iterator[tuple[Parameter, Array]]:
-    return load_weights(source.checkpoint, source.config, "causal_lm", dtype=np.dtype(dtype))
+    """The weights of a checkpoint in floating point, also where it is quantized."""
+    weights = load_weights(source.checkpoint, source.config, "causal_lm", dtype=np.dtype(dtype))
+    return ((parameter, as_floats(values, dtype)) for parameter, values in weights)
 
 
 def _new(config: TrainConfig) -> Start:
@@ -105,7 +108,7 @@ def _model_folder(config: TrainConfig) -> Start:
         found = locate(config.load_path, need="model")
     except HubError as error:
         raise HubError(f"load_path: {error}") from error
-    source = open_merged(found, **config.model)
+    source = open_merged(found, quantization="none", **config.model)
     return Start(
         source.config,
         _weights(source, DTYPES[config.precision]),
@@ -120,7 +123,7 @@ def _step(config: TrainConfig, folder: Path, **fields: Any) -> Start:
     """The model of a step, or where LoRA is trained its adapter and the model below it."""
     found = locate(folder, need="model")
     adapter = found.adapter if config.lora is not None else None
-    source = open_merged(found if adapter is None else found._replace(adapter=None), **fields)
+    source = open_merged(found if adapter is None else found._replace(adapter=None), quantization="none", **fields)
     weights = _weights(source, DTYPES[config.precision])
     return Start(source.config, weights, source.generation, str(folder), folder=found.folder, adapter=adapter)
 

@@ -20,6 +20,8 @@ from olmozoo.checkpoint.reader import Checkpoint, OpenCheckpoint
 from olmozoo.checkpoint.tensors import dtype_of
 from olmozoo.errors import CheckpointError, InputError
 from olmozoo.families.config import ModelConfig
+from olmozoo.modeling import given_quantization
+from olmozoo.quantization import GROUP_SIZE
 from olmozoo.text.encoding import pad_left
 from olmozoo.text.tokenizer import Tokenizer
 from olmozoo.typing import Array, HubOptions, StrPath
@@ -83,6 +85,8 @@ def verify(
     against_revision: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
     adapter: StrPath | None = None,
+    quantization: str | None = None,
+    group_size: int = GROUP_SIZE,
     **hub: Unpack[HubOptions],
 ) -> Report:
     """Run one left-padded batch through the backends, one after the other, and compare with the first of them.
@@ -105,6 +109,9 @@ def verify(
         against_revision: branch, tag or commit of the second, where it is a repository.
         progress: called with a text that says what is being done.
         adapter: an adapter that is merged into the first; default one in its folder.
+        quantization: `int8`, `int4`, or `none` for floats; with `against`, of the second alone, so that a checkpoint
+            against itself shows what quantization does to each layer. Default as the folders have it.
+        group_size: of int4.
         **hub: `revision` (of the first), `subfolder`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
@@ -112,10 +119,11 @@ def verify(
     """
     _check(backends, against, dtype)
     found = locate(path_or_repo, need="model", adapter=adapter, **hub)
-    sides, weights = {"A": open_merged(found)}, None
+    how = given_quantization(quantization, group_size)
+    sides, weights = {"A": open_merged(found, quantization=how if against is None else None)}, None
     if against is not None:
         options: HubOptions = {**hub, "revision": against_revision}
-        sides["B"] = open_merged(locate(against, need="weights", **options))
+        sides["B"] = open_merged(locate(against, need="weights", **options), quantization=how)
         difference = diff_opened(sides["A"], sides["B"], progress)
         weights = replace(difference, a=os.fspath(path_or_repo), b=os.fspath(against))
     report = Report(

@@ -238,3 +238,25 @@ def test_a_text_past_the_trained_positions_is_refused_unless_allowed(command, tm
     assert "--max-new-tokens 3,000 are more than the 16 positions" in error
     assert "--allow-long" in error
     assert command("generate", tmp_path, "The quick", "--max-new-tokens", 20, "--allow-long").startswith("The quick")
+
+
+# -- quantization -----------------------------------------------------------------------------------------------------
+
+
+def test_quantization_is_an_option_of_the_commands(command, folder, tmp_path):
+    four = ("--quantization", "int4", "--group-size", "4")
+    command("convert", folder, tmp_path / "q", "--to", "safetensors", *four)
+    text = tmp_path / "a.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 3)
+    scores = [
+        json.loads(command("evaluate", *words, text, "--json"))["perplexity"]
+        for words in ([folder], [folder, *four], [tmp_path / "q"], [tmp_path / "q", "--quantization", "none"])
+    ]
+    assert scores[0] != scores[1] == pytest.approx(scores[2], rel=1e-6) == pytest.approx(scores[3], rel=1e-6)
+    prompt = ("The quick", "--max-new-tokens", "4")
+    assert command("generate", folder, *prompt, *four) == command("generate", tmp_path / "q", *prompt)
+    found = command("verify", folder, "--against", folder, "--quantization", "int8", "--dtype", "float32", code=1)
+    assert "layer 1" in found
+    assert "group_size 8 does not divide every layer" in command(
+        "generate", folder, *prompt, "--quantization", "int4", "--group-size", "8", code=2
+    )

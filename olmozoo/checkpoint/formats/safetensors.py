@@ -10,13 +10,15 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from olmozoo.checkpoint.formats.names import canonical_tensors
-from olmozoo.checkpoint.tensors import DTYPES, LazyTensor, MappedFile
+from olmozoo.checkpoint.tensors import DTYPES, INTEGERS, LazyTensor, MappedFile
 from olmozoo.errors import CheckpointError, raise_problems
 
 FILE = "model.safetensors"
@@ -25,16 +27,16 @@ MAX_VALUES = 1 << 59  # also the limit of NumPy, which counts an empty tensor's 
 
 
 def read(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one file, by canonical name.
+    """The tensors of one file, by canonical name; those of quantized weights are integers.
 
     Raises:
         CheckpointError: the library refuses the file, or a tensor is of a dtype that no model here has.
     """
-    return canonical_tensors(path, read_tensors(path))
+    return canonical_tensors(path, read_tensors(path, DTYPES | INTEGERS))
 
 
-def read_tensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one file, by the names in it; see `read`."""
+def read_tensors(path: Path, dtypes: Mapping[str, np.dtype[Any]] = DTYPES) -> dict[str, LazyTensor]:
+    """The tensors of one file, by the names in it, of the dtypes that are allowed; see `read`."""
     file = MappedFile(path)
     try:
         with safe_open(path, framework="np"):
@@ -53,7 +55,7 @@ def read_tensors(path: Path) -> dict[str, LazyTensor]:
     problems = [
         f"{name} has dtype {entry['dtype']}, expected one of {codes}"
         for name, entry in header.items()
-        if entry["dtype"] not in DTYPES
+        if entry["dtype"] not in dtypes
     ]
     problems += [
         f"{name} has the shape {entry['shape'][:8]} in {len(entry['shape'])} dimensions: too large"
@@ -62,7 +64,7 @@ def read_tensors(path: Path) -> dict[str, LazyTensor]:
     ]
     raise_problems(f"{path} has tensors that no model has", problems)
     return {
-        name: file.tensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        name: file.tensor(name, dtypes[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
     }
 
