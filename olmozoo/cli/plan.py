@@ -81,7 +81,7 @@ def plan(
         }
         write(json.dumps({"model": model, **settings, "plan": content, "fits": fits}) + "\n")
         return
-    _show(f"{model}: memory of each of {fsdp * tensor} devices", plans)
+    show_plans(f"{model}: memory of each of {fsdp * tensor} devices", plans)
     if fits:
         rows = [
             (
@@ -95,7 +95,7 @@ def plan(
         show(f"what fits in {memory}", ["", "largest batch", "largest length", "as planned"], rows)
 
 
-def _show(title: str, plans: dict[str, Plan]) -> None:
+def show_plans(title: str, plans: dict[str, Plan]) -> None:
     """Print plans as a table, with what is exact and what a bound."""
     rows = []
     for kind in next(iter(plans.values())).by_kind():

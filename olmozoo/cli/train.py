@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from olmozoo.cli.common import import_backend, in_bytes, out, printable, show, write
+from olmozoo.cli.common import import_backend, out, printable, show, write
 from olmozoo.cli.instances import show_instances
+from olmozoo.cli.plan import show_plans
 from olmozoo.errors import OlmozooError
 
 if TYPE_CHECKING:
@@ -99,9 +100,7 @@ def _show_dry_run(config: TrainConfig, run: DryRun) -> None:
         [(f"{step:,}", f"{rate:.3g}") for step, rate in found.items()],
         texts=0,
     )
-    sizes = memory(config, run.start.model, run.trained, run.data.files.length)
-    rows = [(kind, in_bytes(size)) for kind, size in [*sizes.items(), ("together", sum(sizes.values()))]]
-    show("memory, an estimate", ["kind", "size"], rows)
+    show_plans("memory of a step", {"": memory(config, run.start.model, run.trained, run.data.files.length)})
     for line in run.start.lines:
         _say(line)
     if run.progress.step >= run.last:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from olmozoo import memory as memory_plan
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.training.config import TrainConfig
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
     from olmozoo.training.loop import Plan
     from olmozoo.training.state import Progress
 
-ITEM_SIZES = {"fp32": 4, "amp_bf16": 4, "fp64": 8}  # of weights, gradients and running means
-ACTIVATION_SIZES = {"fp32": 4, "amp_bf16": 3, "fp64": 8}  # amp_bf16 keeps some in float32: measured in PyTorch
+# What is computed in, and the dtype of weights, gradients and running means.
+DTYPES = {"fp32": ("float32", "float32"), "amp_bf16": ("bfloat16", "float32"), "fp64": ("float64", "float64")}
 
 
 def summary(
@@ -69,26 +71,32 @@ def rates(config: TrainConfig, data: TrainingData, plan: Plan, last: int, progre
     }
 
 
-def memory(config: TrainConfig, model: ModelConfig, trained: Sequence[Parameter], length: int) -> dict[str, int]:
-    """An estimate of the bytes of a step by kind.
-
-    Activations are what the backward pass needs of a micro-batch: about the inputs and outputs of the blocks' linear
-    layers, or with `activation_checkpointing` the inputs of the blocks and one block's; and three times the logits.
-    Attention scores are not in it: PyTorch and XLA do not keep them in the usual case.
-    """
-    size = ITEM_SIZES[config.precision]
-    table = stored_parameters(model)
-    weights = _count(table) + (_count(trained) if config.lora is not None else 0)
-    blocks = sum(sum(p.shape) for p in table if p.kind == "linear" and ".layers." in p.name)
-    if config.activation_checkpointing:
-        blocks = blocks // model.num_hidden_layers + model.num_hidden_layers * model.hidden_size
-    token = blocks * ACTIVATION_SIZES[config.precision] + 3 * model.vocab_size * size
-    return {
-        "weights": weights * size,
-        "gradients": _count(trained) * size,
-        f"{config.optimizer.name}'s running means": len(config.optimizer.moments) * _count(trained) * size,
-        "activations": token * config.micro_batch_size * length,
-    }
+def memory(config: TrainConfig, model: ModelConfig, trained: Sequence[Parameter], length: int) -> memory_plan.Plan:
+    """The memory of a step; see `olmozoo.memory.plan`, with the factors of LoRA added."""
+    adapters = trained if config.lora is not None else ()
+    names = {parameter.name for parameter in trained}
+    every = len(names) == len(stored_parameters(model))
+    dtype, param_dtype = DTYPES[config.precision]
+    found = memory_plan.plan(
+        model,
+        batch=config.micro_batch_size,
+        length=length,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        train=True,
+        optimizer=config.optimizer.name,
+        checkpointing=config.activation_checkpointing,
+        trained=None if every else lambda parameter: parameter.name in names,
+        backend="pt" if config.backend in (None, "pt") else "flax",
+    )
+    added = _count(adapters) * memory_plan.SIZES[param_dtype]
+    return replace(
+        found,
+        weights=found.weights + added,
+        gradients=found.gradients + added,
+        optimizer=found.optimizer + len(config.optimizer.moments) * added,
+        bounds=found.bounds if dtype == param_dtype else (*found.bounds, "activations"),  # some stay in float32
+    )
 
 
 def _count(parameters: Sequence[Parameter]) -> int:
