@@ -8,23 +8,27 @@ INSTALLED := $(VENV)/.installed-$(EXTRAS)
 # Files in the order of tests/conftest.py: the longest first.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-pt test-tf test-flax fuzz lint docs dist dist-check clean
+.PHONY: demo test test-all test-pt test-tf test-flax fuzz lint docs dist dist-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
+# Without the tests marked nightly, which repeat checks on further configs and frameworks.
 test: lint
+	$(PYTEST) -m "not nightly"
+
+test-all: lint
 	$(PYTEST)
 
 # One wing and the neutral modules: no test that needs another framework.
 test-pt: $(INSTALLED)
-	$(PYTEST) -m "not tf and not flax"
+	$(PYTEST) -m "not tf and not flax and not nightly"
 
 test-tf: $(INSTALLED)
-	$(PYTEST) -m "not pt and not flax"
+	$(PYTEST) -m "not pt and not flax and not nightly"
 
 test-flax: $(INSTALLED)
-	$(PYTEST) -m "not pt and not tf"
+	$(PYTEST) -m "not pt and not tf and not nightly"
 
 # Malformed files of every kind, other ones at each run: make fuzz EXAMPLES=100000 runs for as long as that takes.
 EXAMPLES ?= 2000
