@@ -63,9 +63,7 @@ def check_config(config: ModelConfig, where: Path) -> Exportable:
         ConfigError: it cannot. One error names every field that is in the way.
     """
     if not isinstance(config, Exportable):
-        raise ConfigError(
-            f"{where}: model_type is {config.model_type!r}, expected 'olmo', 'olmo2' or 'olmo3': llama.cpp has no other"
-        )
+        raise ConfigError(f"{where}: model_type is {config.model_type!r}, expected 'olmo', 'olmo2' or 'olmo3'")
     expected: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", "swish"),
         "attention_bias": (False,),

@@ -91,8 +91,14 @@ class ModelMixin:
 
     def _parameter_path(self, parameter: Parameter) -> list[str]:
         """The path from the model to a parameter: its canonical name, in a base model without the leading `model.`."""
-        name = parameter.name if self.head else parameter.name.removeprefix(BASE_PREFIX)
-        return name.split(".")
+        return self._steps(parameter.name)
+
+    def _variable_path(self, parameter: Parameter) -> list[str]:
+        """The path from the model to the variable that has a parameter, where experts are stacked in one variable."""
+        return self._steps(parameter.name if parameter.stack is None else parameter.stack[0])
+
+    def _steps(self, name: str) -> list[str]:
+        return (name if self.head else name.removeprefix(BASE_PREFIX)).split(".")
 
 
 def own_config(config: Any) -> Any:

@@ -66,12 +66,14 @@ class BaseModelOutput(ModelOutput):
         hidden_states: num_hidden_layers + 1 tensors (batch, seq, hidden): the embeddings first, the last one after the
             final norm.
         attentions: one tensor a layer, (batch, heads, queries, keys), the weights after the softmax.
+        router_logits: with a mixture of experts, one tensor a layer, (batch * seq, experts), before the softmax.
     """
 
     last_hidden_state: Any = None
     past_key_values: Any = None
     hidden_states: Any = None
     attentions: Any = None
+    router_logits: Any = None
 
 
 @dataclass
@@ -79,16 +81,20 @@ class CausalLMOutput(ModelOutput):
     """Output of a causal language model.
 
     Attributes:
-        loss: the mean next-token cross-entropy in nats over labels other than -100; set where labels were given.
+        loss: the mean next-token cross-entropy in nats over labels other than -100; set where labels were given. With
+            `router_logits`, `config.router_aux_loss_coef * aux_loss` is added.
+        aux_loss: the load-balancing loss of a mixture of experts; set with `router_logits`.
         logits: (batch, kept, vocab).
-        past_key_values, hidden_states, attentions: as in `BaseModelOutput`.
+        past_key_values, hidden_states, attentions, router_logits: as in `BaseModelOutput`.
     """
 
     loss: Any = None
+    aux_loss: Any = None
     logits: Any = None
     past_key_values: Any = None
     hidden_states: Any = None
     attentions: Any = None
+    router_logits: Any = None
 
 
 @dataclass

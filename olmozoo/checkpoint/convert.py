@@ -22,7 +22,7 @@ from olmozoo.checkpoint.formats import ALL_WEIGHTS, WRITABLE, Format
 from olmozoo.checkpoint.formats.names import flax_path
 from olmozoo.checkpoint.matching import match_tensors
 from olmozoo.checkpoint.reader import Checkpoint, read_unchanged
-from olmozoo.checkpoint.tensors import LazyTensor, dtype_of, same_bits
+from olmozoo.checkpoint.tensors import LazyTensor, dtype_of, same_bits, widest
 from olmozoo.checkpoint.writer import write_config, write_weights
 from olmozoo.errors import CheckpointError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig
@@ -109,7 +109,7 @@ def convert_checkpoint(
         if format.takes == "keras_model":
             _write_keras(format, staging, _keras_model(config, head, counted, staging))
         elif format.takes == "flax":
-            write_weights(staging, [_flax_leaf(p, t) for p, t in counted.items()], max_shard_size, format)
+            write_weights(staging, _flax_leaves(counted), max_shard_size, format)
         else:
             write_weights(staging, list(counted.values()), max_shard_size, format)
         if verify:
@@ -166,10 +166,24 @@ def _tensors(checkpoint: Checkpoint, config: ModelConfig, head: Head | None, dty
     return result
 
 
-def _flax_leaf(parameter: Parameter, tensor: LazyTensor) -> LazyTensor:
-    """The leaf of a Flax tree: linear weights are (in, out)."""
-    tensor = tensor.renamed(flax_path(parameter, tensor.name))
-    return tensor.transposed() if parameter.kind == "linear" else tensor
+def _flax_leaves(tensors: Tensors) -> list[LazyTensor]:
+    """The leaves of a Flax tree: linear weights are (in, out), and those of experts are stacked."""
+    leaves: list[LazyTensor] = []
+    experts: dict[str, list[LazyTensor]] = {}
+    for parameter, tensor in tensors.items():
+        leaf = tensor.renamed(flax_path(parameter, tensor.name))
+        leaf = leaf.transposed() if parameter.kind == "linear" else leaf
+        if parameter.stack is None:
+            leaves.append(leaf)
+        else:
+            experts.setdefault(leaf.name, []).append(leaf)
+    return leaves + [_stacked(parts) for parts in experts.values()]
+
+
+def _stacked(parts: list[LazyTensor]) -> LazyTensor:
+    """Tensors of one shape and name as one with a first dimension more."""
+    dtype, shape = widest(part.dtype for part in parts), (len(parts), *parts[0].shape)
+    return LazyTensor(parts[0].name, dtype, shape, lambda: np.stack([part.read() for part in parts]), parts[0].file)
 
 
 def _keras_model(config: ModelConfig, head: Head | None, tensors: Tensors, staging: Path) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 from olmozoo import foreign
 from olmozoo.checkpoint.files import CONFIG, GENERATION_CONFIG, FolderHandle, index_entries
 from olmozoo.checkpoint.formats import FORMATS, Format, keras, orbax
-from olmozoo.checkpoint.formats.names import canonical_name
+from olmozoo.checkpoint.formats.names import canonical_name, separate_experts
 from olmozoo.checkpoint.quantized import join
 from olmozoo.checkpoint.tensors import LazyTensor, widest
 from olmozoo.errors import CheckpointError, OlmozooError, raise_problems
@@ -91,6 +91,7 @@ class Checkpoint:
         if problems and not self.is_quantized and (reason := foreign.quantization(self.folder, problems)):
             raise CheckpointError(reason)
         raise_problems(f"{self.folder} has tensors that no model has", problems)
+        self.tensors = separate_experts(self.tensors)
         if format.file == keras.TRANSFORMERS_FILE and keras.TF_HEAD in self.tensors:
             self.tensors["lm_head.weight"] = self.tensors[keras.TF_HEAD].renamed("lm_head.weight")
 

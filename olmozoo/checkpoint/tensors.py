@@ -112,8 +112,9 @@ class LazyTensor:
         return dataclasses.replace(self, name=name)
 
     def transposed(self) -> LazyTensor:
-        """The transpose of a matrix, as a view."""
-        return LazyTensor(self.name, self.dtype, self.shape[::-1], lambda: self.read().T, self.file)
+        """The transpose of a matrix, or of each in a stack of them, as a view."""
+        shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
+        return LazyTensor(self.name, self.dtype, shape, lambda: self.read().swapaxes(-1, -2), self.file)
 
     def cast(self, dtype: np.dtype[Any]) -> LazyTensor:
         """The tensor in another dtype; reading it raises a CheckpointError where a value would overflow."""

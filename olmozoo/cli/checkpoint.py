@@ -45,7 +45,7 @@ def info(
 
     config, adapter = read_config(model, revision)
     counts = config.count_parameters()
-    total = sum(counts.values())
+    total, active = sum(counts.values()), config.count_active()
     cache = 2 * config.num_hidden_layers * config.kv_heads * config.head_dim
     sizes = {dtype.name: (total * dtype.itemsize, cache * dtype.itemsize) for dtype in DTYPES.values()}
     if as_json:
@@ -53,7 +53,7 @@ def info(
         content = {
             "config": config.to_dict(),
             "adapter": adapter,
-            "parameters": {**counts, "total": total},
+            "parameters": {**counts, "total": total, "active": active},
             "memory": memory,
         }
         write(f"{json.dumps(content)}\n")
@@ -65,6 +65,8 @@ def info(
         show("adapter, merged into the weights on loading", ["setting", "value"], settings, texts=2)
     groups = [(group, f"{count:,}", f"{count / total:.1%}") for group, count in counts.items()]
     groups.append(("total", f"{total:,}", "100.0%"))
+    if active < total:
+        groups.append(("active for one token", f"{active:,}", f"{active / total:.1%}"))
     show("parameters of the causal language model", ["group", "parameters", "share"], groups)
     rows = [(name, in_bytes(weights), in_bytes(token)) for name, (weights, token) in sizes.items()]
     show("memory", ["dtype", "weights", "cache per token"], rows)

@@ -1,3 +1,3 @@
 """Model families: configs, parameter tables, presets. NumPy and the standard library only."""
 
-from olmozoo.families import olmo, olmo2, olmo3, opt  # noqa: F401  (registers the families)
+from olmozoo.families import flexolmo, olmo, olmo2, olmo3, olmoe, opt  # noqa: F401  (registers the families)

@@ -153,6 +153,10 @@ class ModelConfig(ABC):
                 counts[parameter.group] = counts.get(parameter.group, 0) + parameter.size
         return counts
 
+    def count_active(self, head: Head | None = "causal_lm") -> int:
+        """The number of parameters that one token is computed with: all, or with experts, fewer."""
+        return sum(self.count_parameters(head).values())
+
     # -- making, reading and writing ------------------------------------------------------------------------------
 
     def __post_init__(self) -> None:

@@ -28,8 +28,8 @@ def _preset(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> 
 
 
 @dataclass(kw_only=True)
-class PostNormConfig(RotaryConfig):
-    """What OLMo 2 and the families with its blocks share: the fields of `RotaryConfig` and one more.
+class NormedAttentionConfig(RotaryConfig):
+    """What families with norms on queries and keys share: the fields of `RotaryConfig` and one more.
 
     Attributes:
         rms_norm_eps: epsilon of every RMS norm.
@@ -41,6 +41,17 @@ class PostNormConfig(RotaryConfig):
         super().__post_init__()
         self._check_number("rms_norm_eps")
 
+    def _attention(self, block: str) -> Iterator[Parameter]:
+        yield from super()._attention(block)
+        q, k = self.num_attention_heads * self.head_dim, self.kv_heads * self.head_dim
+        yield Parameter(f"{block}.self_attn.q_norm.weight", (q,), ("heads",), "norm")
+        yield Parameter(f"{block}.self_attn.k_norm.weight", (k,), ("kv_heads",), "norm")
+
+
+@dataclass(kw_only=True)
+class PostNormConfig(NormedAttentionConfig):
+    """What OLMo 2 and the families with its blocks share: the fields of `NormedAttentionConfig`."""
+
     def backbone(self) -> Iterator[Parameter]:
         """See `ModelConfig.backbone`."""
         hidden = self.hidden_size
@@ -48,9 +59,6 @@ class PostNormConfig(RotaryConfig):
         for layer in range(self.num_hidden_layers):
             block = f"model.layers.{layer}"
             yield from self._attention(block)
-            q, k = self.num_attention_heads * self.head_dim, self.kv_heads * self.head_dim
-            yield Parameter(f"{block}.self_attn.q_norm.weight", (q,), ("heads",), "norm")
-            yield Parameter(f"{block}.self_attn.k_norm.weight", (k,), ("kv_heads",), "norm")
             yield from self._mlp(block)
             yield Parameter(f"{block}.post_attention_layernorm.weight", (hidden,), ("embed",), "norm")
             yield Parameter(f"{block}.post_feedforward_layernorm.weight", (hidden,), ("embed",), "norm")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ ARCHITECTURES: dict[Head | None, str] = {
     "sequence_classification": "ForSequenceClassification",
     "question_answering": "ForQuestionAnswering",
 }
+EXPERT = re.compile(r"^(.+\.experts)\.(\d+)\.(.+)$")  # the name of a tensor of one expert
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish")
 
 
@@ -33,7 +35,8 @@ class Parameter:
     Attributes:
         name: the canonical (Hugging Face) key, with the leading `model.`.
         shape: the shape on disk; linear weights are (out, in).
-        axes: the logical axis of each dimension: `vocab`, `embed`, `heads`, `kv_heads`, `mlp`, `positions`, `labels`.
+        axes: the logical axis of each dimension: `vocab`, `embed`, `heads`, `kv_heads`, `mlp`, `positions`, `labels`,
+            `experts`.
         kind: `linear`, `embedding`, `norm` (a norm's scale) or `bias`. Each framework binds by this.
         std: the standard deviation of the initial normal values of a linear or an embedding.
         tied_to: the name of the parameter that this one is, where the two are one tensor.
@@ -52,8 +55,21 @@ class Parameter:
         return math.prod(self.shape)
 
     @property
+    def stack(self) -> tuple[str, int] | None:
+        """Of a tensor of one expert, the name of the stack of all experts' and its index there; None for others.
+
+        In a checkpoint and in PyTorch each expert has tensors of its own. In Keras and Flax all experts of a layer have
+        one variable, (experts, in, out), of which each is a slice.
+        """
+        match = EXPERT.match(self.name)
+        return (f"{match[1]}.{match[3]}", int(match[2])) if match else None
+
+    @property
     def group(self) -> str:
-        """What the parameter belongs to: `embedding`, `attention`, `mlp`, `norm`, `projection` or `head`."""
+        """What the parameter belongs to.
+
+        It is `embedding`, `attention`, `mlp`, `experts`, `router`, `norm`, `projection` or `head`.
+        """
         module = self.name.split(".")[-2]
         if "norm" in module:
             return "norm"
@@ -61,6 +77,10 @@ class Parameter:
             return "embedding"
         if ".self_attn." in self.name:
             return "attention"
+        if self.stack is not None:
+            return "experts"
+        if self.axes[0] == "experts":
+            return "router"
         if ".layers." in self.name:
             return "mlp"
         return "head" if module in HEAD_MODULES.values() else "projection"

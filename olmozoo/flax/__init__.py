@@ -16,9 +16,11 @@ from olmozoo.flax.auto import (
 )
 from olmozoo.flax.base import canonical_state
 from olmozoo.flax.cache import KVCache
+from olmozoo.flax.flexolmo import FlaxFlexOlmoForCausalLM, FlaxFlexOlmoModel
 from olmozoo.flax.olmo import FlaxOlmoForCausalLM, FlaxOlmoForSequenceClassification, FlaxOlmoModel
 from olmozoo.flax.olmo2 import FlaxOlmo2ForCausalLM, FlaxOlmo2ForSequenceClassification, FlaxOlmo2Model
 from olmozoo.flax.olmo3 import FlaxOlmo3ForCausalLM, FlaxOlmo3ForSequenceClassification, FlaxOlmo3Model
+from olmozoo.flax.olmoe import FlaxOlmoeForCausalLM, FlaxOlmoeModel
 from olmozoo.flax.opt import (
     FlaxOPTForCausalLM,
     FlaxOPTForQuestionAnswering,
@@ -31,6 +33,8 @@ __all__ = [
     "FlaxAutoModelForCausalLM",
     "FlaxAutoModelForQuestionAnswering",
     "FlaxAutoModelForSequenceClassification",
+    "FlaxFlexOlmoForCausalLM",
+    "FlaxFlexOlmoModel",
     "FlaxOPTForCausalLM",
     "FlaxOPTForQuestionAnswering",
     "FlaxOPTForSequenceClassification",
@@ -44,6 +48,8 @@ __all__ = [
     "FlaxOlmoForCausalLM",
     "FlaxOlmoForSequenceClassification",
     "FlaxOlmoModel",
+    "FlaxOlmoeForCausalLM",
+    "FlaxOlmoeModel",
     "KVCache",
     "canonical_state",
 ]

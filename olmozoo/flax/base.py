@@ -178,8 +178,8 @@ class PreTrainedModel(ModelMixin):
             yield parameter, to_numpy(parameter, leaves[path]) if path in leaves else from_leaves(leaves, path)
 
     def _leaf(self, parameter: Parameter) -> tuple[str, ...]:
-        """The path of a parameter in the tree: the canonical one, its last name changed to the one of Flax."""
-        return (*self._parameter_path(parameter)[:-1], LEAVES[parameter.kind])
+        """The path of a parameter's leaf in the tree: the canonical one, its last name changed to the one of Flax."""
+        return (*self._variable_path(parameter)[:-1], LEAVES[parameter.kind])
 
     def _struct(self, parameter: Parameter) -> jax.ShapeDtypeStruct:
         shape = parameter.shape[::-1] if parameter.kind == "linear" else parameter.shape
@@ -216,13 +216,20 @@ class PreTrainedModel(ModelMixin):
         return self._tree((parameter, place(parameter, read)) for parameter, read in items)
 
     def _tree(self, leaves: Iterable[tuple[Parameter, Any]]) -> dict[str, Any]:
-        found: dict[tuple[str, ...], Any] = {}
+        """The tree of values as Flax has them; experts' are stacked."""
+        tree: dict[tuple[str, ...], Any] = {}
+        experts: dict[tuple[str, ...], dict[int, Any]] = {}
         for parameter, leaf in leaves:
             path = self._leaf(parameter)
-            found |= (
-                {(*path[:-1], name): part for name, part in leaf.items()} if isinstance(leaf, dict) else {path: leaf}
-            )
-        return unflatten_dict(found)
+            if parameter.stack is not None:
+                experts.setdefault(path, {})[parameter.stack[1]] = leaf
+            elif isinstance(leaf, dict):
+                tree |= {(*path[:-1], name): part for name, part in leaf.items()}
+            else:
+                tree[path] = leaf
+        for path in list(experts):
+            tree[path] = stacked([leaf for _, leaf in sorted(experts.pop(path).items())])
+        return unflatten_dict(tree)
 
     # -- loading and saving ---------------------------------------------------------------------------------------
 
@@ -360,6 +367,9 @@ class PreTrainedModel(ModelMixin):
         arguments["use_cache"] = self.wants_cache(arguments["use_cache"], not arguments["deterministic"])
         for name in ("output_attentions", "output_hidden_states"):
             arguments[name] = self.setting(name, arguments[name], False)
+        if "output_router_logits" in getattr(self, "base_class", type(self)).family_inputs:
+            wanted = self.setting("output_router_logits", arguments.get("output_router_logits"), False)
+            arguments["output_router_logits"] = wanted
         for name, value in arguments.items():
             if isinstance(value, list) and name != "past_key_values":
                 arguments[name] = np.asarray(value)
@@ -374,7 +384,7 @@ class PreTrainedModel(ModelMixin):
             output = self.module.apply({"params": params}, rngs=rngs, **arguments)
         else:
             arrays, length = padded
-            settings = {name: arguments[name] for name in SETTINGS}
+            settings = {name: arguments[name] for name in SETTINGS if name in arguments}
             output = self._forward(params, arrays, tuple(settings.items()), self.config.to_json())
             output = cut_output(output, self.head, arrays, length)
         return output if self.setting("return_dict", return_dict, True) else output.to_tuple()
@@ -516,9 +526,16 @@ def from_numpy(parameter: Parameter, array: np.ndarray | QuantizedTensor) -> jax
     return jax.device_put(aligned_copy(array, transposed=parameter.kind == "linear"))
 
 
+def stacked(leaves: list[Any]) -> Any:
+    """Leaves of one shape, or their `jax.ShapeDtypeStruct`s, as one with a first dimension more."""
+    if isinstance(leaves[0], jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
+    return jnp.stack(leaves)
+
+
 def to_numpy(parameter: Parameter, leaf: jax.Array) -> np.ndarray:
-    """The leaf as it is on disk: a copy of a linear weight, the memory of the leaf itself for the rest."""
-    array = to_host(leaf)
+    """The parameter in a leaf as it is on disk: a copy of a linear weight, the leaf's own memory for the rest."""
+    array = to_host(leaf) if parameter.stack is None else to_host(leaf)[parameter.stack[1]]
     return aligned_copy(array, transposed=True) if parameter.kind == "linear" else array
 
 

@@ -28,9 +28,11 @@ SEQUENCE_AXES: dict[str, tuple[int, ...]] = {
     "past_key_values": (2,),
     "hidden_states": (1,),
     "attentions": (2, 3),
+    "aux_loss": (),
+    "router_logits": (),  # the first axis is of the batch too; see `cut_output`
 }
 NEEDED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels", "logits_to_keep")
-SETTINGS = ("use_cache", "output_attentions", "output_hidden_states")
+SETTINGS = ("use_cache", "output_attentions", "output_hidden_states", "output_router_logits")
 
 
 def is_traced(*trees: Any) -> bool:
@@ -48,7 +50,8 @@ def pad_call(config: ModelConfig, head: Head | None, arguments: dict[str, Any]) 
 
     Returns:
         None where the call has to be made as it is: it has a cache, dropout or an argument of its family, or a loss
-        over positions; or it is wrong, and its error has to name what was given.
+        over positions, or a router's loss with a mask that does not say which tokens are real; or it is wrong, and its
+        error has to name what was given.
     """
     others = arguments.keys() - {*NEEDED, *SETTINGS, "deterministic"}
     if not arguments["deterministic"] or any(arguments[name] is not None for name in others):
@@ -92,7 +95,7 @@ def pad_call(config: ModelConfig, head: Head | None, arguments: dict[str, Any]) 
     mask = np.ones((batch, length), np.int32) if mask is None else mask
     if mask.shape == (batch, length):
         arrays["attention_mask"] = np.pad(mask, ((0, 0), spare))
-    elif mask.ndim == 4 and mask.shape[2:] == (length, length):
+    elif mask.ndim == 4 and mask.shape[2:] == (length, length) and not arguments.get("output_router_logits"):
         hidden: Any = -np.inf if jnp.issubdtype(mask.dtype, jnp.floating) else 0
         arrays["attention_mask"] = np.pad(mask, ((0, 0), (0, 0), spare, spare), constant_values=hidden)
     else:
@@ -134,4 +137,8 @@ def cut_output(output: ModelOutput, head: Head | None, arrays: dict[str, Any], l
             axes = (1,)
         if axes:
             output[name] = jax.tree.map(lambda leaf, axes=axes: cut(leaf, axes), output[name])
+    if output.get("router_logits") is not None:  # (b * s, e)
+        rows, padded = arrays["attention_mask"].shape
+        layers = (layer.reshape(rows, padded, -1)[:, :length] for layer in output["router_logits"])
+        output["router_logits"] = tuple(layer.reshape(rows * length, -1) for layer in layers)
     return output

@@ -62,6 +62,7 @@ class DecoderModule(nn.Module):
         output_hidden_states: bool = False,
         cache_position: Array | None = None,
         deterministic: bool = True,
+        output_router_logits: bool = False,
         **family_inputs: Any,
     ) -> BaseModelOutput:
         """Run the decoder; see `Decoder.__call__`."""
@@ -85,17 +86,18 @@ class DecoderModule(nn.Module):
         hidden = constrain(hidden, self.mesh)
 
         layerdrop = getattr(self.config, "layerdrop", 0.0)
-        states, presents, attentions = [hidden], [], []
+        states, presents, attentions, routers = [hidden], [], [], []
         for block, layer_input, layer_past, window in zip(blocks, layer_inputs, pasts, windows, strict=True):
             before = hidden
             with nn.intercept_methods(quantized_dense):
-                hidden, present, weights = block(hidden, masks[window], layer_input, layer_past, deterministic)
+                hidden, present, weights, *router = block(hidden, masks[window], layer_input, layer_past, deterministic)
             if layerdrop and not deterministic:
                 hidden = jnp.where(jax.random.uniform(self.make_rng("dropout")) < layerdrop, before, hidden)
             hidden = constrain(hidden, self.mesh)
             states.append(hidden)
             presents.append(present)
             attentions.append(weights if output_attentions else None)
+            routers += router
         states[-1] = hidden = self.final_norm(hidden)
         use_cache = use_cache and (deterministic or not self.gradient_checkpointing)
         return BaseModelOutput(
@@ -103,6 +105,7 @@ class DecoderModule(nn.Module):
             past_key_values=close_cache(past_key_values, presents, length, use_cache),
             hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
+            router_logits=tuple(routers) if routers and output_router_logits else None,
         )
 
     @property
@@ -176,7 +179,8 @@ class Decoder(PreTrainedModel):
             use_cache: whether to return a cache where none is given; default `config.use_cache`, and False in training.
                 With gradient checkpointing there is none in training.
             cache_position: (seq,) positions, for rows that all have the same; `position_ids` go before them.
-            **family_inputs: further arguments of the family's `embed_positions` (OPT: `head_mask`).
+            **family_inputs: further arguments of the family: `output_router_logits` where it has a mixture of experts,
+                default `config.output_router_logits`; those of its `embed_positions` (OPT: `head_mask`).
 
         Returns:
             `BaseModelOutput`.

@@ -18,10 +18,11 @@ from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Head
 from olmozoo.flax.base import PreTrainedModel
+from olmozoo.flax.cache import cached_length
 from olmozoo.flax.decoder import Decoder, DecoderModule
 from olmozoo.flax.generation import GenerationMixin
 from olmozoo.flax.layers import tied_head
-from olmozoo.flax.losses import answer_position_loss, classification_loss, next_token_loss
+from olmozoo.flax.losses import add_router_loss, answer_position_loss, classification_loss, next_token_loss
 from olmozoo.modeling import check_kept_logits, head_labels
 from olmozoo.outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 
@@ -76,6 +77,8 @@ class HeadedModule(nn.Module):
             attentions=output.attentions,
         )
         result.loss = None if targets is None else self.head_loss(result, *map(jnp.asarray, targets))
+        if output.router_logits is not None:
+            add_router_loss(result, output, attention_mask, cached_length(inputs.get("past_key_values")), self.config)
         return result
 
     def head_outputs(self, hidden: Array, input_ids: Array | None) -> dict[str, Array]:

@@ -1,14 +1,18 @@
-"""Losses of the heads: next token, classification, answer positions."""
+"""Losses of the heads: next token, classification, answer positions; and of routers to experts."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from olmozoo.families.config import infer_problem_type
+from olmozoo.families.olmoe import ExpertsConfig
 from olmozoo.flax.layers import at_least_float32, concrete
 from olmozoo.modeling import check_range
+from olmozoo.outputs import BaseModelOutput, CausalLMOutput
 
 
 def cross_entropy(logits: Array, labels: Array, ignored: int) -> Array:
@@ -61,3 +65,48 @@ def target_losses(logits: Array, targets: Array, z_loss: bool) -> tuple[Array, A
     if not z_loss:
         return losses, jnp.zeros_like(losses)
     return losses, jnp.where(learned, jnp.square(partition), 0).sum(-1)
+
+
+def add_router_loss(
+    result: CausalLMOutput, output: BaseModelOutput, mask: Array | None, past: Any, config: ExpertsConfig
+) -> None:
+    """Add to a head's output the decoder's router logits and the load-balancing loss, which its loss has then too.
+
+    Args:
+        result: of the head.
+        output: of the decoder.
+        mask: the attention_mask of the call; one of two dimensions says which tokens count.
+        past: positions in the cache before the call.
+        config: of the model.
+    """
+    length = output.last_hidden_state.shape[1]
+    real = None
+    if mask is not None and jnp.ndim(mask) == 2:
+        real = lax.dynamic_slice_in_dim(jnp.asarray(mask), past, length, axis=1)
+    result.router_logits = output.router_logits
+    result.aux_loss = load_balancing_loss(output.router_logits, real, config.num_experts_per_tok)
+    if result.loss is not None:
+        result.loss = result.loss + config.router_aux_loss_coef * result.aux_loss.astype(result.loss.dtype)
+
+
+def load_balancing_loss(router_logits: tuple[Array, ...], real: Array | None, chosen: int) -> Array:
+    """`experts * sum_e f_e P_e` (arXiv:2101.03961, equation 4), over the real tokens of all layers together.
+
+    f_e is the share of tokens that are sent to expert e, and P_e its mean probability. Where all experts have equal
+    shares, the loss is `chosen`.
+
+    Args:
+        router_logits: one array a layer, (b * s, experts).
+        real: (b, s), 1 for tokens that count; None for all.
+        chosen: experts a token is sent to.
+    """
+    logits = jnp.concatenate(router_logits)  # (layers * b * s, e)
+    probabilities = jax.nn.softmax(logits.astype(at_least_float32(logits.dtype)))
+    experts = lax.top_k(probabilities, chosen)[1]
+    sent = jax.nn.one_hot(experts, logits.shape[-1], dtype=probabilities.dtype).sum(1)
+    if real is None:
+        weights = jnp.ones(len(logits), probabilities.dtype)
+    else:
+        weights = jnp.tile(real.reshape(-1).astype(probabilities.dtype), len(router_logits))
+    count = jnp.maximum(weights.sum(), 1)
+    return logits.shape[-1] * ((weights @ sent / count) * (weights @ probabilities / count)).sum()

@@ -15,7 +15,7 @@ from typing import Any
 from flax import linen as nn
 from jax import Array
 
-from olmozoo.families.olmo2 import Olmo2Config, PostNormConfig
+from olmozoo.families.olmo2 import NormedAttentionConfig, Olmo2Config, PostNormConfig
 from olmozoo.flax.cache import update
 from olmozoo.flax.decoder import Decoder, DecoderModule, Layers
 from olmozoo.flax.heads import CausalLM, SequenceClassifier
@@ -25,7 +25,7 @@ from olmozoo.flax.layers import GatedMLP, QueryBlocks, RMSNorm, attention, rotat
 class Olmo2Attention(nn.Module):
     """Grouped-query attention; queries and keys are normed over all heads together, before they are split."""
 
-    config: PostNormConfig
+    config: NormedAttentionConfig
     dtype: Any
     param_dtype: Any
 
@@ -45,14 +45,16 @@ class Olmo2Attention(nn.Module):
         self, x: Array, mask: Array | QueryBlocks, cos_sin: tuple[Array, Array], past: Any, deterministic: bool
     ) -> tuple[Array, tuple[Array, Array], Array]:
         head_dim = self.config.head_dim
-        query = split_heads(self.q_norm(self.q_proj(x)), head_dim)  # (b, h, s, d)
-        key = split_heads(self.k_norm(self.k_proj(x)), head_dim)  # (b, g, s, d)
-        value = split_heads(self.v_proj(x), head_dim)
+        query, key, value = (split_heads(part, head_dim) for part in self.project(x))  # (b, h or g, s, d)
         query, key = rotate(query, *cos_sin), rotate(key, *cos_sin)
         key, value = update(past, key, value)  # (b, g, t, d)
         dropout = partial(self.dropout, deterministic=deterministic)
         out, weights = attention(query, key, value, mask, head_dim**-0.5, dropout)
         return self.o_proj(out), (key, value), weights
+
+    def project(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries (b, s, h * d), keys and values (b, s, g * d), before the heads are split."""
+        return self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
 
 
 class Olmo2Block(nn.Module):

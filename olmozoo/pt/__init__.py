@@ -15,9 +15,11 @@ from olmozoo.pt.auto import (
 )
 from olmozoo.pt.base import canonical_state
 from olmozoo.pt.cache import KVCache
+from olmozoo.pt.flexolmo import FlexOlmoForCausalLM, FlexOlmoModel
 from olmozoo.pt.olmo import OlmoForCausalLM, OlmoForSequenceClassification, OlmoModel
 from olmozoo.pt.olmo2 import Olmo2ForCausalLM, Olmo2ForSequenceClassification, Olmo2Model
 from olmozoo.pt.olmo3 import Olmo3ForCausalLM, Olmo3ForSequenceClassification, Olmo3Model
+from olmozoo.pt.olmoe import OlmoeForCausalLM, OlmoeModel
 from olmozoo.pt.opt import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, OPTModel
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoModelForQuestionAnswering",
     "AutoModelForSequenceClassification",
+    "FlexOlmoForCausalLM",
+    "FlexOlmoModel",
     "KVCache",
     "OPTForCausalLM",
     "OPTForQuestionAnswering",
@@ -39,5 +43,7 @@ __all__ = [
     "OlmoForCausalLM",
     "OlmoForSequenceClassification",
     "OlmoModel",
+    "OlmoeForCausalLM",
+    "OlmoeModel",
     "canonical_state",
 ]

@@ -248,7 +248,9 @@ def close_cache(cache: Any) -> Any:
 
 
 def cached_length(cache: Any) -> int:
-    """The number of positions cached; 0 for None."""
+    """The number of positions cached, of any form; 0 for None."""
+    if isinstance(cache, tuple):
+        return int(cache[0][0].shape[2])
     return 0 if cache is None else cache.get_seq_length()
 
 

@@ -56,7 +56,8 @@ class Decoder(PreTrainedModel):
             output_hidden_states: whether to return hidden states; default False.
             return_dict: False returns a plain tuple; default True.
             cache_position: (seq,) positions, for rows that all have the same; `position_ids` go before them.
-            **family_inputs: further arguments of the family's `embed_positions` (OPT: `head_mask`).
+            **family_inputs: further arguments of the family: `output_router_logits` where it has a mixture of experts,
+                default `config.output_router_logits`; those of its `embed_positions` (OPT: `head_mask`).
 
         Returns:
             `BaseModelOutput`.
@@ -74,6 +75,7 @@ class Decoder(PreTrainedModel):
         inputs = self.known_inputs(family_inputs)
         output_attentions = self.setting("output_attentions", output_attentions, False)
         output_hidden_states = self.setting("output_hidden_states", output_hidden_states, False)
+        output_router_logits = self.setting("output_router_logits", inputs.pop("output_router_logits", None), False)
         recompute = self.gradient_checkpointing and self.training
         layers = self.stack.layers
         cache = open_cache(past_key_values, len(layers), self.wants_cache(use_cache, self.training) and not recompute)
@@ -89,23 +91,25 @@ class Decoder(PreTrainedModel):
             position_ids = cache_position[None]
         hidden, layer_inputs = self.embed_positions(hidden, position_ids, attention_mask, past, **inputs)
 
-        states, attentions = [hidden], []
+        states, attentions, routers = [hidden], [], []
         for layer, layer_input, window in zip(layers, layer_inputs, self.config.windows, strict=True):
             before, arguments = hidden, (masks[window], layer_input, cache, output_attentions)
             if recompute and cache is None:
-                hidden, weights = checkpoint(layer, hidden, *arguments, use_reentrant=False)
+                hidden, weights, *router = checkpoint(layer, hidden, *arguments, use_reentrant=False)
             else:
-                hidden, weights = layer(hidden, *arguments)
+                hidden, weights, *router = layer(hidden, *arguments)
             if self.training and self.layerdrop:
                 hidden = torch.where(torch.rand((), device=hidden.device) < self.layerdrop, before, hidden)
             states.append(hidden)
             attentions.append(weights)
+            routers += router
         states[-1] = hidden = self.final_norm(hidden)
         output = BaseModelOutput(
             last_hidden_state=hidden,
             past_key_values=close_cache(cache),
             hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
+            router_logits=tuple(routers) if routers and output_router_logits else None,
         )
         return output if self.setting("return_dict", return_dict, True) else output.to_tuple()
 

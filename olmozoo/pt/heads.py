@@ -11,10 +11,11 @@ from olmozoo.errors import InputError
 from olmozoo.modeling import check_kept_logits, head_labels
 from olmozoo.outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 from olmozoo.pt.base import PreTrainedModel
+from olmozoo.pt.cache import cached_length
 from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.generation import GenerationMixin
 from olmozoo.pt.layers import Linear, as_tensor
-from olmozoo.pt.losses import answer_position_loss, classification_loss, next_token_loss
+from olmozoo.pt.losses import add_router_loss, answer_position_loss, classification_loss, next_token_loss
 
 
 class HeadedModel(PreTrainedModel):
@@ -90,6 +91,7 @@ class HeadedModel(PreTrainedModel):
             **self.known_inputs(family_inputs),
         )
         hidden = output.last_hidden_state
+        length = hidden.shape[1]
         if isinstance(keep, Tensor) or keep:
             check_kept_logits(self.head, targets)
             hidden = hidden[:, keep] if isinstance(keep, Tensor) else hidden[:, -keep:]
@@ -100,6 +102,9 @@ class HeadedModel(PreTrainedModel):
             attentions=output.attentions,
         )
         result.loss = None if targets is None else self.head_loss(result, *targets, num_items=num_items_in_batch)
+        if output.router_logits is not None:
+            past = 0 if past_key_values is None else cached_length(output.past_key_values) - length
+            add_router_loss(result, output, as_tensor(attention_mask, self.device), past, self.config)
         return result if self.setting("return_dict", return_dict, True) else result.to_tuple()
 
     def head_outputs(self, hidden: Tensor, input_ids: Tensor | None) -> dict[str, Tensor]:

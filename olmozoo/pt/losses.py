@@ -1,4 +1,4 @@
-"""Losses of the heads: next token, classification, answer positions."""
+"""Losses of the heads: next token, classification, answer positions; and of routers to experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmozoo.families.config import infer_problem_type
+from olmozoo.families.olmoe import ExpertsConfig
 from olmozoo.modeling import check_range
+from olmozoo.outputs import BaseModelOutput, CausalLMOutput
 from olmozoo.pt.layers import at_least_float32, concrete
 
 
@@ -63,3 +65,45 @@ def target_losses(logits: Tensor, targets: Tensor, z_loss: bool) -> tuple[Tensor
     if not z_loss:
         return losses, torch.zeros_like(losses)
     return losses, (wide.logsumexp(-1).square() * (targets != -100)).sum(-1)
+
+
+def add_router_loss(
+    result: CausalLMOutput, output: BaseModelOutput, mask: Tensor | None, past: int, config: ExpertsConfig
+) -> None:
+    """Add to a head's output the decoder's router logits and the load-balancing loss, which its loss has then too.
+
+    Args:
+        result: of the head.
+        output: of the decoder.
+        mask: the attention_mask of the call; one of two dimensions says which tokens count.
+        past: positions in the cache before the call.
+        config: of the model.
+    """
+    length = output.last_hidden_state.shape[1]
+    real = mask[:, past : past + length] if mask is not None and mask.ndim == 2 else None
+    result.router_logits = output.router_logits
+    result.aux_loss = load_balancing_loss(output.router_logits, real, config.num_experts_per_tok)
+    if result.loss is not None:
+        result.loss = result.loss + config.router_aux_loss_coef * result.aux_loss.to(result.loss.dtype)
+
+
+def load_balancing_loss(router_logits: tuple[Tensor, ...], real: Tensor | None, chosen: int) -> Tensor:
+    """`experts * sum_e f_e P_e` (arXiv:2101.03961, equation 4), over the real tokens of all layers together.
+
+    f_e is the share of tokens that are sent to expert e, and P_e its mean probability. Where all experts have equal
+    shares, the loss is `chosen`.
+
+    Args:
+        router_logits: one tensor a layer, (b * s, experts).
+        real: (b, s), 1 for tokens that count; None for all.
+        chosen: experts a token is sent to.
+    """
+    logits = torch.cat([layer.to(router_logits[0].device) for layer in router_logits])  # (layers * b * s, e)
+    probabilities = logits.to(at_least_float32(logits.dtype)).softmax(-1)
+    sent = torch.zeros_like(probabilities).scatter(1, probabilities.topk(chosen).indices, 1.0)
+    if real is None:
+        weights = torch.ones_like(probabilities[:, 0])
+    else:
+        weights = real.to(probabilities).flatten().repeat(len(router_logits))
+    count = weights.sum().clamp(min=1)
+    return logits.shape[-1] * ((weights @ sent / count) * (weights @ probabilities / count)).sum()

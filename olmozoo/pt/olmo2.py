@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from olmozoo.families.olmo2 import Olmo2Config, PostNormConfig
+from olmozoo.families.olmo2 import NormedAttentionConfig, Olmo2Config, PostNormConfig
 from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.heads import CausalLM, SequenceClassifier
 from olmozoo.pt.layers import GatedMLP, Linear, RMSNorm, attention, rotate, split_heads
@@ -22,7 +22,7 @@ from olmozoo.pt.layers import GatedMLP, Linear, RMSNorm, attention, rotate, spli
 class Olmo2Attention(nn.Module):
     """Grouped-query attention; queries and keys are normed over all heads together, before they are split."""
 
-    def __init__(self, config: PostNormConfig, layer: int) -> None:
+    def __init__(self, config: NormedAttentionConfig, layer: int) -> None:
         super().__init__()
         c, bias = config.hidden_size, config.attention_bias
         q, kv = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
@@ -39,15 +39,17 @@ class Olmo2Attention(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, cos_sin: tuple[Tensor, Tensor], cache: Any, want_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        query = split_heads(self.q_norm(self.q_proj(x)), self.head_dim)  # (b, h, s, d)
-        key = split_heads(self.k_norm(self.k_proj(x)), self.head_dim)  # (b, g, s, d)
-        value = split_heads(self.v_proj(x), self.head_dim)
+        query, key, value = (split_heads(part, self.head_dim) for part in self.project(x))  # (b, h or g, s, d)
         query, key = rotate(query, *cos_sin), rotate(key, *cos_sin)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)  # (b, g, t, d)
         dropout = self.dropout if self.training else 0.0
         out, weights = attention(query, key, value, mask, self.head_dim**-0.5, dropout, want_weights)
         return self.o_proj(out), weights
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (b, s, h * d), keys and values (b, s, g * d), before the heads are split."""
+        return self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
 
 
 class Olmo2Block(nn.Module):

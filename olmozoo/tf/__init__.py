@@ -24,9 +24,11 @@ from olmozoo.tf.auto import (
 )
 from olmozoo.tf.base import canonical_state
 from olmozoo.tf.cache import KVCache
+from olmozoo.tf.flexolmo import TFFlexOlmoForCausalLM, TFFlexOlmoModel
 from olmozoo.tf.olmo import TFOlmoForCausalLM, TFOlmoForSequenceClassification, TFOlmoModel
 from olmozoo.tf.olmo2 import TFOlmo2ForCausalLM, TFOlmo2ForSequenceClassification, TFOlmo2Model
 from olmozoo.tf.olmo3 import TFOlmo3ForCausalLM, TFOlmo3ForSequenceClassification, TFOlmo3Model
+from olmozoo.tf.olmoe import TFOlmoeForCausalLM, TFOlmoeModel
 from olmozoo.tf.opt import TFOPTForCausalLM, TFOPTForQuestionAnswering, TFOPTForSequenceClassification, TFOPTModel
 
 __all__ = [
@@ -35,6 +37,8 @@ __all__ = [
     "TFAutoModelForCausalLM",
     "TFAutoModelForQuestionAnswering",
     "TFAutoModelForSequenceClassification",
+    "TFFlexOlmoForCausalLM",
+    "TFFlexOlmoModel",
     "TFOPTForCausalLM",
     "TFOPTForQuestionAnswering",
     "TFOPTForSequenceClassification",
@@ -48,5 +52,7 @@ __all__ = [
     "TFOlmoForCausalLM",
     "TFOlmoForSequenceClassification",
     "TFOlmoModel",
+    "TFOlmoeForCausalLM",
+    "TFOlmoeModel",
     "canonical_state",
 ]

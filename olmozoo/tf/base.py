@@ -90,7 +90,7 @@ class PreTrainedModel(ModelMixin, keras.Model):
             if layer.built or parameter.kind == "bias":  # a bias comes with its weight
                 continue
             with ExitStack() as scopes:  # Keras names variables by the scopes that they are made in
-                for step in (self.name, *self._parameter_path(parameter)[:-2]):
+                for step in (self.name, *self._variable_path(parameter)[:-2]):
                     scopes.enter_context(keras.name_scope(step))
                 layer.build((None, None) if parameter.kind == "embedding" else (None, None, parameter.shape[-1]))
         for block in self.base_model.stack.blocks:
@@ -385,8 +385,12 @@ class PreTrainedModel(ModelMixin, keras.Model):
         for parameter, array in items:
             if isinstance(array, QuantizedTensor):
                 self._make_quantized(parameter, array.scheme, scale_dtype(array)).assign(array)
+                continue
+            variable, tensor = self._find(parameter), from_numpy(aligned(array, transposed=parameter.kind == "linear"))
+            if parameter.stack is None:
+                variable.assign(tensor)
             else:
-                self._find(parameter).assign(from_numpy(aligned(array, transposed=parameter.kind == "linear")))
+                variable.value[parameter.stack[1]].assign(tensor)
 
     def _make_quantized(self, parameter: Parameter, scheme: Quantization, scales: str) -> QuantizedDense:
         """Replace the layer of a linear weight by one for integers, which keeps its bias."""
@@ -435,16 +439,16 @@ class PreTrainedModel(ModelMixin, keras.Model):
         known = {id(variable) for parameter in table for variable in self._layer(parameter).weights}
         found = {variable.path: tuple(variable.shape) for variable in self.weights if id(variable) not in known}
         table = [parameter for parameter in table if self._quantized(parameter) is None]
-        found |= {parameter.name: tuple(self._find(parameter).shape) for parameter in table}
+        found |= {p.name: tuple(self._find(p).shape)[0 if p.stack is None else 1 :] for p in table}
         expected = {p.name: p.shape[::-1] if p.kind == "linear" else p.shape for p in table}
         check_shapes(f"variables do not fit the config of {type(self).__name__}", found, expected)
 
     def _layer(self, parameter: Parameter) -> keras.layers.Layer:
-        """The layer that has a parameter's variable.
+        """The layer that has a parameter's variable, which for an expert is the one of all experts.
 
         A Keras model's `layers` are all its layers, so the blocks of a decoder are in `blocks`.
         """
-        return self._at(self._parameter_path(parameter)[:-1])
+        return self._at(self._variable_path(parameter)[:-1])
 
     def _at(self, path: list[str]) -> keras.layers.Layer:
         layer: Any = self
@@ -467,6 +471,8 @@ class PreTrainedModel(ModelMixin, keras.Model):
 
     def _read(self, parameter: Parameter) -> np.ndarray:
         tensor = tf.convert_to_tensor(self._find(parameter))
+        if parameter.stack is not None:
+            tensor = tensor[parameter.stack[1]]
         return (tf.transpose(tensor) if parameter.kind == "linear" else tensor).numpy()
 
     # -- what users of Keras models ask for -----------------------------------------------------------------------

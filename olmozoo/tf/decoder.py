@@ -63,7 +63,8 @@ class Decoder(TrackedBlocks, PreTrainedModel):
             return_dict: False returns a plain tuple; default True.
             cache_position: (seq,) positions, for rows that all have the same; `position_ids` go before them.
             training: whether dropout is on.
-            **family_inputs: further arguments of the family's `embed_positions` (OPT: `head_mask`).
+            **family_inputs: further arguments of the family: `output_router_logits` where it has a mixture of experts,
+                default `config.output_router_logits`; those of its `embed_positions` (OPT: `head_mask`).
 
         Returns:
             `BaseModelOutput`.
@@ -77,6 +78,8 @@ class Decoder(TrackedBlocks, PreTrainedModel):
             check_range("input_ids", concrete(input_ids), self.stack.embed_tokens.input_dim)
         output_attentions = self.setting("output_attentions", output_attentions, False)
         output_hidden_states = self.setting("output_hidden_states", output_hidden_states, False)
+        inputs = self.known_inputs(family_inputs)
+        output_router_logits = self.setting("output_router_logits", inputs.pop("output_router_logits", None), False)
         recompute = self.gradient_checkpointing and training and past_key_values is None and not output_attentions
         use_cache = self.wants_cache(use_cache, training) and not recompute
         blocks = self.stack.blocks
@@ -91,30 +94,30 @@ class Decoder(TrackedBlocks, PreTrainedModel):
         masks = {w: make_mask(attention_mask, batch, length, past, keys, w) for w in dict.fromkeys(windows)}
         if position_ids is None and cache_position is not None:
             position_ids = cache_position[None]
-        hidden, layer_inputs = self.embed_positions(
-            hidden, position_ids, attention_mask, past, **self.known_inputs(family_inputs)
-        )
+        hidden, layer_inputs = self.embed_positions(hidden, position_ids, attention_mask, past, **inputs)
         seeds = split_seed(self.seeds.next() if training else None, 2 * len(blocks))
 
-        states, presents, attentions = [hidden], [], []
+        states, presents, attentions, routers = [hidden], [], [], []
         for block, layer_input, layer_past, window in zip(blocks, layer_inputs, pasts, windows, strict=True):
             before, mask, seed, drop_seed = hidden, masks[window], seeds.pop(), seeds.pop()
             if recompute:
-                hidden = recomputed(block, mask, layer_input, seed)(hidden)
+                hidden, *router = recomputed(block, mask, layer_input, seed)(hidden)
             else:
                 # Not called `mask`, of which Keras would make metadata of the hidden states.
-                hidden, present, weights = block(hidden, layer_input, layer_past, seed, key_mask=mask)
+                hidden, present, weights, *router = block(hidden, layer_input, layer_past, seed, key_mask=mask)
                 presents.append(present)
                 attentions.append(weights)
             if training and self.layerdrop:
                 hidden = ops.where(tf.random.stateless_uniform((), drop_seed) < self.layerdrop, before, hidden)
             states.append(hidden)
+            routers += router
         states[-1] = hidden = self.final_norm(hidden)
         output = BaseModelOutput(
             last_hidden_state=hidden,
             past_key_values=close_cache(past_key_values, presents, length, use_cache),
             hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
+            router_logits=tuple(routers) if routers and output_router_logits else None,
         )
         return output if self.setting("return_dict", return_dict, True) else output.to_tuple()
 
@@ -139,5 +142,13 @@ class Decoder(TrackedBlocks, PreTrainedModel):
 
 
 def recomputed(block: keras.Layer, mask: Tensor, layer_input: Any, seed: Tensor | None) -> Any:
-    """A function from the hidden states before a block to those after it that keeps nothing for the backward pass."""
-    return keras.remat(lambda hidden: block(hidden, layer_input, None, seed, key_mask=mask)[0])
+    """A function from the hidden states before a block to what it returns but keys, values and attention weights.
+
+    It keeps nothing for the backward pass.
+    """
+
+    def run(hidden: Tensor) -> tuple[Tensor, ...]:
+        hidden, _, _, *router = block(hidden, layer_input, None, seed, key_mask=mask)
+        return hidden, *router
+
+    return keras.remat(run)

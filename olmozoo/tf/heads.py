@@ -14,10 +14,12 @@ from olmozoo.families.config import infer_problem_type
 from olmozoo.modeling import check_kept_logits, head_labels
 from olmozoo.outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 from olmozoo.tf.base import PreTrainedModel
+from olmozoo.tf.cache import cached_length
 from olmozoo.tf.decoder import Decoder
 from olmozoo.tf.generation import GenerationMixin
 from olmozoo.tf.layers import Tensor, linear
 from olmozoo.tf.losses import (
+    add_router_loss,
     answer_position_loss,
     clamped,
     classification_loss,
@@ -110,6 +112,8 @@ class HeadedModel(PreTrainedModel):
             attentions=output.attentions,
         )
         result.loss = None if targets is None else self.head_loss(result, *targets)
+        if output.router_logits is not None:
+            add_router_loss(result, output, attention_mask, cached_length(past_key_values), self.config)
         return result if self.setting("return_dict", return_dict, True) else result.to_tuple()
 
     def head_outputs(self, hidden: Tensor, input_ids: Tensor | None) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Losses of the heads: next token, classification, answer positions."""
+"""Losses of the heads: next token, classification, answer positions; and of routers to experts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import tensorflow as tf
 from keras import ops
 
 from olmozoo.families.config import infer_problem_type
+from olmozoo.families.olmoe import ExpertsConfig
 from olmozoo.modeling import check_range
+from olmozoo.outputs import BaseModelOutput, CausalLMOutput
 from olmozoo.tf.layers import Tensor, at_least_float32, concrete
 
 
@@ -80,3 +82,49 @@ def target_losses(logits: Tensor, targets: Tensor, z_loss: bool) -> tuple[Tensor
     if not z_loss:
         return losses, ops.zeros_like(losses)
     return losses, ops.sum(ops.square(tf.reduce_logsumexp(wide, -1)) * weights, -1)
+
+
+def add_router_loss(
+    result: CausalLMOutput, output: BaseModelOutput, mask: Tensor | None, past: Any, config: ExpertsConfig
+) -> None:
+    """Add to a head's output the decoder's router logits and the load-balancing loss, which its loss has then too.
+
+    Args:
+        result: of the head.
+        output: of the decoder.
+        mask: the attention_mask of the call; one of two dimensions says which tokens count.
+        past: positions in the cache before the call.
+        config: of the model.
+    """
+    batch, length, _ = ops.shape(output.last_hidden_state)
+    real = None
+    if mask is not None and len(mask.shape) == 2:
+        real = tf.slice(ops.convert_to_tensor(mask), (0, past), (batch, length))
+    result.router_logits = output.router_logits
+    result.aux_loss = load_balancing_loss(output.router_logits, real, config.num_experts_per_tok)
+    if result.loss is not None:
+        result.loss = result.loss + config.router_aux_loss_coef * ops.cast(result.aux_loss, result.loss.dtype)
+
+
+def load_balancing_loss(router_logits: tuple[Tensor, ...], real: Tensor | None, chosen: int) -> Tensor:
+    """`experts * sum_e f_e P_e` (arXiv:2101.03961, equation 4), over the real tokens of all layers together.
+
+    f_e is the share of tokens that are sent to expert e, and P_e its mean probability. Where all experts have equal
+    shares, the loss is `chosen`.
+
+    Args:
+        router_logits: one tensor a layer, (b * s, experts).
+        real: (b, s), 1 for tokens that count; None for all.
+        chosen: experts a token is sent to.
+    """
+    logits = ops.concatenate(router_logits, 0)  # (layers * b * s, e)
+    probabilities = tf.nn.softmax(ops.cast(logits, at_least_float32(logits.dtype)))
+    experts = tf.math.top_k(probabilities, chosen).indices
+    sent = ops.sum(tf.one_hot(experts, logits.shape[-1], dtype=probabilities.dtype), 1)
+    if real is None:
+        weights = ops.ones_like(probabilities[:, 0])
+    else:
+        weights = ops.tile(ops.reshape(ops.cast(real, probabilities.dtype), (-1,)), len(router_logits))
+    count = ops.maximum(ops.sum(weights), 1)
+    sent, mean = (tf.linalg.matvec(x, weights, transpose_a=True) / count for x in (sent, probabilities))
+    return logits.shape[-1] * ops.sum(sent * mean)

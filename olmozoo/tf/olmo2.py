@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeAlias
 import keras
 import tensorflow as tf
 
-from olmozoo.families.olmo2 import Olmo2Config, PostNormConfig
+from olmozoo.families.olmo2 import NormedAttentionConfig, Olmo2Config, PostNormConfig
 from olmozoo.tf.cache import update
 from olmozoo.tf.decoder import Decoder
 from olmozoo.tf.heads import CausalLM, SequenceClassifier
@@ -26,7 +26,7 @@ Tensor: TypeAlias = tf.Tensor
 class Olmo2Attention(Layer):
     """Grouped-query attention; queries and keys are normed over all heads together, before they are split."""
 
-    def __init__(self, config: PostNormConfig, name: str) -> None:
+    def __init__(self, config: NormedAttentionConfig, name: str) -> None:
         super().__init__(name)
         c, bias = config.hidden_size, config.attention_bias
         q, kv = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
@@ -42,13 +42,15 @@ class Olmo2Attention(Layer):
     def call(
         self, x: Tensor, cos_sin: tuple[Tensor, Tensor], past: Any, seed: Tensor | None, key_mask: Tensor | QueryBlocks
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        query = split_heads(self.q_norm(self.q_proj(x)), self.head_dim)  # (b, h, s, d)
-        key = split_heads(self.k_norm(self.k_proj(x)), self.head_dim)  # (b, g, s, d)
-        value = split_heads(self.v_proj(x), self.head_dim)
+        query, key, value = (split_heads(part, self.head_dim) for part in self.project(x))  # (b, h or g, s, d)
         query, key = rotate(query, *cos_sin), rotate(key, *cos_sin)
         key, value = update(past, key, value)  # (b, g, t, d)
         out, weights = attention(query, key, value, key_mask, self.head_dim**-0.5, self.dropout, seed)
         return self.o_proj(out), (key, value), weights
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (b, s, h * d), keys and values (b, s, g * d), before the heads are split."""
+        return self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
 
 
 class Olmo2Block(Layer):

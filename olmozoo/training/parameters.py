@@ -28,17 +28,33 @@ def trained_parameters(config: TrainConfig, model: ModelConfig) -> list[Paramete
     """The parameters that are trained: those of the table that are not frozen, or the factors of LoRA.
 
     Raises:
-        ConfigError: a pattern of `freeze` fits no parameter, nothing is left to train, or there is no target for LoRA.
+        ConfigError: a pattern of `freeze` fits no parameter, nothing is left to train, there is no target for LoRA, or
+            an expert would be trained.
     """
     table = stored_parameters(model)
     if config.lora is not None:
-        return lora_parameters(config.lora, table)
+        return without_experts(lora_parameters(config.lora, table))
     unknown = [pattern for pattern in config.freeze if not any(fnmatchcase(p.name, pattern) for p in table)]
     raise_problems("freeze fits no parameter of the model", unknown, ConfigError)
     found = [p for p in table if not any(fnmatchcase(p.name, pattern) for pattern in config.freeze)]
     if not found:
         raise ConfigError("freeze leaves no parameter to train")
-    return found
+    return without_experts(found)
+
+
+def without_experts(trained: list[Parameter]) -> list[Parameter]:
+    """The parameters, once none of them is of an expert, which have one variable together in Keras and Flax.
+
+    Raises:
+        ConfigError: one is.
+    """
+    experts = [parameter.name for parameter in trained if parameter.stack is not None]
+    if experts:
+        raise ConfigError(
+            f"{len(experts)} parameters are of experts, such as {experts[0]}, which olmozoo train does not train: "
+            "freeze '*.experts.*', or choose lora.target_modules in the attention"
+        )
+    return trained
 
 
 def lora_parameters(lora: LoraConfig, table: Sequence[Parameter]) -> list[Parameter]:

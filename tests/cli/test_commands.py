@@ -59,7 +59,8 @@ def test_info_of_a_preset(command, tmp_path, monkeypatch):
 def test_info_as_json(command, folder):
     found = json.loads(command("info", folder, "--json"))
     assert found["config"] == Olmo2Config.from_pretrained(folder).to_dict()
-    assert found["parameters"] == {**CONFIG.count_parameters(), "total": sum(CONFIG.count_parameters().values())}
+    total = sum(CONFIG.count_parameters().values())
+    assert found["parameters"] == {**CONFIG.count_parameters(), "total": total, "active": total}
     assert found["memory"]["bfloat16"] == {
         "weights": 2 * found["parameters"]["total"],
         "cache_per_token": 2 * 2 * CONFIG.num_hidden_layers * CONFIG.hidden_size,

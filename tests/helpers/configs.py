@@ -2,7 +2,7 @@
 
 import pytest
 
-from olmozoo import Olmo2Config, Olmo3Config, OlmoConfig, OPTConfig
+from olmozoo import FlexOlmoConfig, Olmo2Config, Olmo3Config, OlmoConfig, OlmoeConfig, OPTConfig
 from tests.helpers.wings import PRESENT, WINGS
 
 BOUND, GRADIENT_BOUND = 1e-9, 1e-8  # of hidden states and logits, and of gradients, in float64
@@ -65,6 +65,16 @@ CONFIGS = {
     ),
     "olmo-clip-tied": OlmoConfig(**ROTARY, clip_qkv=0.4, tie_word_embeddings=True),
     "olmo-bias": OlmoConfig(**ROTARY | {"num_key_value_heads": 1}, attention_bias=True),
+    "olmoe": OlmoeConfig(**ROTARY, num_experts=5, num_experts_per_tok=2, clip_qkv=1.1),
+    "olmoe-one-normed-tied": OlmoeConfig(
+        **ROTARY | {"num_key_value_heads": 1},
+        num_experts=3,
+        num_experts_per_tok=1,
+        norm_topk_prob=True,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "flexolmo-all": FlexOlmoConfig(**ROTARY, num_experts=3, num_experts_per_tok=3, norm_topk_prob=True),
     "opt": OPTConfig(**OPT),
     "opt-projected-post-norm": OPTConfig(**OPT, word_embed_proj_dim=24, do_layer_norm_before=False),
     "opt-bare": OPTConfig(**OPT, enable_bias=False, layer_norm_elementwise_affine=False, activation_function="gelu"),
@@ -80,11 +90,13 @@ OTHERS = [  # each is compared with the reference, so that it needs both
 # One of each family that never ends by itself, for what a wing does beyond the numbers.
 SMALL_OLMO2 = CONFIGS["olmo2"].replace(max_position_embeddings=4096, eos_token_id=None)
 SMALL_OLMO3 = CONFIGS["olmo3"].replace(max_position_embeddings=4096, eos_token_id=None)
+SMALL_OLMOE = CONFIGS["olmoe"].replace(max_position_embeddings=4096, eos_token_id=None)
+SMALL_FLEXOLMO = CONFIGS["flexolmo-all"].replace(max_position_embeddings=4096, eos_token_id=None)
 SMALL_OLMO = CONFIGS["olmo-bias"].replace(max_position_embeddings=4096, eos_token_id=None, tie_word_embeddings=True)
 SMALL_OPT = CONFIGS["opt-projected-post-norm"].replace(eos_token_id=None)
 
 
 def config_of(cls):
     """A small config of a model class's family."""
-    configs = (SMALL_OLMO2, SMALL_OLMO3, SMALL_OPT, SMALL_OLMO)
+    configs = (SMALL_OLMO2, SMALL_OLMO3, SMALL_OPT, SMALL_OLMO, SMALL_OLMOE, SMALL_FLEXOLMO)
     return next(config for config in configs if isinstance(config, cls.config_class))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from olmozoo import Olmo2Config, Olmo3Config, OlmoConfig, OPTConfig
+from olmozoo import FlexOlmoConfig, Olmo2Config, Olmo3Config, OlmoConfig, OlmoeConfig, OPTConfig
 from olmozoo.families.parameter import ARCHITECTURES
 from tests.helpers.checkpoints import left_padded
 from tests.helpers.wings import scope
@@ -34,6 +34,19 @@ CONFIGS = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         sliding_window=3,
         rope_scaling={"rope_type": "linear", "factor": 2.0},
+    ),
+    "olmoe": OlmoeConfig(
+        **COMMON,
+        hidden_size=24,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=20,
+        eos_token_id=0,
+        num_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "flexolmo": FlexOlmoConfig(
+        **COMMON, hidden_size=24, num_attention_heads=6, intermediate_size=20, eos_token_id=0, num_experts=12
     ),
     "opt": OPTConfig(**COMMON, hidden_size=16, num_attention_heads=4, ffn_dim=24, word_embed_proj_dim=8, dropout=0.0),
 }

@@ -20,6 +20,7 @@ ROTARY = {
     "pad_token_id": 0,
     "eos_token_id": [5, 7],
 }
+EXPERTS = ROTARY | {"intermediate_size": 52}  # grouped products of PyTorch take multiples of 16 bytes
 OPT = {
     "vocab_size": 99,
     "hidden_size": 48,
@@ -98,6 +99,26 @@ CASES = {
             "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4},
         },
     ),
+    "olmoe-clip-gqa": (
+        "Olmoe",
+        EXPERTS | {"num_key_value_heads": 2, "clip_qkv": 0.8, "num_experts": 7, "num_experts_per_tok": 3},
+    ),
+    "olmoe-normed-one-bias-tied": (
+        "Olmoe",
+        EXPERTS
+        | {
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "num_experts": 4,
+            "num_experts_per_tok": 1,
+            "norm_topk_prob": True,
+        },
+    ),
+    "flexolmo-normed-gqa": (
+        "FlexOlmo",
+        EXPERTS | {"num_key_value_heads": 3, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    ),
+    "flexolmo-all": ("FlexOlmo", EXPERTS | {"num_experts": 3, "num_experts_per_tok": 3}),
     "opt": ("OPT", OPT),
     "opt-projected-post-norm": ("OPT", OPT | {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
     "opt-bare": (
@@ -152,7 +173,15 @@ def test_a_checkpoint_of_transformers_gives_its_answers(tmp_path, case, wing):
 
 @pytest.mark.parametrize("wing", WINGS)
 @pytest.mark.parametrize(
-    "case", ["olmo2-gqa", "olmo2-mqa-bias-tied", "olmo3-thetas-yarn", "olmo-clip-mqa-tied", "opt-projected-post-norm"]
+    "case",
+    [
+        "olmo2-gqa",
+        "olmo2-mqa-bias-tied",
+        "olmo3-thetas-yarn",
+        "olmoe-clip-gqa",
+        "olmo-clip-mqa-tied",
+        "opt-projected-post-norm",
+    ],
 )
 def test_a_folder_we_saved_loads_in_transformers(tmp_path, case, wing):
     model = theirs(case)

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 from olmozoo import pt
 
-CAUSAL = [pt.Olmo2ForCausalLM, pt.Olmo3ForCausalLM, pt.OlmoForCausalLM, pt.OPTForCausalLM]
+CAUSAL = [pt.Olmo2ForCausalLM, pt.Olmo3ForCausalLM, pt.OlmoForCausalLM, pt.OlmoeForCausalLM, pt.OPTForCausalLM]
 
 
 @pytest.mark.parametrize("cls", CAUSAL, ids=lambda c: c.__name__)

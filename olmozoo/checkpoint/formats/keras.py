@@ -137,7 +137,7 @@ def _keras_name(path: str, dataset: Any) -> Named:
             names.append(group["vars"].attrs["name"])
     if variables != "vars" or index not in ("0", "1") or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{path} is not the name of a weight")
-    is_linear = dataset.ndim == 2 and not names[-1].startswith("embed_")
+    is_linear = dataset.ndim > 1 and not names[-1].startswith("embed_")
     names = [f"layers.{name}" if name.isdigit() else name for name in names]  # a block may be called that too
     return ".".join([*names, ("weight", "bias")[int(index)]]), is_linear
 

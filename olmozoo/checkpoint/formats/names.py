@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from olmozoo.checkpoint.tensors import LazyTensor
@@ -21,12 +22,16 @@ DECODER_PART = re.compile(
     r"(?:^|[./])((?:embed_tokens|embed_positions|project_in|project_out|final_layer_norm|layers[._/]\d+)[./].+)$"
 )
 FOREIGN_NAME = re.compile(r"/|:0$|\.(kernel|embedding|scale)$")  # as TensorFlow and Flax name tensors, and nobody else
+# The name of a tensor of all experts of a layer, in a file of Keras or Flax, or of Transformers 5.
+STACK = re.compile(r"(\.experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?$")
 
 Named = tuple[str, bool]  # a canonical name, and whether the values are transposed
 
 
 def flax_path(parameter: Parameter, name: str) -> str:
     """The path of a parameter in a Flax tree, joined by slashes; `name` is its canonical name."""
+    if parameter.stack is not None:  # as all experts' of a layer, which have one leaf
+        name = name.replace(f".experts.{parameter.stack[1]}.", ".experts.")
     return "/".join([*name.split(".")[:-1], FLAX_LEAVES[parameter.kind]])
 
 
@@ -84,9 +89,43 @@ def canonical_tensors(path: Path, tensors: dict[str, LazyTensor]) -> dict[str, L
 
 
 def canonical(tensor: LazyTensor, named: Named) -> LazyTensor:
-    """A tensor under its canonical name, a linear weight as a transposed view: (out, in)."""
+    """A tensor under its canonical name, a linear weight as a transposed view: (out, in), of experts (e, out, in)."""
     name, is_transposed = named
-    return (tensor.transposed() if is_transposed and len(tensor.shape) == 2 else tensor).renamed(name)
+    return (tensor.transposed() if is_transposed and len(tensor.shape) > 1 else tensor).renamed(name)
+
+
+def separate_experts(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Tensors by name, one for each expert also where all experts of a layer are stacked in one tensor.
+
+    So they are in files of Keras and Flax, and where Transformers 5 saved with `save_original_format=False`, under its
+    names in memory: `gate_up_proj` (e, 2 * inner, hidden), first the rows of gate and then those of up.
+    """
+    separate: dict[str, LazyTensor] = {}
+    last: dict[str, Array] = {}  # the stack that was read last; its matrices are read one after another
+
+    def read(name: str, expert: int, rows: slice) -> Array:
+        stack = last.get(name)
+        if stack is None:
+            stack = tensors[name].read()
+            last.clear()
+            last[name] = stack
+        return stack[expert, rows]
+
+    for name, tensor in tensors.items():
+        match = STACK.search(name)
+        if match is None or len(tensor.shape) != 3:
+            separate[name] = tensor
+            continue
+        count, rows, columns = tensor.shape
+        parts = {match[2]: (0, rows)}
+        if match[2] == "gate_up_proj" and rows % 2 == 0:
+            parts = {"gate_proj": (0, rows // 2), "up_proj": (rows // 2, rows)}
+        for part, (start, stop) in parts.items():
+            for expert in range(count):
+                new = f"{name[: match.end(1)]}.{expert}.{part}.weight"
+                values = partial(read, name, expert, slice(start, stop))
+                separate[new] = LazyTensor(new, tensor.dtype, (stop - start, columns), values, tensor.file)
+    return separate
 
 
 def gather(path: Path, tensors: Iterable[LazyTensor]) -> dict[str, LazyTensor]:

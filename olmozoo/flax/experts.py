@@ -1,0 +1,183 @@
+"""A sparse MLP: a router sends each token to a few of many gated MLPs (arXiv:1701.06538, arXiv:2409.02060).
+
+Shapes in comments: n tokens (batch times positions), e experts, k of them a token, m = n * k rows, c hidden size.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array, lax
+
+from olmozoo.families.olmoe import ExpertsConfig
+from olmozoo.flax.layers import ACTIVATIONS, at_least_float32
+
+MOST_ROWS = 64  # of one product of a tile with an expert
+
+
+class SparseMLP(nn.Module):
+    """The sum of the outputs of a token's k experts, each times the weight that the router gives it.
+
+    Each expert is computed on the tokens that are sent to it.
+    """
+
+    config: ExpertsConfig
+    dtype: Any
+    param_dtype: Any
+
+    def setup(self) -> None:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.gate = nn.Dense(self.config.num_experts, use_bias=False, **types)
+        self.experts = Experts(self.config, **types)
+
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        """Return the outputs (b, s, c) for x (b, s, c), and the router's logits (b * s, e)."""
+        count, chosen = self.config.num_experts, self.config.num_experts_per_tok
+        tokens = x.reshape(-1, x.shape[-1])  # (n, c)
+        logits = self.gate(tokens)
+        weights, experts = route(logits, chosen, self.config.norm_topk_prob)
+        order = experts.reshape(-1).argsort()  # (m,), stable
+        sizes = jnp.bincount(experts.reshape(-1), length=count).astype(jnp.int32)  # rows of each expert
+        out = self.experts(tokens[order // chosen], sizes)[order.argsort()]  # (m, c), by token again
+        out = jnp.einsum("nkc,nk->nc", out.reshape(-1, chosen, x.shape[-1]), weights)
+        return out.reshape(x.shape), logits
+
+
+def route(logits: Array, chosen: int, normalized: bool) -> tuple[Array, Array]:
+    """Weights and indices (n, k) of the experts of each token, from logits (n, e).
+
+    The softmax is over all experts, in at least float32, so that the weights of the chosen ones sum to less than 1.
+
+    Args:
+        logits: of the router.
+        chosen: k.
+        normalized: whether the weights are divided by their sum.
+    """
+    weights, experts = lax.top_k(nn.softmax(logits.astype(at_least_float32(logits.dtype))), chosen)
+    if normalized:
+        weights = weights / weights.sum(-1, keepdims=True)
+    return weights.astype(logits.dtype), experts
+
+
+class Experts(nn.Module):
+    """All gated MLPs of a layer, `down(act(gate(x)) * up(x))`, without biases."""
+
+    config: ExpertsConfig
+    dtype: Any
+    param_dtype: Any
+
+    def setup(self) -> None:
+        linear = partial(ExpertLinear, self.config.num_experts, dtype=self.dtype, param_dtype=self.param_dtype)
+        self.gate_proj = linear(self.config.intermediate_size)
+        self.up_proj = linear(self.config.intermediate_size)
+        self.down_proj = linear(self.config.hidden_size)
+        self.act = ACTIVATIONS[self.config.hidden_act]
+
+    def __call__(self, rows: Array, sizes: Array) -> Array:
+        """Rows (m, c), the first `sizes[0]` of them for expert 0, the next `sizes[1]` for expert 1, ..."""
+        return self.down_proj(self.act(self.gate_proj(rows, sizes)) * self.up_proj(rows, sizes), sizes)
+
+
+class ExpertLinear(nn.Module):
+    """A linear layer of each expert, their kernels (e, in, out) stacked."""
+
+    experts: int
+    features: int
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, rows: Array, sizes: Array) -> Array:
+        shape = (self.experts, rows.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(batch_axis=0), shape, self.param_dtype)
+        return grouped_product(rows.astype(self.dtype), kernel, sizes)
+
+
+@jax.custom_vjp
+def grouped_product(rows: Array, kernel: Array, sizes: Array) -> Array:
+    """Rows (m, in), sorted by expert, times each one's own kernel (in, out): (m, out).
+
+    On a TPU this is `lax.ragged_dot`. Elsewhere XLA would make that a product of all rows with all experts; here it is
+    a loop over tiles of rows that have one expert. How many there are is known when it runs: at most e tiles are not
+    full. It has a first derivative, in reverse mode.
+
+    Args:
+        rows: (m, in).
+        kernel: (e, in, out), of any dtype.
+        sizes: int32 (e,), the rows of each expert; they sum to m.
+    """
+    if jax.default_backend() == "tpu":
+        return lax.ragged_dot(rows, kernel.astype(rows.dtype), sizes)
+    return tiled_product(rows, kernel, sizes, 0)
+
+
+def grouped_product_forward(rows: Array, kernel: Array, sizes: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return grouped_product(rows, kernel, sizes), (rows, kernel, sizes)
+
+
+def grouped_product_backward(saved: tuple[Array, Array, Array], grad: Array) -> tuple[Array, Array, None]:
+    rows, kernel, sizes = saved
+    tiles = Tiles(rows.shape[0], sizes)
+    padded_rows, padded_grad = tiles.pad(rows), tiles.pad(grad)
+
+    def add(i: Array, total: Array) -> Array:
+        expert, start, real = tiles[i]
+        tile = jnp.where(real[:, None], tiles.cut(padded_rows, start), 0)
+        part = jnp.einsum("ni,no->io", tile, tiles.cut(padded_grad, start), preferred_element_type=total.dtype)
+        return total.at[expert].add(part)
+
+    of_kernel = lax.fori_loop(0, tiles.count, add, jnp.zeros_like(kernel))
+    return tiled_product(grad, kernel, sizes, 1), of_kernel, None
+
+
+grouped_product.defvjp(grouped_product_forward, grouped_product_backward)
+
+
+class Tiles:
+    """Runs of rows that have one expert, in the order of the rows; of all rows of an expert, only the last is short.
+
+    Args:
+        rows: how many there are, m.
+        sizes: (e,), the rows of each expert.
+    """
+
+    def __init__(self, rows: int, sizes: Array) -> None:
+        share = 2 * rows // len(sizes)
+        self.rows = min(1 << max(share - 1, 0).bit_length(), MOST_ROWS)  # twice an expert's mean, as a power of two
+        counts = -(-sizes // self.rows)
+        self.sizes = sizes
+        self.ends = jnp.cumsum(counts)
+        self.firsts, self.starts = self.ends - counts, jnp.cumsum(sizes) - sizes
+        self.count = self.ends[-1]
+
+    def __getitem__(self, i: Array) -> tuple[Array, Array, Array]:
+        """The expert of tile i, its first row, and which of its rows are the expert's own."""
+        expert = jnp.searchsorted(self.ends, i, side="right")
+        done = (i - self.firsts[expert]) * self.rows
+        return expert, self.starts[expert] + done, jnp.arange(self.rows) < self.sizes[expert] - done
+
+    def pad(self, x: Array) -> Array:
+        """Add to x (m, ...) as many rows as a tile has, so that the last tile is not cut off."""
+        return jnp.pad(x, ((0, self.rows), (0, 0)))
+
+    def cut(self, x: Array, start: Array) -> Array:
+        """The rows of one tile of a padded x."""
+        return lax.dynamic_slice_in_dim(x, start, self.rows)
+
+
+def tiled_product(rows: Array, kernel: Array, sizes: Array, axis: int) -> Array:
+    """`grouped_product` by a loop, where `axis` of an expert's kernel is the one of the rows' values."""
+    tiles = Tiles(rows.shape[0], sizes)
+    padded = tiles.pad(rows)
+
+    def write(i: Array, out: Array) -> Array:
+        expert, start, _ = tiles[i]
+        part = lax.dot_general(tiles.cut(padded, start), kernel[expert].astype(rows.dtype), (((1,), (axis,)), ((), ())))
+        return lax.dynamic_update_slice_in_dim(out, part, start, 0)  # the next tile overwrites what is not its own
+
+    out = jnp.zeros((padded.shape[0], kernel.shape[2 - axis]), rows.dtype)
+    return lax.fori_loop(0, tiles.count, write, out)[: rows.shape[0]]
