@@ -184,7 +184,12 @@ class QueryBlocks:
 def query_mask(
     attention_mask: Array | None, batch: int, length: int, past: Any, keys: int, window: int | None, heads: int
 ) -> Array | QueryBlocks:
-    """`causal_mask`, or `QueryBlocks` where the scores of `heads` heads would take more than `SCORE_BYTES`."""
+    """`causal_mask`, or `QueryBlocks` where the scores of `heads` heads would take more than `SCORE_BYTES`.
+
+    In a program that serves any length (`jax.export`), it is the former.
+    """
+    if not all(isinstance(size, int) for size in (batch, length, keys)):
+        return causal_mask(attention_mask, batch, length, past, keys, window)
     width = keys if window is None else min(keys, 2 * window)
     at_once = SCORE_BYTES // (4 * batch * heads * width)  # queries
     if length <= max(at_once, 1) or (attention_mask is not None and jnp.ndim(attention_mask) == 4):
