@@ -15,6 +15,7 @@ FAST_COMPILATION = (
 )
 os.environ.setdefault("XLA_FLAGS", " ".join(FAST_COMPILATION))
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -46,10 +47,37 @@ LONGEST = (
     "checkpoint/formats/test_keras.py",
 )
 
+# Tests that repeat a check on a further config, format or framework, and take seconds: `make test` leaves them out.
+NIGHTLY = re.compile(
+    "|".join(
+        (
+            r"checkpoint/test_convert.py::test_a_disk_that_takes_no_more\w*\[keras\]",
+            r"checkpoint/test_convert.py::test_every_format_and_back\w*\[float32",
+            r"cli/test_train.py::test_a_run_from_start_to_end\[tf",
+            r"evaluation/test_scoring.py::test_the_command\w*\[opt",
+            r"generation/test_generate.py::\w+\[(olmo-clip-tied|opt-projected-post-norm)-(tf|flax)",
+            r"parity/test_oracle.py::\w+\[(olmo-bias-linear|olmo-dynamic|opt-bare|opt-no-final-norm)-(tf|flax)",
+            r"parity/test_parity.py::test_(cached|greedy|loss|low_precision)\w*\[(olmo2-(mha|linear|dynamic|yarn|llama3)"
+            r"|olmo-bias|olmoe-one-normed-tied|opt(?!-projected)[\w-]*?)-(tf|flax|float)",
+            r"parity/test_query_blocks.py::test_a_cached\w*\[\w+-olmo2|parity/test_query_blocks.py::test_logits\w*\[\w+-olmo-bias",
+            r"parity/test_training.py::\w+\[(olmo-bias|opt)",
+            r"test_docs.py::test_the_code_of_every_page_runs\[tf",
+            r"tf/test_training.py::test_(a_users_loss|metrics_see|fit_evaluate|lora_learns|mixed_policies)\w*\[OPT",
+            r"tf/test_training.py::test_lora_survives\w*\[(frozen|all)|tf/test_training.py::test_lora_learns\w*\[Olmo\]",
+            r"tf/test_training.py::test_mirrored",
+            r"training/test_ai2.py::test_(masks|a_checkpoint)\w*\[[\w-]+-tf",
+            r"training/test_interruptions.py::test_a_run_that_stopped\w*\[(tf|flax)",
+            r"training/test_outputs.py::\w+\[tf",
+            r"training/test_wings.py::test_\w+_agree\[((opt|olmo-lion)-\w+|lora-tf)",
+            r"training/test_wings.py::test_a_run_goes_through_all_wings\[(olmo-lion|lora)",
+        )
+    )
+)
+
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """Put the longest files first, and mark the tests in tests/pt, tests/tf and tests/flax with the wing."""
+    """Put the longest files first, and mark the tests of a wing's folder with it, and those of nightly runs."""
     order = {name: position for position, name in enumerate(LONGEST)}
     names = {item: item.path.relative_to(Path(__file__).parent).as_posix() for item in items}
     items.sort(key=lambda item: order.get(names[item], len(order)))
@@ -57,6 +85,8 @@ def pytest_collection_modifyitems(items):
         folder = names[item].partition("/")[0]
         if folder in ("pt", "tf", "flax"):
             item.add_marker(folder)
+        if NIGHTLY.match(f"{names[item]}::{item.name}"):
+            item.add_marker("nightly")
 
 
 @pytest.fixture(autouse=True, scope="module")
