@@ -102,6 +102,8 @@ class TokenFiles:
         for path, tokens in zip(paths, self.tokens, strict=True):
             problems += _unlikely(path, tokens, dtype, vocab_size)
         raise_problems(f"{label} cannot be used", problems, InputError)
+        if not any(mask is None or _learns(mask) for mask in self.masks):
+            raise InputError(f"{label} have nothing to learn: every mask is false from the second token on")
         self.starts = np.cumsum([0, *(len(tokens) for tokens in self.tokens)])
 
     def __len__(self) -> int:
@@ -166,6 +168,11 @@ def _open(path: Path, dtype: str, length: int, problems: list[str]) -> Array:
         rows = size // itemsize // length
         return np.memmap(path, dtype, "r", shape=(rows, length))
     return none
+
+
+def _learns(mask: Array) -> bool:
+    """Whether a token is learned in some row; the first one of a row is predicted by nothing."""
+    return any(mask[start : start + 4096, 1:].any() for start in range(0, len(mask), 4096))
 
 
 def _unlikely(path: Path, tokens: Array, dtype: str, vocab_size: int) -> list[str]:
