@@ -104,7 +104,8 @@ class DataConfig:
 
     Attributes:
         paths: files of tokens, or folders that `olmozoo prepare` has written.
-        label_mask_paths: for each file of `paths`, the bools that say which tokens are learned; default all.
+        label_mask_paths: for each of `paths`, the file of bools that says which tokens are learned; default all, or
+            the mask of the prepared folder.
         weights: for each of `paths`, how often it is seen in an epoch, such as 0.5 or 2; default once.
         memmap_dtype: of the tokens: uint8, uint16, uint32 or uint64; default the one of the manifest, else uint16.
         generate_attention_mask: whether tokens equal to the pad token, wherever they are, are neither seen nor learned.
@@ -132,7 +133,7 @@ class EvaluatorConfig:
 
     Attributes:
         label: its name in the metrics.
-        paths: files of tokens or prepared folders, as the training data.
+        paths: files of tokens or prepared folders, as the training data; prepared ones may have another length.
         label_mask_paths: their masks.
         datasets: several sets of files, by labels of their own.
         file: a .txt or a .jsonl of texts or of multiple-choice questions, as `olmozoo evaluate` takes it.

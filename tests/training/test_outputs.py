@@ -267,3 +267,22 @@ def test_generation_stops_where_the_answers_of_chats_end(fields, tmp_path, lora)
     model = load(tmp_path / "run" / "model", "pt")
     assert model.generation_config.eos_token_id == [0, 9]
     assert model.config.eos_token_id == 0
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_an_evaluation_has_the_length_and_the_mask_of_its_prepared_data(fields, tmp_path, wing):
+    needs(wing)
+    texts = write_lines(tmp_path / "a.jsonl", [{"text": f"w{n} w20 w{n + 1} w30"} for n in range(40, 52)])
+    for folder, length in (("same", 8), ("other", 6)):
+        prepare(texts, tmp_path / folder, tokenizer=word_tokenizer(), length=length, packing="none")
+    np.tile(np.arange(6) < 3, (12, 1)).tofile(tmp_path / "mask.npy")
+    evaluators = [
+        {"label": "same", "paths": [str(tmp_path / "same")]},
+        {"label": "other", "paths": [str(tmp_path / "other")]},
+        {"label": "masked", "paths": [str(tmp_path / "other")], "label_mask_paths": [str(tmp_path / "mask.npy")]},
+    ]
+    short = {**fields, "evaluators": evaluators, "max_duration": 1, "sample_prompt": None}
+    (line,) = run(short, backend=wing, save_folder=str(tmp_path / "run")).evaluations
+    same, other, masked = (line[f"eval/{x['label']}/CrossEntropyLoss"] for x in evaluators)
+    assert abs(same - other) < 1e-5  # padding apart, the instances are the same
+    assert abs(masked - other) > 1e-3
