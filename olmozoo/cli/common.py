@@ -49,6 +49,14 @@ Quantization = Annotated[
 GroupSize = Annotated[int, typer.Option(help="Values that share a scale in int4.", rich_help_panel=MODEL)]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 MaxNewTokens = Annotated[int, typer.Option(help="The most tokens to write.", rich_help_panel=OUTPUT)]
+MaxAnswerTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        help="The most tokens of an answer; default 512, or as many as the model's positions allow.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Sample = Annotated[
     bool | None,
     typer.Option(help="Draw tokens, or take the likeliest; default the model's own way.", rich_help_panel=SAMPLING),

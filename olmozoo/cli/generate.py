@@ -20,6 +20,7 @@ from olmozoo.cli.common import (
     Device,
     Dtype,
     GroupSize,
+    MaxAnswerTokens,
     MaxNewTokens,
     MinP,
     Model,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from olmozoo.text.pipeline import TextGenerationPipeline
 
 THINK = "<think>"  # which the templates of reasoning models may put in front of an answer
+ANSWER = 512  # the most tokens of an answer in a chat, where no option says otherwise
 
 
 def generate(
@@ -167,7 +169,7 @@ def chat(
     adapter: Adapter = None,
     quantization: Quantization = None,
     group_size: GroupSize = GROUP_SIZE,
-    max_new_tokens: MaxNewTokens = 512,
+    max_new_tokens: MaxAnswerTokens = None,
     sample: Sample = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -252,7 +254,11 @@ def _answer(
     """
     opened, pieces = "", list[str]()
     try:
-        _count_tokens(pipe, [messages], settings["max_new_tokens"], allow_long)
+        limit = settings.get("max_new_tokens")
+        length = _count_tokens(pipe, [messages], limit or 1, allow_long)
+        if limit is None:
+            free = pipe.backend.config.max_position_embeddings - length
+            settings = {**settings, "max_new_tokens": ANSWER if allow_long else min(ANSWER, free)}
         prompt = pipe.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         if prompt.endswith(THINK):
             opened = THINK

@@ -231,7 +231,7 @@ def translate(data: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
     tokenizer = data.get("tokenizer")
     if isinstance(tokenizer, dict) and tokenizer.get("identifier"):
         name = tokenizer["identifier"]
-        if name.endswith(".json") and not Path(name).is_file():
+        if name.endswith(".json") and not any((folder / name).is_file() for folder in (Path(), Path(where).parent)):
             notes.append(f"tokenizer.identifier {name} is not there: the model is saved without a tokenizer")
         else:
             ours["tokenizer"] = name

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -103,7 +104,8 @@ class DataConfig:
 
     Attributes:
         paths: files of tokens, or folders that `olmozoo prepare` has written.
-        label_mask_paths: for each file of `paths`, the bools that say which tokens are learned; default all.
+        label_mask_paths: for each of `paths`, the file of bools that says which tokens are learned; default all, or
+            the mask of the prepared folder.
         weights: for each of `paths`, how often it is seen in an epoch, such as 0.5 or 2; default once.
         memmap_dtype: of the tokens: uint8, uint16, uint32 or uint64; default the one of the manifest, else uint16.
         generate_attention_mask: whether tokens equal to the pad token, wherever they are, are neither seen nor learned.
@@ -131,7 +133,7 @@ class EvaluatorConfig:
 
     Attributes:
         label: its name in the metrics.
-        paths: files of tokens or prepared folders, as the training data.
+        paths: files of tokens or prepared folders, as the training data; prepared ones may have another length.
         label_mask_paths: their masks.
         datasets: several sets of files, by labels of their own.
         file: a .txt or a .jsonl of texts or of multiple-choice questions, as `olmozoo evaluate` takes it.
@@ -206,7 +208,7 @@ class TrainConfig:
         restore_optimizer_settings: which settings come from the optimizer's state in `load_path` rather than from
             here: "none", "betas" (with eps), or "all" (with the weight decay and the first bound of clipping).
         max_sequence_length: tokens in an instance; default that of prepared data.
-        max_duration: steps; or tokens as "1e9T"; or epochs as "3ep".
+        max_duration: steps; or tokens as "1e9T"; or epochs as "3ep" or "0.5ep".
         extra_steps: so many steps more, where the data of the last epoch suffice. AI2's trainer makes ten.
         stop_at: stop at this step at the latest.
         stop_after: stop after so many steps of this process.
@@ -394,13 +396,13 @@ def _one_line(error: object) -> str:
 
 
 def _beside(path: str, folder: Path) -> str:
-    """A path; where it is not there and is in `folder`, that one."""
-    other = folder / path
-    return str(other) if path and not Path(path).expanduser().exists() and other.exists() else path
+    """A path, with the user's folder for `~`; where it is not there and is in `folder`, that one."""
+    path, other = os.path.expanduser(path), folder / path
+    return str(other) if path and not Path(path).exists() and other.exists() else path
 
 
 def _find_paths(config: TrainConfig, folder: Path) -> None:
-    """Take the paths that are not there from `folder`, where they are."""
+    """Take `~` as the user's folder, and the paths that are not there from `folder`, where they are."""
 
     def found(paths: list[str] | None) -> list[str] | None:
         return paths and [_beside(path, folder) for path in paths]
@@ -411,6 +413,7 @@ def _find_paths(config: TrainConfig, folder: Path) -> None:
     for evaluator in config.evaluators:
         evaluator.datasets = evaluator.datasets and {k: found(v) or [] for k, v in evaluator.datasets.items()}
         evaluator.file = evaluator.file and _beside(evaluator.file, folder)
+    config.save_folder = os.path.expanduser(config.save_folder)
     config.load_path = config.load_path and _beside(config.load_path, folder)
     config.tokenizer = config.tokenizer and _beside(config.tokenizer, folder)
 
@@ -596,6 +599,12 @@ def check(config: TrainConfig, where: str = "the config") -> None:
         problems.append(
             f"scheduler.warmup_min_lr is {scheduler.warmup_min_lr}, expected 0 to the peak, {optimizer.learning_rate}"
         )
+    if scheduler.name == "inverse_sqrt_with_warmup" and not scheduler.t_warmup:
+        problems.append(
+            "scheduler.t_warmup is 0, expected more: inverse_sqrt_with_warmup has a learning rate of 0 then"
+        )
+    if config.max_sequence_length == 1:
+        problems.append("max_sequence_length is 1, expected at least 2: a token, and one before it that predicts it")
     if (scheduler.grad_clip_warmup_steps is None) != (scheduler.grad_clip_warmup_factor is None):
         problems.append("scheduler.grad_clip_warmup_steps and grad_clip_warmup_factor need one another")
     match = DURATION.fullmatch(str(config.max_duration))

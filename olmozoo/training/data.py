@@ -102,6 +102,8 @@ class TokenFiles:
         for path, tokens in zip(paths, self.tokens, strict=True):
             problems += _unlikely(path, tokens, dtype, vocab_size)
         raise_problems(f"{label} cannot be used", problems, InputError)
+        if not any(mask is None or _learns(mask) for mask in self.masks):
+            raise InputError(f"{label} have nothing to learn: every mask is false from the second token on")
         self.starts = np.cumsum([0, *(len(tokens) for tokens in self.tokens)])
 
     def __len__(self) -> int:
@@ -166,6 +168,11 @@ def _open(path: Path, dtype: str, length: int, problems: list[str]) -> Array:
         rows = size // itemsize // length
         return np.memmap(path, dtype, "r", shape=(rows, length))
     return none
+
+
+def _learns(mask: Array) -> bool:
+    """Whether a token is learned in some row; the first one of a row is predicted by nothing."""
+    return any(mask[start : start + 4096, 1:].any() for start in range(0, len(mask), 4096))
 
 
 def _unlikely(path: Path, tokens: Array, dtype: str, vocab_size: int) -> list[str]:
@@ -363,11 +370,12 @@ def open_evaluation(
     sets = evaluator.datasets or {evaluator.label: evaluator.paths}
     dtype = evaluator.memmap_dtype or config.data.memmap_dtype
     masks = None if evaluator.datasets else evaluator.label_mask_paths
+    sources = {label: _sources(paths, masks) for label, paths in sets.items()}
     return {
         label: _files(
-            _sources(paths, masks),
+            found,
             dtype,
-            length,
+            _length_of_evaluation(label, found, length, model),
             model,
             DataConfig(
                 generate_attention_mask=config.data.generate_attention_mask
@@ -377,15 +385,26 @@ def open_evaluation(
             ),
             f"the data of the evaluator {label}",
         )
-        for label, paths in sets.items()
+        for label, found in sources.items()
     }
+
+
+def _length_of_evaluation(label: str, sources: Sequence[_Source], length: int, model: ModelConfig) -> int:
+    """The length of prepared data; of files of tokens alone that of the run."""
+    lengths = sorted({source.manifest.length if source.manifest else length for source in sources})
+    if len(lengths) > 1 or lengths[0] > model.max_position_embeddings:
+        raise InputError(
+            f"the data of the evaluator {label} have instances of {' and '.join(map(str, lengths))} tokens, expected "
+            f"one length of at most {model.max_position_embeddings}, the model's positions"
+        )
+    return lengths[0]
 
 
 def _sources(paths: Sequence[str], masks: Sequence[str] | None) -> list[_Source]:
     found = []
     for path, mask in zip(map(Path, paths), masks or repeat(None, len(paths)), strict=True):
         if path.is_dir():
-            found.append(_Source(path / IDS, path / MASK, read_manifest(path)))
+            found.append(_Source(path / IDS, path / MASK if mask is None else Path(mask), read_manifest(path)))
         else:
             found.append(_Source(path, None if mask is None else Path(mask), None))
     return found

@@ -84,7 +84,7 @@ def plan(config: TrainConfig, data: TrainingData, progress: Progress) -> Plan:
     match = DURATION.fullmatch(str(duration))
     assert match is not None
     if match["unit"] == "ep":
-        steps = int(float(match["number"])) * data.batches_per_epoch
+        steps = round(float(match["number"]) * data.batches_per_epoch)
         tokens, extra = steps * per_batch, 0
     elif match["unit"] == "T":
         tokens = int(float(match["number"]))
@@ -171,7 +171,7 @@ class Run:
         config, start = self.config, self.start
         cls = self.backend_class.model_class(start.model, "causal_lm")
         self.model = self.training.make_model(cls, start.model, start.weights, config, self.device)
-        self.model.generation_config = GenerationConfig.from_contents(start.generation, start.model)
+        self.model.generation_config = self._generation()
         if config.lora is not None and start.folder is None:
             start.folder = outputs.write_base(config, self.model)
         decays = weight_decays(config.optimizer, self.trained)
@@ -196,6 +196,19 @@ class Run:
                 raise InputError(f"the state of the optimizer has no {missing[0]}: set reset_optimizer_state to true")
             self.step.restore(values, state.as_arrays(saved.moments), self.progress.updates)
             saved.moments = {}
+
+    def _generation(self) -> GenerationConfig:
+        """The settings of generation of what is loaded, which also stops where the answers of the data end."""
+        generation = GenerationConfig.from_contents(self.start.generation, self.start.model)
+        if self.tokenizer is None:
+            return generation
+        ends = outputs.answer_ends(self.config, self.tokenizer)
+        new = [end for end in ends if end not in generation.ends]
+        if not new:
+            return generation
+        texts = ", ".join(str(self.tokenizer.backend.id_to_token(end)) for end in new)
+        self.start.lines.append(f"answers end with {texts}: generation stops there too (generation_config.json)")
+        return generation.replace(eos_token_id=[*generation.ends, *new])
 
     def train(self) -> Result:
         """Run to the end, or to where it is stopped."""

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from olmozoo.backends import Backend
 from olmozoo.checkpoint.atomic import atomic_folder
 from olmozoo.checkpoint.convert import convert_checkpoint, settings_files, write_settings
-from olmozoo.checkpoint.files import write_json
+from olmozoo.checkpoint.files import GENERATION_CONFIG, write_json
 from olmozoo.checkpoint.formats import safetensors
 from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import HubError, InputError, OlmozooError, raise_problems
@@ -19,7 +21,7 @@ from olmozoo.text.pipeline import TextGenerationPipeline
 from olmozoo.text.tokenizer import Tokenizer
 from olmozoo.training import state
 from olmozoo.training.config import TrainConfig
-from olmozoo.training.manifest import TOKENIZER, read_manifest, tokenizer_hash
+from olmozoo.training.manifest import IDS, MASK, TOKENIZER, read_manifest, tokenizer_hash
 from olmozoo.training.start import Start
 from olmozoo.typing import Array
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 MODEL, BASE, CONFIG, ADAPTER_WEIGHTS = "model", "base", "config.yaml", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+FIRST = 1000  # instances that show how answers end
 
 
 def tokenizer_folder(config: TrainConfig, start: Start) -> Path | None:
@@ -79,7 +82,21 @@ def tokenizer_files(config: TrainConfig, start: Start) -> dict[str, bytes]:
         return {}
     if source.is_file():
         return {"tokenizer.json": source.read_bytes()}
-    return {name: content for name, content in settings_files(source).items() if name != "generation_config.json"}
+    return {name: content for name, content in settings_files(source).items() if name != GENERATION_CONFIG}
+
+
+def answer_ends(config: TrainConfig, tokenizer: Tokenizer) -> list[int]:
+    """The added tokens, such as `<|im_end|>`, that end what is learned in the first instances of prepared chats."""
+    added = set(tokenizer.backend.get_added_tokens_decoder())
+    found: set[int] = set()
+    for path in map(Path, config.data.paths):
+        if not path.is_dir() or (manifest := read_manifest(path)).template is None:
+            continue
+        shape = (manifest.instances, manifest.length)
+        ids = np.memmap(path / IDS, manifest.dtype, "r", shape=shape)[:FIRST]
+        learned = np.memmap(path / MASK, "bool", "r", shape=shape)[:FIRST]
+        found.update(ids[:, :-1][learned[:, :-1] & ~learned[:, 1:]].tolist())
+    return sorted(found & added)
 
 
 def check_folder(config: TrainConfig) -> None:
@@ -201,6 +218,7 @@ def write_final(run: Run) -> None:
     assert run.start.folder is not None
     convert_checkpoint(run.start.folder, folder / MODEL, to="safetensors", adapter=folder / "adapter", force=True)
     write_settings(run.tokenizer_files, folder / MODEL)
+    write_json(folder / MODEL / GENERATION_CONFIG, run.model.generation_config.to_dict())
 
 
 def sample(config: TrainConfig, backend: Backend, tokenizer: Tokenizer) -> str:

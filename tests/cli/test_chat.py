@@ -1,6 +1,7 @@
 """`olmozoo chat` in a real terminal: a pseudo-terminal with a small model behind it."""
 
 import contextlib
+import json
 import os
 import pty
 import re
@@ -195,3 +196,21 @@ def test_an_answer_keeps_the_thought_that_the_template_opens(folder, tmp_path, c
     chat = _answer(pipe, question, 0, {"max_new_tokens": 5}, False)
     assert chat == [*question, {"role": "assistant", "content": f"<think>{answer}"}]
     assert capsys.readouterr().out == f"<think>{printable(answer, chr(10))}\n"
+
+
+@pytest.mark.pt
+def test_an_answer_ends_by_itself_at_the_last_position(folder, tmp_path, capsys):
+    pytest.importorskip("torch")
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 24, "eos_token_id": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    pipe = pipeline("text-generation", tmp_path, backend="pt")
+    question = [{"role": "user", "content": "dog"}]
+    free = 24 - len(pipe.encode(question))
+    expected = pipe(question, max_new_tokens=free)
+    assert _answer(pipe, question, 0, {}, False) == [*question, {"role": "assistant", "content": expected}]
+    longer = [{"role": "user", "content": "dog " * 30}]
+    assert _answer(pipe, longer, 0, {}, False) == []
+    assert "more than the 24 positions" in capsys.readouterr().out

@@ -332,6 +332,13 @@ def test_evaluators_have_masks_of_their_own():
     assert translated(evaluators=evaluators)[0]["evaluators"][0]["subset_num_batches"] is None
 
 
+def test_a_tokenizer_beside_the_config_is_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, notes = load_config(FIXTURES / RECORDED[1] / "config.yaml")
+    assert config.tokenizer == str(FIXTURES / RECORDED[1] / "tokenizer.json")
+    assert not any("without a tokenizer" in note for note in notes)
+
+
 def test_a_tokenizer_that_is_not_there_is_left_out():
     ours, notes = translated(tokenizer={"identifier": "tokenizers/no-such.json"})
     assert "tokenizer" not in ours

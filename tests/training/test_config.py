@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
     np.save(folder / "saved.npy", ids.astype(np.uint16))
     np.ones((8, 16), bool).tofile(folder / "mask.npy")
     np.save(folder / "saved-mask.npy", np.ones((9, 16), bool))
+    np.tile(np.arange(16) < 1, (9, 1)).tofile(folder / "false.npy")  # nothing predicts the first token of a row
     (folder / "empty.npy").write_bytes(b"")
     (folder / "odd.npy").write_bytes(b"a" * 65)
     (folder / "run.yaml").write_text(yaml.safe_dump(FIELDS))
@@ -68,8 +69,8 @@ MISTAKES = [
     ("--data.path=[ids.npy]", "no field data.path: did you mean data.paths?"),
     ("--model.hidden_sizes=8", "no field hidden_sizes"),
     ("--load_path=null --model={model_type: olmo2, hidden_sizes: 8}", "hidden_sizes: did you mean model.hidden_size?"),
-    ("--load_path=null --model={model_type: llama}", "'llama', expected one of olmo"),
-    ("--load_path=null --model={preset: olmo2}", "no preset 'olmo2'; there are olmo-1b"),
+    ("--load_path=null --model={model_type: llama}", "'llama', expected one of flex_olmo, olmo"),
+    ("--load_path=null --model={preset: olmo2}", "no preset 'olmo2'; there are flexolmo-2x7b"),
     ("--load_path=null", "neither load_path nor model is set"),
     ("--load_path=modle", "load_path: there is no folder 'modle'"),
     ("--load_path=nothing", "nothing/config.json"),
@@ -82,11 +83,13 @@ MISTAKES = [
     ("--optimizer.betas=[0.9]", "optimizer.betas are [0.9], expected two numbers"),
     ("--optimizer.name=sgd", "optimizer.name is 'sgd', expected 'adamw' or 'lionw'"),
     ("--scheduler.name=cosine", "scheduler.name is 'cosine', expected 'cosine_with_warmup'"),
+    ("--scheduler.name=inverse_sqrt_with_warmup", "scheduler.t_warmup is 0, expected more"),
     ("--scheduler.t_warmup=0.5", "scheduler.t_warmup is 0.5, expected a whole number"),
     ("--precision=bf16", "precision is 'bf16', expected 'fp32' or 'amp_bf16' or 'fp64'"),
     ("--max_duration=3epochs", "max_duration is '3epochs', expected steps, tokens as '1e9T' or epochs as '3ep'"),
     ("--max_duration=1.2.3ep", "max_duration is '1.2.3ep'"),
     ("--max_duration=1e400T", "max_duration is '1e400T'"),
+    ("--max_duration=0.1ep", "max_duration is '0.1ep', which is no step"),
     ("--max_duration=0", "max_duration is 0, which is no step"),
     ("--seed=-1", "seed is -1, expected 0 or more"),
     ("--save_folder=null", "save_folder is None, expected text"),
@@ -98,6 +101,7 @@ MISTAKES = [
     ("--global_train_batch_size=10", "9 instances, and a batch is 10"),
     ("--device_train_microbatch_size=0", "device_train_microbatch_size is 0, expected more than 0"),
     ("--max_sequence_length=4096", "max_sequence_length is 4096, and the model has 2048 positions"),
+    ("--max_sequence_length=1", "max_sequence_length is 1, expected at least 2"),
     ("--max_sequence_length=null", "max_sequence_length is not set"),
     ("--data.paths=ids.npy", "data.paths is 'ids.npy', expected a list, as [text, ...]"),
     ("--data.paths=[]", "data.paths is empty"),
@@ -119,6 +123,11 @@ MISTAKES = [
     ),
     ("--data.label_mask_paths=[mask.npy]", "mask.npy has 8 rows of 16 bools, and ids.npy 9 of 16 tokens"),
     ("--data.label_mask_paths=[saved-mask.npy]", "saved-mask.npy was written by numpy.save"),
+    ("--data.label_mask_paths=[false.npy]", "the training data have nothing to learn: every mask is false"),
+    (
+        "--evaluators=[{label: x, paths: [ids.npy], label_mask_paths: [false.npy]}]",
+        "the data of the evaluator x have nothing to learn",
+    ),
     ("--data.label_mask_paths=[mask.npy,mask.npy]", "data.label_mask_paths are 2, expected 1"),
     ("--data.weights=[-1]", "data.weights[0] is -1.0, expected more than 0"),
     ("--data.generate_attention_mask --model.pad_token_id=null", "the model has no pad_token_id"),
@@ -239,3 +248,20 @@ def test_paths_that_are_not_here_are_taken_from_beside_the_config(here, tmp_path
 def test_a_config_is_made_in_python_too():
     with pytest.raises(ConfigError, match="save_folder is not set"):
         loop.train(TrainConfig())
+
+
+def test_a_tilde_is_the_folder_of_the_user(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setenv("USERPROFILE", str(here))
+    monkeypatch.chdir(tmp_path)
+    names = {"load_path": "model", "tokenizer": "model", "save_folder": "a run"}
+    options = [*(f"{name}=~/{path}" for name, path in names.items()), "data.paths=[~/ids.npy]"]
+    config = load_config(here / "run.yaml", options)[0]
+    assert {name: getattr(config, name) for name in names} == {name: str(here / path) for name, path in names.items()}
+    assert config.data.paths == [str(here / "ids.npy")]
+
+
+@pytest.mark.parametrize(("duration", "steps"), [("1.5ep", 4), ("0.5ep", 2), ("2ep", 6), ("0.34ep", 1)])
+def test_epochs_may_be_parts(here, duration, steps):
+    run = loop.dry_run(load_config("run.yaml", [f"max_duration={duration}"])[0])
+    assert (run.data.batches_per_epoch, run.last) == (3, steps)

@@ -11,8 +11,10 @@ from olmozoo import InputError, Olmo2Config
 from olmozoo.backends import load
 from olmozoo.evaluation import scoring
 from olmozoo.text.tokenizer import Tokenizer
+from olmozoo.training.prepare import prepare
 from tests.helpers.checkpoints import left_padded, train_tokenizer, write_checkpoint
 from tests.helpers.runs import close, run, same_weights, weights_of, write_tokens
+from tests.helpers.training import word_tokenizer, write_lines
 from tests.helpers.wings import PRESENT, WINGS, needs
 
 CONFIG = Olmo2Config(
@@ -240,3 +242,47 @@ def test_bfloat16_learns_and_keeps_its_weights_in_float32(fields, wing, tmp_path
     assert {value.dtype for value in weights.values()} == {np.dtype("float32")}
     bits = np.concatenate([value.reshape(-1) for value in weights.values()]).view(np.uint32)
     assert (bits & 0xFFFF).astype(bool).mean() > 0.9  # no bfloat16 in disguise
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["all", "lora"])
+def test_generation_stops_where_the_answers_of_chats_end(fields, tmp_path, lora):
+    pytest.importorskip("torch")
+    if lora:
+        pytest.importorskip("peft")
+    tokenizer = word_tokenizer()
+    tokenizer.backend.add_special_tokens(["w9"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}w4 {% generation %}{{ m.content }} w9{% endgeneration %} "
+        "{% else %}w3 {{ m.content }} w9 {% endif %}{% endfor %}{% if add_generation_prompt %}w4 {% endif %}"
+    )
+    chat = {"messages": [{"role": "user", "content": "w20"}, {"role": "assistant", "content": "w30 w31"}]}
+    long = {"messages": [chat["messages"][0], {"role": "assistant", "content": "w30 w9 " * 9}]}  # its end is cut
+    prepare(write_lines(tmp_path / "a.jsonl", [chat, long] * 4), tmp_path / "data", tokenizer=tokenizer, length=8)
+    more = {
+        "data": {"paths": [str(tmp_path / "data")]},
+        "evaluators": [],
+        "tokenizer": str(tmp_path / "data/tokenizer"),
+    }
+    run({**fields, **more}, backend="pt", save_folder=str(tmp_path / "run"), max_duration=1, lora=lora)
+    model = load(tmp_path / "run" / "model", "pt")
+    assert model.generation_config.eos_token_id == [0, 9]
+    assert model.config.eos_token_id == 0
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_an_evaluation_has_the_length_and_the_mask_of_its_prepared_data(fields, tmp_path, wing):
+    needs(wing)
+    texts = write_lines(tmp_path / "a.jsonl", [{"text": f"w{n} w20 w{n + 1} w30"} for n in range(40, 52)])
+    for folder, length in (("same", 8), ("other", 6)):
+        prepare(texts, tmp_path / folder, tokenizer=word_tokenizer(), length=length, packing="none")
+    np.tile(np.arange(6) < 3, (12, 1)).tofile(tmp_path / "mask.npy")
+    evaluators = [
+        {"label": "same", "paths": [str(tmp_path / "same")]},
+        {"label": "other", "paths": [str(tmp_path / "other")]},
+        {"label": "masked", "paths": [str(tmp_path / "other")], "label_mask_paths": [str(tmp_path / "mask.npy")]},
+    ]
+    short = {**fields, "evaluators": evaluators, "max_duration": 1, "sample_prompt": None}
+    (line,) = run(short, backend=wing, save_folder=str(tmp_path / "run")).evaluations
+    same, other, masked = (line[f"eval/{x['label']}/CrossEntropyLoss"] for x in evaluators)
+    assert abs(same - other) < 1e-5  # padding apart, the instances are the same
+    assert abs(masked - other) > 1e-3
