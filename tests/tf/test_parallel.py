@@ -20,11 +20,14 @@ from tests.tf.replica_cases import trained
 
 @pytest.fixture(scope="module")
 def whole():
+    policy = keras.config.dtype_policy()
     keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")  # Keras makes its own of floatx only once
     try:
         return trained(tf.distribute.get_strategy(), True)
     finally:
         keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy(policy)
 
 
 @pytest.mark.slow
