@@ -123,6 +123,8 @@ def plan(
             cache=cache_bytes(config, batch, length, dtype, mesh, backend) if head == "causal_lm" else 0,
             bounds=(*bounds, "activations"),
         )
+    if any(place.parameter.stack is not None for place in shape.places):
+        raise InputError(f"{config.name} has experts, whose memory in training is not planned yet")
     chosen = [place for place in shape.places if trained is None or trained(place.parameter)]
     gradients = stored * sum(place.local_size for place in chosen)
     state = MOMENTS[optimizer] * gradients

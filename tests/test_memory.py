@@ -10,7 +10,11 @@ from tests.helpers.configs import CONFIGS
 from tests.helpers.wings import model_class, needs
 
 SETTINGS = {"batch": 3, "length": 12}
-PLAIN = {name: c.replace(dropout=0.0) if hasattr(c, "dropout") else c for name, c in CONFIGS.items()}
+PLAIN = {
+    name: c.replace(dropout=0.0) if hasattr(c, "dropout") else c
+    for name, c in CONFIGS.items()
+    if not any(parameter.stack for parameter in c.parameters())
+}
 
 
 def saved(model, ids, **inputs) -> int:
@@ -202,3 +206,8 @@ def test_meshes_are_those_that_fit():
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         plan(CONFIGS["olmo2"], **settings)
+
+
+def test_the_training_of_experts_is_not_planned():
+    with pytest.raises(InputError, match="has experts"):
+        plan(CONFIGS["olmoe"], **SETTINGS, train=True)

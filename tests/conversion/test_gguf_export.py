@@ -180,7 +180,10 @@ def test_how_text_is_split(tmp_path, rule, expected):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (OPTConfig(vocab_size=40, hidden_size=16, num_attention_heads=2, ffn_dim=32), "model_type is 'opt'.*llama.cpp"),
+        (
+            OPTConfig(vocab_size=40, hidden_size=16, num_attention_heads=2, ffn_dim=32),
+            "model_type is 'opt', expected 'olmo', 'olmo2' or 'olmo3'",
+        ),
         (CONFIGS["olmo"].replace(attention_bias=True), "attention_bias is True"),
         (CONFIGS["olmo"].replace(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (CONFIGS["olmo2"].replace(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling is"),
