@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import threading
@@ -163,14 +164,20 @@ class TextGenerationPipeline:
                 streamer.close()
 
         thread = threading.Thread(target=write, daemon=True)
+
+        def stop() -> None:
+            streamer.stopped.set()
+            thread.join()
+
+        atexit.register(stop)  # a thread that is in a framework's code when the interpreter ends aborts the process
         thread.start()
         try:
             yield from streamer
             if failed:
                 raise failed[0]
         finally:
-            streamer.stopped.set()
-            thread.join()
+            stop()  # where an exception interrupts it, it is done again at the end
+            atexit.unregister(stop)
 
     def save_pretrained(self, folder: StrPath) -> None:
         """Write the model and its tokenizer into a folder, from which `pipeline` and the commands load both.

@@ -121,6 +121,36 @@ def test_a_stream_that_is_closed_stops_the_model(write):
     assert write("The quick", max_new_tokens=5) == "".join(write.stream("The quick", max_new_tokens=5))
 
 
+LEFT = """
+import atexit, sys, threading
+before = set(threading.enumerate())
+atexit.register(lambda: print([thread for thread in threading.enumerate() if thread not in before]))
+from olmozoo import pipeline
+write = pipeline("text-generation", sys.argv[1], backend=sys.argv[2])
+stream = write.stream("The quick", max_new_tokens=30_000)
+next(stream)
+if sys.argv[3] == "interrupted":  # while it waits for the thread
+    join = threading.Thread.join
+    def interrupted(thread, timeout=None):
+        threading.Thread.join = join
+        raise KeyboardInterrupt
+    threading.Thread.join = interrupted
+    try:
+        stream.close()
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+@pytest.mark.pt
+@pytest.mark.parametrize("how", ["left", "interrupted"])
+def test_no_thread_of_a_stream_outlives_the_program(folder, how):
+    pytest.importorskip("torch")
+    command = [sys.executable, "-c", LEFT, str(folder), "pt", how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
 # ------------------------------------------------------------------------------------------------ live models, saving
 
 
