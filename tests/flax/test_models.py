@@ -56,17 +56,18 @@ def test_the_variables_of_the_module_are_the_table(cls, name):
     leaves = flatten_dict(model.params, sep=".")
     renamed = {"linear": "kernel", "embedding": "embedding", "norm": "scale", "bias": "bias"}
     table = [parameter for parameter in config.parameters(cls.head) if parameter.tied_to is None]
+    stacks = {}
     for parameter in table:
         if parameter.stack is not None:  # a leaf has all experts of a layer
-            name, index = parameter.stack
-            leaf = leaves.get(f"{name.removeprefix('' if cls.head else 'model.').removesuffix('.weight')}.kernel")
-            if leaf is not None:
-                assert np.array_equal(leaf[index], parameter.initial(3).T)
+            stacked, index = parameter.stack
+            leaf = ".".join((*stacked.removeprefix("" if cls.head else "model.").split(".")[:-1], "kernel"))
+            assert np.array_equal(leaves[leaf][index], parameter.initial(3).T)
+            stacks[leaf] = stacks.get(leaf, 0) + 1
             continue
         path = parameter.name.removeprefix("" if cls.head else "model.").rpartition(".")[0]
         value, expected = leaves.pop(f"{path}.{renamed[parameter.kind]}"), parameter.initial(3)
         assert np.array_equal(value, expected.T if parameter.kind == "linear" else expected)
-    assert all(".experts." in path for path in leaves)
+    assert {path: len(leaf) for path, leaf in leaves.items()} == stacks
     assert model.num_parameters() == sum(config.count_parameters(cls.head).values())
     assert model.num_parameters() - model.num_parameters(exclude_embeddings=True) == config.embedding.size
 
