@@ -18,6 +18,7 @@ from olmozoo.sharding import Placement, Style, layout
 
 SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 MOMENTS = {"adamw": 2, "lionw": 1, "sgd": 0}  # values of optimizer state for each trained one
+TILE = 64  # rows of an expert that Keras and Flax compute at once, at most
 COUNTER = 4  # bytes of a count of steps
 SPARE = 256  # positions that a layer with a window generates before what it sees is moved in memory
 INTEGER = {"pt": 8, "flax": 4}  # bytes of a token id
@@ -123,8 +124,6 @@ def plan(
             cache=cache_bytes(config, batch, length, dtype, mesh, backend) if head == "causal_lm" else 0,
             bounds=(*bounds, "activations"),
         )
-    if any(place.parameter.stack is not None for place in shape.places):
-        raise InputError(f"{config.name} has experts, whose memory in training is not planned yet")
     chosen = [place for place in shape.places if trained is None or trained(place.parameter)]
     gradients = stored * sum(place.local_size for place in chosen)
     state = MOMENTS[optimizer] * gradients
@@ -137,6 +136,7 @@ def plan(
         or trained is not None
         or checkpointing
         or shape.has_dropout
+        or shape.experts
         or shape.mesh.get("tensor", 1) > 1
     ):
         bounds.append("activations")
@@ -230,6 +230,7 @@ class _Shape:
         self.outputs = shape[0]  # logits for each position; PyTorch gathers those of all devices
         self.final_norms = int(getattr(config, "has_final_norm", True))
         self.activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+        self.experts = getattr(config, "num_experts", 0)
         dropouts = ("dropout", "attention_dropout", "layerdrop")
         self.has_dropout = any(getattr(config, name, 0) for name in dropouts)
 
@@ -252,12 +253,13 @@ class _Shape:
         linears = [part for part in self.of_layer(layer) if part.parameter.kind == "linear"]
         heads = [part.local_shape[0] for part in linears if part.parameter.axes[0] in ("heads", "kv_heads")]
         inner = [part.local_shape[0] for part in linears if part.parameter.axes == ("mlp", "embed")]
+        width = 0 if self.experts else sum(inner[:1])
         if self.backend == "pt":
             # The inputs of both sublayers; queries, keys, values, and what attention returns, as wide as the queries.
             values = 2 * hidden + sum(heads) + heads[0]
-            values += sum(inner[:1]) * ((3 if len(inner) > 1 else 1) + (self.activation != "relu"))  # keeps its output
+            values += width * ((3 if len(inner) > 1 else 1) + (self.activation != "relu"))  # keeps its output
         else:  # what JAX keeps before XLA simplifies it, at most
-            values = 3 * hidden + 2 * (sum(heads) + heads[0]) + sum(inner[:1]) * (6 if len(inner) > 1 else 4)
+            values = 3 * hidden + 2 * (sum(heads) + heads[0]) + width * (6 if len(inner) > 1 else 4)
         if getattr(config, "clip_qkv", None) is not None:
             values += sum(heads)
         if getattr(config, "dropout", 0):
@@ -266,10 +268,24 @@ class _Shape:
         kept = tokens * (self.element * values + self.norms(layer, 2) + wide * scores) + self.cast_norms(layer)
         if self.backend == "flax" or getattr(config, "attention_dropout", 0) > 0:  # scores and weights themselves
             kept += self.batch * scores * self.length**2 * (3 * wide + self.element + 1)
+        if self.experts:
+            kept += self.mixture(inner[0])
         window = config.windows[layer]
         if window is not None and self.length > window:  # its mask, as numbers
             kept += self.element * self.length**2
         return kept
+
+    def mixture(self, inner: int) -> int:
+        """The most bytes that the experts of a block keep, each of them `inner` wide, and their router.
+
+        A token is a row of each of its experts, and an expert without tokens has one row; in tiles, where Flax computes
+        them, each expert has less than a tile of rows more. The router has its logits, its probabilities, the chosen
+        ones and the share of the balancing loss.
+        """
+        tokens, hidden, chosen = self.batch * self.length, self.config.hidden_size, self.config.num_experts_per_tok
+        rows = tokens * chosen + self.experts * (1 if self.backend == "pt" else TILE)
+        of_rows = rows * (self.element * (3 * hidden + 5 * inner + 1) + 3 * INTEGER["pt"])
+        return of_rows + tokens * self.wide * (2 * hidden + 6 * self.experts + 4 * chosen)
 
     def kept(self, checkpointing: bool) -> int:
         """The bytes that a step keeps for the backward pass, without logits."""

@@ -10,11 +10,9 @@ from tests.helpers.configs import CONFIGS
 from tests.helpers.wings import model_class, needs
 
 SETTINGS = {"batch": 3, "length": 12}
-PLAIN = {
-    name: c.replace(dropout=0.0) if hasattr(c, "dropout") else c
-    for name, c in CONFIGS.items()
-    if not any(parameter.stack for parameter in c.parameters())
-}
+WITHOUT_DROPOUT = {name: c.replace(dropout=0.0) if hasattr(c, "dropout") else c for name, c in CONFIGS.items()}
+EXPERTS = {name: c for name, c in WITHOUT_DROPOUT.items() if hasattr(c, "num_experts")}
+PLAIN = {name: c for name, c in WITHOUT_DROPOUT.items() if name not in EXPERTS}
 
 
 def saved(model, ids, **inputs) -> int:
@@ -50,6 +48,24 @@ def test_activations_are_what_autograd_keeps(name, dtype):
     assert saved(model, ids) == found.activations + log_probabilities
     assert "activations" not in found.bounds
     assert found.logits >= log_probabilities
+
+
+@needs("pt")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_activations_of_experts_are_at_most_those_planned(name, dtype):
+    """And not many times more, with the losses of the router and few or many tokens."""
+    import torch
+
+    config = EXPERTS[name]
+    model = model_class("pt", config.name, "ForCausalLM")(config, dtype=dtype).train()
+    for batch, length in ((3, 12), (1, 2), (8, 16)):
+        ids = torch.randint(0, 61, (batch, length))
+        found = plan(config, batch=batch, length=length, dtype=dtype, train=True)
+        log_probabilities = batch * length * 61 * max(4, model.dtype.itemsize)
+        kept = saved(model, ids, output_router_logits=True) - log_probabilities
+        assert kept <= found.activations <= 2 * kept
+        assert "activations" in found.bounds
 
 
 @needs("pt")
@@ -206,8 +222,3 @@ def test_meshes_are_those_that_fit():
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         plan(CONFIGS["olmo2"], **settings)
-
-
-def test_the_training_of_experts_is_not_planned():
-    with pytest.raises(InputError, match="has experts"):
-        plan(CONFIGS["olmoe"], **SETTINGS, train=True)
