@@ -285,7 +285,7 @@ class _Shape:
         tokens, hidden, chosen = self.batch * self.length, self.config.hidden_size, self.config.num_experts_per_tok
         rows = tokens * chosen + self.experts * (1 if self.backend == "pt" else TILE)
         of_rows = rows * (self.element * (3 * hidden + 5 * inner + 1) + 3 * INTEGER["pt"])
-        return of_rows + tokens * self.wide * (2 * hidden + 6 * self.experts + 4 * chosen)
+        return int(of_rows + tokens * self.wide * (2 * hidden + 6 * self.experts + 4 * chosen))
 
     def kept(self, checkpointing: bool) -> int:
         """The bytes that a step keeps for the backward pass, without logits."""

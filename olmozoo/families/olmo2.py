@@ -32,14 +32,28 @@ class NormedAttentionConfig(RotaryConfig):
     """What families with norms on queries and keys share: the fields of `RotaryConfig` and one more.
 
     Attributes:
+        block_norms: the norms of a block, in the order of its sublayers.
         rms_norm_eps: epsilon of every RMS norm.
     """
+
+    block_norms: ClassVar[tuple[str, str]]
 
     rms_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_number("rms_norm_eps")
+
+    def backbone(self) -> Iterator[Parameter]:
+        """See `ModelConfig.backbone`."""
+        yield self.embedding
+        for layer in range(self.num_hidden_layers):
+            block = f"model.layers.{layer}"
+            yield from self._attention(block)
+            yield from self._mlp(block)
+            for norm in self.block_norms:
+                yield Parameter(f"{block}.{norm}.weight", (self.hidden_size,), ("embed",), "norm")
+        yield Parameter("model.norm.weight", (self.hidden_size,), ("embed",), "norm")
 
     def _attention(self, block: str) -> Iterator[Parameter]:
         yield from super()._attention(block)
@@ -52,17 +66,7 @@ class NormedAttentionConfig(RotaryConfig):
 class PostNormConfig(NormedAttentionConfig):
     """What OLMo 2 and the families with its blocks share: the fields of `NormedAttentionConfig`."""
 
-    def backbone(self) -> Iterator[Parameter]:
-        """See `ModelConfig.backbone`."""
-        hidden = self.hidden_size
-        yield self.embedding
-        for layer in range(self.num_hidden_layers):
-            block = f"model.layers.{layer}"
-            yield from self._attention(block)
-            yield from self._mlp(block)
-            yield Parameter(f"{block}.post_attention_layernorm.weight", (hidden,), ("embed",), "norm")
-            yield Parameter(f"{block}.post_feedforward_layernorm.weight", (hidden,), ("embed",), "norm")
-        yield Parameter("model.norm.weight", (hidden,), ("embed",), "norm")
+    block_norms: ClassVar[tuple[str, str]] = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
 @register

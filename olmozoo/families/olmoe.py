@@ -80,6 +80,7 @@ class OlmoeConfig(ExpertsConfig, NormedAttentionConfig):
 
     model_type: ClassVar[str] = "olmoe"
     name: ClassVar[str] = "Olmoe"
+    block_norms: ClassVar[tuple[str, str]] = ("input_layernorm", "post_attention_layernorm")
     heads: ClassVar[tuple[Head, ...]] = ("causal_lm",)
     presets: ClassVar[dict[str, dict[str, Any]]] = {"olmoe-1b-7b": {"intermediate_size": 1024}}
 
@@ -94,15 +95,3 @@ class OlmoeConfig(ExpertsConfig, NormedAttentionConfig):
         super().__post_init__()
         if self.clip_qkv is not None:
             self._check_number("clip_qkv")
-
-    def backbone(self) -> Iterator[Parameter]:
-        """See `ModelConfig.backbone`."""
-        hidden = self.hidden_size
-        yield self.embedding
-        for layer in range(self.num_hidden_layers):
-            block = f"model.layers.{layer}"
-            yield from self._attention(block)
-            yield from self._mlp(block)
-            yield Parameter(f"{block}.input_layernorm.weight", (hidden,), ("embed",), "norm")
-            yield Parameter(f"{block}.post_attention_layernorm.weight", (hidden,), ("embed",), "norm")
-        yield Parameter("model.norm.weight", (hidden,), ("embed",), "norm")

@@ -14,11 +14,11 @@ from flax import linen as nn
 from jax import Array
 
 from olmozoo.families.flexolmo import FlexOlmoConfig
-from olmozoo.flax.decoder import Decoder, DecoderModule, Layers
+from olmozoo.flax.decoder import Decoder
 from olmozoo.flax.experts import SparseMLP
 from olmozoo.flax.heads import CausalLM
 from olmozoo.flax.layers import QueryBlocks, RMSNorm
-from olmozoo.flax.olmo2 import Olmo2Attention
+from olmozoo.flax.olmo2 import Olmo2Attention, Olmo2Module
 
 
 class FlexOlmoBlock(nn.Module):
@@ -45,15 +45,10 @@ class FlexOlmoBlock(nn.Module):
         return x + self.post_feedforward_layernorm(out), present, weights, router_logits  # (b * s, e)
 
 
-class FlexOlmoModule(DecoderModule):
+class FlexOlmoModule(Olmo2Module):
     """The FlexOlmo decoder without a head, as a function of its parameters."""
 
-    def setup(self) -> None:
-        config = self.config
-        self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size, param_dtype=self.param_dtype)
-        self.layers = Layers(FlexOlmoBlock, config, self.dtype, self.param_dtype, self.gradient_checkpointing)
-        self.norm = RMSNorm(config.rms_norm_eps, self.param_dtype)
-        self.rope = config.rope()
+    block = FlexOlmoBlock
 
 
 class FlaxFlexOlmoModel(Decoder):

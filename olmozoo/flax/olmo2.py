@@ -10,7 +10,7 @@ c hidden size.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import linen as nn
 from jax import Array
@@ -84,10 +84,12 @@ class Olmo2Block(nn.Module):
 class Olmo2Module(DecoderModule):
     """The OLMo 2 decoder without a head, as a function of its parameters."""
 
+    block: ClassVar[type[nn.Module]] = Olmo2Block
+
     def setup(self) -> None:
         config = self.config
         self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size, param_dtype=self.param_dtype)
-        self.layers = Layers(Olmo2Block, config, self.dtype, self.param_dtype, self.gradient_checkpointing)
+        self.layers = Layers(self.block, config, self.dtype, self.param_dtype, self.gradient_checkpointing)
         self.norm = RMSNorm(config.rms_norm_eps, self.param_dtype)
         self.rope = config.rope()
 

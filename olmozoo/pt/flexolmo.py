@@ -13,11 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from olmozoo.families.flexolmo import FlexOlmoConfig
-from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.experts import SparseMLP
 from olmozoo.pt.heads import CausalLM
 from olmozoo.pt.layers import RMSNorm
-from olmozoo.pt.olmo2 import Olmo2Attention
+from olmozoo.pt.olmo2 import Olmo2Attention, Olmo2Model
 
 
 class FlexOlmoBlock(nn.Module):
@@ -39,18 +38,12 @@ class FlexOlmoBlock(nn.Module):
         return x + self.post_feedforward_layernorm(out), weights, router_logits  # (b * s, e)
 
 
-class FlexOlmoModel(Decoder):
+class FlexOlmoModel(Olmo2Model):
     """The FlexOlmo decoder without a head."""
 
     config_class = FlexOlmoConfig
+    block = FlexOlmoBlock
     family_inputs = ("output_router_logits",)
-
-    def make_layers(self) -> None:
-        config = self.config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(FlexOlmoBlock(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rope = config.rope()
 
 
 class FlexOlmoForCausalLM(CausalLM):

@@ -74,12 +74,13 @@ class Olmo2Block(nn.Module):
 class Olmo2Model(Decoder):
     """The OLMo 2 decoder without a head."""
 
-    config_class: ClassVar[type[PostNormConfig]] = Olmo2Config
+    config_class: ClassVar[type[NormedAttentionConfig]] = Olmo2Config
+    block: ClassVar[type[nn.Module]] = Olmo2Block
 
     def make_layers(self) -> None:
         config = self.config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Olmo2Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = config.rope()
 

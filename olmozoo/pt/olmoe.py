@@ -13,11 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from olmozoo.families.olmoe import OlmoeConfig
-from olmozoo.pt.decoder import Decoder
 from olmozoo.pt.experts import SparseMLP
 from olmozoo.pt.heads import CausalLM
 from olmozoo.pt.layers import RMSNorm, clip
-from olmozoo.pt.olmo2 import Olmo2Attention
+from olmozoo.pt.olmo2 import Olmo2Attention, Olmo2Model
 
 
 class OlmoeAttention(Olmo2Attention):
@@ -51,18 +50,12 @@ class OlmoeBlock(nn.Module):
         return x + out, weights, router_logits  # (b * s, e)
 
 
-class OlmoeModel(Decoder):
+class OlmoeModel(Olmo2Model):
     """The OLMoE decoder without a head."""
 
     config_class = OlmoeConfig
+    block = OlmoeBlock
     family_inputs = ("output_router_logits",)
-
-    def make_layers(self) -> None:
-        config = self.config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(OlmoeBlock(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rope = config.rope()
 
 
 class OlmoeForCausalLM(CausalLM):

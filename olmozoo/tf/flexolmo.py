@@ -14,11 +14,10 @@ import keras
 import tensorflow as tf
 
 from olmozoo.families.flexolmo import FlexOlmoConfig
-from olmozoo.tf.decoder import Decoder
 from olmozoo.tf.experts import SparseMLP
 from olmozoo.tf.heads import CausalLM
-from olmozoo.tf.layers import Layer, QueryBlocks, RMSNorm, embedding
-from olmozoo.tf.olmo2 import Olmo2Attention
+from olmozoo.tf.layers import Layer, QueryBlocks, RMSNorm
+from olmozoo.tf.olmo2 import Olmo2Attention, TFOlmo2Model
 
 Tensor: TypeAlias = tf.Tensor
 
@@ -43,18 +42,12 @@ class FlexOlmoBlock(Layer):
 
 
 @keras.saving.register_keras_serializable("olmozoo")
-class TFFlexOlmoModel(Decoder):
+class TFFlexOlmoModel(TFOlmo2Model):
     """The FlexOlmo decoder without a head."""
 
     config_class = FlexOlmoConfig
+    block = FlexOlmoBlock
     family_inputs = ("output_router_logits",)
-
-    def make_layers(self) -> None:
-        config = self.config
-        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, name="embed_tokens")
-        self.blocks = [FlexOlmoBlock(config, name=f"layers.{layer}") for layer in range(config.num_hidden_layers)]
-        self.norm = RMSNorm(config.rms_norm_eps, name="norm")
-        self.rope = config.rope()
 
 
 @keras.saving.register_keras_serializable("olmozoo")

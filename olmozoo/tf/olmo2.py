@@ -76,12 +76,13 @@ class Olmo2Block(Layer):
 class TFOlmo2Model(Decoder):
     """The OLMo 2 decoder without a head."""
 
-    config_class: ClassVar[type[PostNormConfig]] = Olmo2Config
+    config_class: ClassVar[type[NormedAttentionConfig]] = Olmo2Config
+    block: ClassVar[type[Layer]] = Olmo2Block
 
     def make_layers(self) -> None:
         config = self.config
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size, name="embed_tokens")
-        self.blocks = [Olmo2Block(config, name=f"layers.{layer}") for layer in range(config.num_hidden_layers)]
+        self.blocks = [self.block(config, name=f"layers.{layer}") for layer in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.rms_norm_eps, name="norm")
         self.rope = config.rope()
 

@@ -14,11 +14,10 @@ import keras
 import tensorflow as tf
 
 from olmozoo.families.olmoe import OlmoeConfig
-from olmozoo.tf.decoder import Decoder
 from olmozoo.tf.experts import SparseMLP
 from olmozoo.tf.heads import CausalLM
-from olmozoo.tf.layers import Layer, QueryBlocks, RMSNorm, clip, embedding
-from olmozoo.tf.olmo2 import Olmo2Attention
+from olmozoo.tf.layers import Layer, QueryBlocks, RMSNorm, clip
+from olmozoo.tf.olmo2 import Olmo2Attention, TFOlmo2Model
 
 Tensor: TypeAlias = tf.Tensor
 
@@ -55,18 +54,12 @@ class OlmoeBlock(Layer):
 
 
 @keras.saving.register_keras_serializable("olmozoo")
-class TFOlmoeModel(Decoder):
+class TFOlmoeModel(TFOlmo2Model):
     """The OLMoE decoder without a head."""
 
     config_class = OlmoeConfig
+    block = OlmoeBlock
     family_inputs = ("output_router_logits",)
-
-    def make_layers(self) -> None:
-        config = self.config
-        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, name="embed_tokens")
-        self.blocks = [OlmoeBlock(config, name=f"layers.{layer}") for layer in range(config.num_hidden_layers)]
-        self.norm = RMSNorm(config.rms_norm_eps, name="norm")
-        self.rope = config.rope()
 
 
 @keras.saving.register_keras_serializable("olmozoo")
