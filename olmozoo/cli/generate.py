@@ -106,8 +106,6 @@ def generate(
 
     Decoding is greedy unless the model's generation_config.json or an option says otherwise.
     """
-    from olmozoo.text.pipeline import pipeline
-
     prompts = _prompts(prompt, file, jsonl)
     if stream and (as_json or num_return_sequences > 1 or num_beams not in (None, 1)):
         raise InputError("--stream writes one answer as text: leave out --json, --num-return-sequences and --num-beams")
@@ -126,19 +124,16 @@ def generate(
         stop_strings=stop or None,
         seed=seed,
     )
-    with err.status(f"loading {model}"):
-        import_backend(backend)
-        pipe = pipeline(
-            "text-generation",
-            model,
-            backend=backend,
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            adapter=adapter,
-            quantization=quantization,
-            group_size=group_size,
-        )
+    pipe = _load(
+        model,
+        backend=backend,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        adapter=adapter,
+        quantization=quantization,
+        group_size=group_size,
+    )
     tokens = _count_tokens(pipe, prompts, max_new_tokens, allow_long)
     if stream:
         for n, text in enumerate(prompts):
@@ -180,8 +175,6 @@ def chat(
     allow_long: AllowLong = False,
 ) -> None:
     """Talk with a model that has a chat template. Ctrl-C stops an answer, Ctrl-D leaves."""
-    from olmozoo.text.pipeline import pipeline
-
     settings = _settings(
         max_new_tokens=max_new_tokens,
         do_sample=sample,
@@ -192,19 +185,16 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    with err.status(f"loading {model}"):
-        import_backend(backend)
-        pipe = pipeline(
-            "text-generation",
-            model,
-            backend=backend,
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            adapter=adapter,
-            quantization=quantization,
-            group_size=group_size,
-        )
+    pipe = _load(
+        model,
+        backend=backend,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        adapter=adapter,
+        quantization=quantization,
+        group_size=group_size,
+    )
     if "default" not in pipe.tokenizer.chat_templates:
         # A made-up format would look like a chat, and the model was never trained on it.
         raise InputError(
@@ -239,6 +229,15 @@ def _talk(
             return
         except KeyboardInterrupt:  # wherever it comes, a second one after an answer's included
             write("\n")
+
+
+def _load(model: str, *, backend: str | None, **options: Any) -> TextGenerationPipeline:
+    """The pipeline of a model; arguments as of `pipeline`."""
+    from olmozoo.text.pipeline import pipeline
+
+    with err.status(f"loading {model}"):
+        import_backend(backend)
+        return pipeline("text-generation", model, backend=backend, **options)
 
 
 def _answer(

@@ -3,8 +3,8 @@
     mesh = make_mesh(fsdp=4, tensor=2)
     model = FlaxOlmo2ForCausalLM.from_pretrained(folder, mesh=mesh)
 
-The compiler inserts the communication. It is told where the parameters are (`shardings`), and that the hidden states
-after each block are split by rows (`constrain`): without that it may compute every row on every device.
+The compiler inserts the communication. `shardings` places the parameters. `constrain` splits the hidden states after
+each block by rows; without it the compiler may compute every row on every device.
 """
 
 from __future__ import annotations

@@ -384,7 +384,7 @@ def open_state(folder: Path, model: ModelConfig, config: TrainConfig) -> Saved:
         }
         for field, value in numbers.items():
             if not isinstance(value, int):
-                raise CheckpointError(f"{folder / 'train.pt'}: {field} is {value!r}, expected a whole number")
+                raise CheckpointError(f"{folder / 'train.pt'}: {field} is {value!r}, expected an integer")
             setattr(saved.progress, field, value)
     if not config.reset_optimizer_state:
         _open_optimizer(folder, need("optim.pt"), model, config, saved)

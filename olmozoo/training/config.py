@@ -483,7 +483,7 @@ def _wrong_fields(data: Mapping[Any, Any], kind: type, prefix: str) -> list[str]
     return problems
 
 
-KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
 def _converts(value: Any, kind: Any) -> bool:
