@@ -16,6 +16,7 @@ FAST_COMPILATION = (
 os.environ.setdefault("XLA_FLAGS", " ".join(FAST_COMPILATION))
 
 import re
+import signal
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # in the first process of all
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from tests.helpers.wings import let_programs_go
+
+# A shell ignores Ctrl-C in what it starts in the background, and so would the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The files that take longest, by CPU time. They run first: a worker takes whole files, and is not to begin a long one
 # when the other has none left.
