@@ -139,13 +139,13 @@ class Tiles:
         done = (i - self.firsts[expert]) * self.rows
         return expert, self.starts[expert] + done, tf.range(self.rows) < self.sizes[expert] - done
 
-    def pad(self, x: Tensor) -> Tensor:
-        """Add to x (m, ...) as many rows as a tile has, so that the last tile is not cut off."""
-        return tf.pad(x, [[0, self.rows], [0, 0]])
-
     def cut(self, x: Tensor, start: Tensor) -> Tensor:
-        """The rows of one tile of a padded x."""
-        return tf.slice(x, (start, 0), (self.rows, x.shape[1]))
+        """The rows of one tile of x (m, ...); after the end of x, its last row.
+
+        `tf.slice` is not used: TensorFlow asks whether its start is a constant, and follows it back through the loops
+        of all layers, which takes minutes.
+        """
+        return tf.gather(x, tf.minimum(start + tf.range(self.rows), self.total - 1))
 
     def join(self, parts: Tensor) -> Tensor:
         """The rows (m, ...) of the tiles (most, rows, ...) that hold them."""
@@ -158,13 +158,13 @@ class Tiles:
 def tiled_product(rows: Tensor, kernel: Tensor, sizes: Tensor, transposed: bool) -> Tensor:
     """`grouped_product` by a loop, with the kernels or with their transposes."""
     tiles = Tiles(ops.shape(rows)[0], sizes)
-    padded, width = tiles.pad(rows), kernel.shape[1 if transposed else 2]
+    width = kernel.shape[1 if transposed else 2]
     parts = tf.TensorArray(rows.dtype, tiles.most, element_shape=(tiles.rows, width))
 
     def write(i: Tensor, parts: Any) -> tuple[Tensor, Any]:
         expert, start, _ = tiles.tile(i)
         own = ops.cast(tf.gather(kernel, expert), rows.dtype)
-        return i + 1, parts.write(i, tf.matmul(tiles.cut(padded, start), own, transpose_b=transposed))
+        return i + 1, parts.write(i, tf.matmul(tiles.cut(rows, start), own, transpose_b=transposed))
 
     _, parts = tf.while_loop(lambda i, _: i < tiles.count, write, (tf.constant(0), parts))
     return tiles.join(parts.stack())
@@ -173,12 +173,11 @@ def tiled_product(rows: Tensor, kernel: Tensor, sizes: Tensor, transposed: bool)
 def kernel_gradient(rows: Tensor, upstream: Tensor, kernel: Tensor, sizes: Tensor) -> Tensor:
     """The gradient (e, in, out) of the kernels, from that of the products (m, out)."""
     tiles = Tiles(ops.shape(rows)[0], sizes)
-    padded_rows, padded_upstream = tiles.pad(rows), tiles.pad(upstream)
 
     def add(i: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         expert, start, real = tiles.tile(i)
-        tile = ops.where(real[:, None], tiles.cut(padded_rows, start), tf.zeros((), rows.dtype))
-        part = tf.matmul(tile, tiles.cut(padded_upstream, start), transpose_a=True)
+        tile = ops.where(real[:, None], tiles.cut(rows, start), tf.zeros((), rows.dtype))
+        part = tf.matmul(tile, tiles.cut(upstream, start), transpose_a=True)
         return i + 1, tf.tensor_scatter_nd_add(total, [[expert]], ops.cast(part, total.dtype)[None])
 
     return tf.while_loop(lambda i, _: i < tiles.count, add, (tf.constant(0), tf.zeros_like(kernel)))[1]
