@@ -15,6 +15,7 @@ FAST_COMPILATION = (
 )
 os.environ.setdefault("XLA_FLAGS", " ".join(FAST_COMPILATION))
 
+import gc
 import re
 import signal
 import tempfile
@@ -101,8 +102,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker("nightly")
 
 
+def pytest_collection_finish():
+    """Keep the garbage collector from the modules and tests that there are: to pass through them takes it a second."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def memory_given_back():
     """After each file, let go of what frameworks have compiled: programs pile up to gigabytes otherwise."""
     yield
     let_programs_go()
+    gc.freeze()
