@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from olmozoo import (
@@ -32,6 +32,7 @@ from olmozoo import (
     OPTConfig,
     Tokenizer,
 )
+from olmozoo.checkpoint import bounded
 from olmozoo.checkpoint.convert import convert_checkpoint
 from olmozoo.checkpoint.formats.safetensors import read_tensors
 from olmozoo.checkpoint.matching import load_weights
@@ -77,7 +78,9 @@ def limits():
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, hard))
-    yield
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bounded, "SECONDS", 1.0)  # of the files that would never end
+        yield
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
@@ -237,10 +240,10 @@ def others(folder, tmp_path_factory):
 @given(st.data())
 def test_damaged_files_of_other_frameworks(others, to, data):
     file, good = others[to]
-    bad = data.draw(damaged(good))
-    # HDF5's own library never comes back from some damages to a heap of texts: nothing that could be helped here.
-    assume(all(good[heap.start() : heap.start() + 4096] in bad for heap in re.finditer(b"GCOL", good)))
-    file.write_bytes(bad)
+    # Half of the damages to HDF5 are in one of its heaps of texts, where some make the library never return.
+    heaps = [heap.start() for heap in re.finditer(b"GCOL", good)]
+    start = data.draw(st.sampled_from(heaps)) if heaps and data.draw(st.booleans()) else None
+    file.write_bytes(data.draw(damaged(good) if start is None else damaged(good, start, start + 4096)))
     with ours(), np.errstate(all="ignore"):
         load(file.parent)
 

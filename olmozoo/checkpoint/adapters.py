@@ -15,8 +15,6 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
+from olmozoo.checkpoint import bounded
 from olmozoo.checkpoint.formats import ALL_WEIGHTS, pytorch, safetensors
 from olmozoo.checkpoint.quantized import Wanted, quantized_tensors
 from olmozoo.checkpoint.reader import Checkpoint, OpenCheckpoint, open_checkpoint
@@ -48,14 +47,6 @@ HARMLESS = (
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the weights that are adapted
 LAYER = r".*?\.[^.]*\.(\d+)\."  # the number of a layer in a module's name
 MOST_PATTERNS = 10_000  # in one adapter
-SECONDS = 5  # that its regular expressions may take
-TRY_PATTERNS = """
-import json, re, sys
-patterns, names = json.load(sys.stdin)
-for pattern in map(re.compile, patterns):
-    for name in names:
-        pattern.match(name), pattern.fullmatch(name)
-"""
 HEAD = f"{HEAD_MODULES['causal_lm']}.weight"
 FACTORS = {
     "lora_A.weight": "A",
@@ -307,16 +298,10 @@ class Adapter:
         names |= {BASE_PREFIX + name for name in names}
         names = {name.rpartition(".")[0] for name in names} | {name.partition(".lora_")[0] for name in names}
         try:
-            subprocess.run(
-                [sys.executable, "-I", "-c", TRY_PATTERNS],
-                input=json.dumps([patterns, sorted(names)]).encode(),
-                timeout=SECONDS,
-                check=True,
-                capture_output=True,
-            )
-        except (OSError, subprocess.SubprocessError) as error:
+            bounded.run("match_patterns", json.dumps([patterns, sorted(names)]).encode())
+        except bounded.BoundError as error:
             raise CheckpointError(
-                f"{self.folder / ADAPTER_CONFIG}: its regular expressions cannot be matched in {SECONDS} seconds"
+                f"{self.folder / ADAPTER_CONFIG}: its regular expressions cannot be matched: {error}"
             ) from error
 
     def _unties(self, config: ModelConfig, factors: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -8,13 +8,17 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from olmozoo.checkpoint.tensors import LazyTensor
+import numpy as np
+
+from olmozoo.checkpoint.tensors import LazyTensor, aligned_empty
 from olmozoo.errors import CheckpointError
 from olmozoo.families.config import read_json
+from olmozoo.typing import Array
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -132,7 +136,8 @@ class FileSlice(io.RawIOBase):
     """A file, or `length` bytes of it from `start`, as a read-only file of its own."""
 
     def __init__(self, path: Path, start: int = 0, length: int | None = None) -> None:
-        self.stream = path.open("rb")
+        self.stream = path.open("rb", buffering=0)  # without a position of its own beside that of the system
+        self.lock = threading.Lock()
         self.start = start
         self.length = os.fstat(self.stream.fileno()).st_size - start if length is None else length
         self.position = 0
@@ -153,6 +158,22 @@ class FileSlice(io.RawIOBase):
         count = self.stream.readinto(view)
         self.position += count
         return count
+
+    def array(self, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> Array:
+        """The array at byte `offset`, read into memory of its own.
+
+        Raises:
+            OSError: the file ends before.
+        """
+        array = aligned_empty(shape, dtype)
+        left = array.reshape(-1).view(np.uint8).data
+        with self.lock:
+            self.seek(offset)
+            while left:
+                if not (count := self.readinto(left)):
+                    raise OSError(f"{len(left)} bytes at its end are missing")
+                left = left[count:]
+        return array
 
     def readable(self) -> bool:
         return True

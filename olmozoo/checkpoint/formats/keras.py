@@ -1,12 +1,14 @@
 """Keras weights: `.weights.h5` and `.keras` as Keras saves them, and the `tf_model.h5` of Transformers 4.
 
-Read through h5py, without Keras: nothing of a file's config is made or run. Written by Keras from a live model, since
-the names in its files are Keras's own.
+Read without Keras: nothing of a file's config is made or run. h5py lists the datasets in a process of its own, with a
+bound on time and memory, since a damaged file can make the HDF5 library allocate gigabytes or never return. Written by
+Keras from a live model, since the names in its files are Keras's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import struct
 import zipfile
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from olmozoo.checkpoint import bounded
 from olmozoo.checkpoint.files import FileSlice
 from olmozoo.checkpoint.formats.names import Named, canonical, gather, guarded, missing_library, transformers_name
 from olmozoo.checkpoint.tensors import DTYPE_NAMES, LazyTensor
@@ -58,86 +61,97 @@ def read(path: Path) -> dict[str, LazyTensor]:
     return _read_h5(path, FileSlice(path, start, entry.file_size), _keras_name)
 
 
-def _read_h5(path: Path, stream: FileSlice, name_of: Callable[[str, Any], Named]) -> dict[str, LazyTensor]:
-    """The datasets of an HDF5 file. Only hard links are followed, so that nothing leads out of the file."""
+def _read_h5(path: Path, stream: FileSlice, name_of: Callable[[str, H5], Named]) -> dict[str, LazyTensor]:
+    """The datasets of an HDF5 file, which are listed in another process and read here, as plain bytes."""
+    if importlib.util.find_spec("h5py") is None:
+        raise missing_library(f"reading {path}", "h5py", "tf")
     try:
-        import h5py
-    except ImportError as error:
-        raise missing_library(f"reading {path}", "h5py", "tf") from error
-    datasets: list[tuple[str, Any]] = []
+        found = bounded.run(
+            "list_hdf5", stream.stream, stream.start, stream.length, libraries=("numpy", "h5py"), size=stream.length
+        )
+    except bounded.BoundError as error:
+        raise CheckpointError(f"{path} is not a readable HDF5 file: {error}") from error
+    file = H5(path, stream, **found)
     problems: list[str] = []
     tensors: list[LazyTensor] = []
-    try:
-        file = h5py.File(stream, "r")
-        file.visititems(lambda name, item: datasets.append((name, item)) if hasattr(item, "dtype") else None)
-        for name, dataset in datasets:
-            if name.split("/")[0] in ("optimizer", "metrics"):
-                continue  # of a compiled model
-            if name.endswith(LORA):
-                continue  # part of the kernel beside it
-            try:
-                named = name_of(name, dataset)
-                tensor = _merged(_tensor(path, dataset, stream.length), dataset, path, stream.length)
-                tensors.append(canonical(guarded(tensor), named))
-            except CheckpointError as error:
-                problems.append(f"{name}: {error}")
-    except Exception as error:  # of many kinds, for what can be wrong inside a file
-        raise CheckpointError(f"{path} is not a readable HDF5 file: {error}") from error
+    for name in file.datasets:
+        if name.split("/")[0] in ("optimizer", "metrics"):
+            continue  # of a compiled model
+        if name.endswith(LORA):
+            continue  # part of the kernel beside it
+        try:
+            tensors.append(canonical(guarded(file.merged(name)), name_of(name, file)))
+        except CheckpointError as error:
+            problems.append(f"{name}: {error}")
     raise_problems(f"{path} is broken", problems)
     return gather(path, tensors)
 
 
-def _tensor(path: Path, dataset: Any, size: int) -> LazyTensor:
-    """A dataset whose values are plain bytes in the file: the file bounds what reading it takes."""
-    dtype, shape = dataset.dtype, dataset.shape
-    if dtype == np.dtype("V2") and dataset.attrs.get("dtype") == "bfloat16":
-        dtype = DTYPE_NAMES["bfloat16"]
-    if dtype not in DTYPE_NAMES.values():
-        raise CheckpointError(f"dtype is {dtype}, expected one of {', '.join(DTYPE_NAMES)}")
-    offset = dataset.id.get_offset()  # None where values are compressed or in another file
-    if shape is None or offset is None:
-        raise CheckpointError("it is empty, compressed or in another file, expected plain values")
-    tensor = LazyTensor(dataset.name, dtype, shape, partial(_values, dataset, dtype), path)
-    if 0 in shape or offset + tensor.nbytes > size:
-        raise CheckpointError(f"{list(shape)} at byte {offset} needs {tensor.nbytes} bytes, the file has {size}")
-    return tensor
+@dataclasses.dataclass(frozen=True)
+class H5:
+    """An HDF5 file.
+
+    Attributes:
+        path: where it is.
+        stream: its bytes.
+        datasets, names: as of `bounded.list_hdf5`.
+    """
+
+    path: Path
+    stream: FileSlice
+    datasets: dict[str, Any]
+    names: dict[str, Any]
+
+    def tensor(self, name: str) -> LazyTensor:
+        """A dataset whose values are plain bytes in the file: the file bounds what reading it takes."""
+        if isinstance(found := self.datasets[name], str):
+            raise CheckpointError(found)
+        of_file, shape, offset = found
+        if of_file not in DTYPE_NAMES:
+            raise CheckpointError(f"dtype is {of_file}, expected one of {', '.join(DTYPE_NAMES)}")
+        if shape is None or offset is None:  # no offset where values are compressed or in another file
+            raise CheckpointError("it is empty, compressed or in another file, expected plain values")
+        dtype, shape = DTYPE_NAMES[of_file], tuple(shape)
+        tensor = LazyTensor(name, dtype, shape, partial(self.stream.array, dtype, shape, offset), self.path)
+        if 0 in shape or offset + tensor.nbytes > self.stream.length:
+            size = self.stream.length
+            raise CheckpointError(f"{list(shape)} at byte {offset} needs {tensor.nbytes} bytes, the file has {size}")
+        return tensor
+
+    def merged(self, name: str) -> LazyTensor:
+        """A dataset, with the LoRA adapters added that lie beside a kernel (in, out)."""
+        kernel, group = self.tensor(name), name.removesuffix("/vars/0")
+        if group == name or group + LORA[0] not in self.datasets:
+            return kernel
+        beside = [group + part for part in LORA]
+        if missing := [part for part in beside if part not in self.datasets]:
+            raise CheckpointError(f"{missing[0]} is not there, {beside[0]} is")
+        a, b, scale = map(self.tensor, beside)
+        if len(kernel.shape) != 2 or (a.shape[:1], b.shape, scale.shape) != (
+            kernel.shape[:1],
+            (*a.shape[1:], kernel.shape[1]),
+            (),
+        ):
+            raise CheckpointError(f"adapters of {list(a.shape)} and {list(b.shape)} do not fit {list(kernel.shape)}")
+
+        def read() -> Array:
+            wide = np.promote_types(kernel.dtype, np.float32) if kernel.dtype.itemsize > 2 else np.dtype(np.float32)
+            delta = scale.read().astype(wide) * (a.read().astype(wide) @ b.read().astype(wide))
+            merged: Array = (kernel.read().astype(wide) + delta).astype(kernel.dtype)
+            return merged
+
+        return dataclasses.replace(kernel, read=read)
 
 
-def _merged(kernel: LazyTensor, dataset: Any, path: Path, size: int) -> LazyTensor:
-    """A kernel (in, out) with the LoRA adapters that lie beside it, if any, added."""
-    group = dataset.parent
-    if not dataset.name.endswith("/vars/0") or LORA[0].split("/")[-1] not in group:
-        return kernel
-    a, b, scale = (_tensor(path, group[name.split("/")[-1]], size) for name in LORA)
-    rows, columns = kernel.shape
-    if a.shape[:1] != (rows,) or b.shape != (*a.shape[1:], columns) or scale.shape != ():
-        raise CheckpointError(f"adapters of {list(a.shape)} and {list(b.shape)} do not fit {list(kernel.shape)}")
-
-    def read() -> Array:
-        wide = np.promote_types(kernel.dtype, np.float32) if kernel.dtype.itemsize > 2 else np.dtype(np.float32)
-        delta = scale.read().astype(wide) * (a.read().astype(wide) @ b.read().astype(wide))
-        merged: Array = (kernel.read().astype(wide) + delta).astype(kernel.dtype)
-        return merged
-
-    return dataclasses.replace(kernel, read=read)
-
-
-def _values(dataset: Any, dtype: np.dtype[Any]) -> Array:
-    values: Array = dataset[()]
-    return values.view(dtype)
-
-
-def _keras_name(path: str, dataset: Any) -> Named:
+def _keras_name(path: str, file: H5) -> Named:
     """The name of `layers/tf_olmo_model/blocks/olmo_block_1/mlp/up_proj/vars/0`: each step's own, from its `vars`."""
     *steps, variables, index = path.split("/")
-    names, group = [], dataset.file
-    for step in steps:
-        group = group[step]
-        if "vars" in group:  # a list, such as `blocks`, has none
-            names.append(group["vars"].attrs["name"])
-    if variables != "vars" or index not in ("0", "1") or not all(isinstance(name, str) for name in names):
+    groups = ["/".join(steps[:count]) for count in range(1, len(steps) + 1)]
+    # A list, such as `blocks`, has no `vars`.
+    names = [file.names[f"{group}/vars"] for group in groups if f"{group}/vars" in file.names]
+    if variables != "vars" or index not in ("0", "1") or not names or None in names:
         raise CheckpointError(f"{path} is not the name of a weight")
-    is_linear = dataset.ndim > 1 and not names[-1].startswith("embed_")
+    is_linear = len(file.datasets[path][1]) > 1 and not names[-1].startswith("embed_")
     names = [f"layers.{name}" if name.isdigit() else name for name in names]  # a block may be called that too
     return ".".join([*names, ("weight", "bias")[int(index)]]), is_linear
 
