@@ -9,6 +9,7 @@ import glob
 import os
 import re
 import shutil
+import socket
 import stat
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+HOLDER = 400  # bytes that say who holds a lock
 
 
 @contextlib.contextmanager
@@ -54,7 +56,7 @@ def atomic_folder(folder: StrPath, replaced: re.Pattern[str]) -> Iterator[Path]:
         raise CheckpointError(f"{target} is not a folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target):
+        with locked(target.with_name(f".{target.name}.lock")):
             _remove_abandoned(target)
             staging = target.with_name(f".{target.name}.saving-{uuid.uuid4().hex[:12]}")
             try:
@@ -75,20 +77,42 @@ def atomic_folder(folder: StrPath, replaced: re.Pattern[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Hold the lock of a folder, waiting for the thread or process that holds it; no lock file stays behind."""
-    path = target.with_name(f".{target.name}.lock")
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a lock, which is a file that says who holds it; it does not stay behind.
+
+    Args:
+        path: of the file.
+        wait: whether to wait for the thread or process that holds it.
+
+    Raises:
+        BlockingIOError: another one holds it and is not waited for; the text says which.
+    """
     if fcntl is None:
-        with filelock.FileLock(path):
+        lock = filelock.FileLock(path, timeout=-1 if wait else 0)
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise BlockingIOError("another process") from error
+        try:
             yield
+        finally:
+            lock.release()
         return
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, HOLDER, 0).decode("utf-8", "replace")
+            os.close(descriptor)
+            raise BlockingIOError(holder or "another process") from error
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break
         os.close(descriptor)  # removed by the previous holder: lock the new file
+    with contextlib.suppress(OSError):  # the disk may be full
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode()[:HOLDER], 0)
     try:
         yield
     finally:

@@ -217,8 +217,14 @@ class Run:
         if progress.step >= last and outputs.is_complete(folder):
             self._print(f"the run is complete at step {progress.step}: {folder / outputs.MODEL}")
             return Result(progress.step, None, True, folder / outputs.MODEL)
-        outputs.prepare_folder(config)
-        self._prepare()
+        with outputs.lock(config):
+            outputs.prepare_folder(config)
+            self._prepare()
+            return self._train(folder, last)
+
+    def _train(self, folder: Path, last: int) -> Result:
+        """Make the steps up to `last`, and write what a run leaves in its folder."""
+        config, progress = self.config, self.progress
         metrics = self.metrics = Metrics(config, progress.step, last, self.console)
         sizes = summary(config, self.start.model, self.data, self.plan, last, self.trained)
         for name, text in sizes.items():

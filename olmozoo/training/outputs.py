@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from olmozoo.backends import Backend
-from olmozoo.checkpoint.atomic import atomic_folder
+from olmozoo.checkpoint.atomic import atomic_folder, locked
 from olmozoo.checkpoint.convert import convert_checkpoint, settings_files, write_settings
 from olmozoo.checkpoint.files import GENERATION_CONFIG, write_json
 from olmozoo.checkpoint.formats import safetensors
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from olmozoo.training.loop import Run
 
 MODEL, BASE, CONFIG, ADAPTER_WEIGHTS = "model", "base", "config.yaml", "adapter_model.safetensors"
+LOCK = ".run.lock"
 PEFT_PREFIX = "base_model.model."
 FIRST = 1000  # instances that show how answers end
 
@@ -136,6 +138,25 @@ def prepare_folder(config: TrainConfig) -> None:
     temporary = folder / f".{CONFIG}.new"
     temporary.write_text(config.to_yaml(), encoding="utf-8")
     temporary.replace(file)
+
+
+@contextlib.contextmanager
+def lock(config: TrainConfig) -> Iterator[None]:
+    """Keep other runs out of the folder of a run, which is made.
+
+    Raises:
+        InputError: another run is in it.
+    """
+    folder = Path(config.save_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / LOCK, wait=False))
+        except BlockingIOError as error:
+            raise InputError(
+                f"save_folder {folder} is in use by another run ({error}): wait for it, or choose another"
+            ) from error
+        yield
 
 
 def is_complete(folder: Path) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from olmozoo import Olmo2Config
+from olmozoo.checkpoint.atomic import locked
 from olmozoo.checkpoint.convert import convert_checkpoint
 from olmozoo.checkpoint.matching import load_weights
 from olmozoo.checkpoint.reader import Checkpoint
@@ -279,3 +280,21 @@ def test_a_folder_that_is_not_writable_is_replaced_and_leaves_nothing_behind(tmp
 
 if __name__ == "__main__":
     serve(sys.argv[1])
+
+
+def test_a_lock_that_is_not_waited_for_says_who_holds_it(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from olmozoo.checkpoint.atomic import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(BlockingIOError, match=rf"^process {process.pid} on \S+$"), locked(tmp_path / "lock", False):
+            pytest.fail("two have the lock")
+        process.kill()
+        process.wait()
+    assert (tmp_path / "lock").exists()  # what a kill leaves holds nobody up
+    with locked(tmp_path / "lock", wait=False):
+        assert f"process {os.getpid()} on" in (tmp_path / "lock").read_text()
+    assert not (tmp_path / "lock").exists()

@@ -17,7 +17,7 @@ pytest.importorskip("omegaconf", reason="olmozoo[training] is not installed")
 
 from olmozoo import OPTConfig
 from olmozoo.errors import CheckpointError, InputError, TrainingError
-from olmozoo.training import state
+from olmozoo.training import outputs, state
 from olmozoo.training.config import from_dict
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.runs import Outcome, run, run_config, same_weights, weights_of, write_tokens
@@ -104,8 +104,6 @@ def test_a_run_that_goes_on_to_a_later_end_writes_its_model_again(fields, tmp_pa
 @needs("pt")
 def test_what_follows_the_last_step_is_done_once(fields, tmp_path, monkeypatch):
     """The run is interrupted before its model is written."""
-    from olmozoo.training import outputs
-
     with monkeypatch.context() as patched:
         patched.setattr(outputs, "write_final", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -136,6 +134,23 @@ def test_a_signal_ends_a_run_after_its_step(fields, step, tmp_path, monkeypatch)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert list(state.steps(tmp_path / "parts"))[-1] == step
     same_run(run(fields, save_folder=str(tmp_path / "parts")), run(fields, save_folder=str(tmp_path / "whole")))
+
+
+# -- two runs in one folder -------------------------------------------------------------------------------------------
+
+
+@needs("pt")
+def test_another_run_in_the_folder_is_named(fields, tmp_path):
+    fields = {**fields, "save_folder": str(tmp_path / "run"), "stop_at": 2}
+    named = (
+        rf"save_folder .*run is in use by another run \(process {os.getpid()} on .+\): wait for it, or choose another"
+    )
+    with outputs.lock(from_dict(fields)):
+        with pytest.raises(InputError, match=named):
+            run(fields, save_overwrite=True)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [outputs.LOCK]
+    assert run(fields).result.finished
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
 
 # -- kills ------------------------------------------------------------------------------------------------------------
