@@ -36,7 +36,7 @@ _FILES: dict[Need, tuple[str, ...]] = {
     "weights": (ADAPTER_CONFIG, *_CONFIG),
     "tokenizer": ("config.json", *TOKENIZER_FILES),
     "model": (*TOKENIZER_FILES, ADAPTER_CONFIG, *_CONFIG),
-    "adapter": (*TOKENIZER_FILES, ADAPTER_CONFIG),
+    "adapter": (*TOKENIZER_FILES, "generation_config.json", ADAPTER_CONFIG),
 }
 # The first of these that exists is the set of weights.
 _WEIGHTS = tuple(

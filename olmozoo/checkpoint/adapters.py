@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from olmozoo.checkpoint import bounded
+from olmozoo.checkpoint.files import GENERATION_CONFIG
 from olmozoo.checkpoint.formats import ALL_WEIGHTS, pytorch, safetensors
 from olmozoo.checkpoint.quantized import Wanted, quantized_tensors
 from olmozoo.checkpoint.reader import Checkpoint, OpenCheckpoint, open_checkpoint
@@ -77,6 +78,12 @@ class Source(NamedTuple):
         """The folder of the tokenizer: the adapter's where there is one, since it may have more tokens."""
         own = self.adapter is not None and any((self.adapter / n).is_file() for n in ("tokenizer.json", "merges.txt"))
         return self.adapter if own and self.adapter else self.folder
+
+    @property
+    def generation(self) -> Path:
+        """The folder of generation_config.json: the adapter's where it has one, since it may stop at other tokens."""
+        has_own = self.adapter is not None and (self.adapter / GENERATION_CONFIG).is_file()
+        return self.adapter if has_own and self.adapter else self.folder
 
 
 def locate(path_or_repo: StrPath, *, need: Need, adapter: StrPath | None = None, **hub: Unpack[HubOptions]) -> Source:
@@ -166,6 +173,8 @@ def open_merged(
     opened = open_checkpoint(source.folder, config_class, **overrides)
     if source.adapter is not None:
         opened = dataclasses.replace(opened, config=Adapter(source.adapter).merge(opened.checkpoint, opened.config))
+    if source.generation != source.folder:
+        opened = dataclasses.replace(opened, generation=read_json(source.generation / GENERATION_CONFIG))
     checkpoint = opened.checkpoint
     checkpoint.tensors = quantized_tensors(checkpoint.tensors, opened.config, quantization)
     return opened

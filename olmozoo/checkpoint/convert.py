@@ -93,7 +93,7 @@ def convert_checkpoint(
     for read in (folder, Path(source)):  # the folder of an adapter is another than that of its base
         check_target(read, target, force)
     opened, settings = read_unchanged(
-        folder, lambda: (open_merged(found, quantization=how), settings_files(folder, found.tokenizer))
+        folder, lambda: (open_merged(found, quantization=how), settings_files(found.generation, found.tokenizer))
     )
     config, checkpoint = opened.config, opened.checkpoint
     head = head_of(config, checkpoint)

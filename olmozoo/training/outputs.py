@@ -169,6 +169,7 @@ def write_step(run: Run, folder: Path) -> None:
     """Write the model, or the adapter, of a step, with its tokenizer."""
     if run.config.lora is not None:
         write_adapter(run, folder)
+        write_json(folder / GENERATION_CONFIG, run.model.generation_config.to_dict())
     else:
         run.step.sync().save_pretrained(folder)
     write_settings(run.tokenizer_files, folder)
@@ -239,7 +240,6 @@ def write_final(run: Run) -> None:
     assert run.start.folder is not None
     convert_checkpoint(run.start.folder, folder / MODEL, to="safetensors", adapter=folder / "adapter", force=True)
     write_settings(run.tokenizer_files, folder / MODEL)
-    write_json(folder / MODEL / GENERATION_CONFIG, run.model.generation_config.to_dict())
 
 
 def sample(config: TrainConfig, backend: Backend, tokenizer: Tokenizer) -> str:

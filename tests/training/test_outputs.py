@@ -264,9 +264,10 @@ def test_generation_stops_where_the_answers_of_chats_end(fields, tmp_path, lora)
         "tokenizer": str(tmp_path / "data/tokenizer"),
     }
     run({**fields, **more}, backend="pt", save_folder=str(tmp_path / "run"), max_duration=1, lora=lora)
-    model = load(tmp_path / "run" / "model", "pt")
-    assert model.generation_config.eos_token_id == [0, 9]
-    assert model.config.eos_token_id == 0
+    for folder in ("model", "step1", *(["adapter"] if lora else [])):
+        model = load(tmp_path / "run" / folder, "pt")
+        assert model.generation_config.eos_token_id == [0, 9], folder
+        assert model.config.eos_token_id == 0
 
 
 @pytest.mark.parametrize("wing", WINGS)
