@@ -206,7 +206,8 @@ class TrainConfig:
         reset_optimizer_state: whether the moments of `load_path` are left behind.
         reset_trainer_state: whether the step, epoch and position in the data of `load_path` are.
         restore_optimizer_settings: which settings come from the optimizer's state in `load_path` rather than from
-            here: "none", "betas" (with eps), or "all" (with the weight decay and the first bound of clipping).
+            here: "none", "betas" (with eps, and with a weight decay of 0 where it is 0 there), or "all" (with the
+            weight decay and the first bound of clipping).
         max_sequence_length: tokens in an instance; default that of prepared data.
         max_duration: steps; or tokens as "1e9T"; or epochs as "3ep" or "0.5ep".
         extra_steps: so many steps more, where the data of the last epoch suffice. AI2's trainer makes ten.

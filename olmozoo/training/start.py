@@ -19,7 +19,7 @@ from olmozoo.families.registry import config_class
 from olmozoo.quantization import as_floats
 from olmozoo.training import ai2, state
 from olmozoo.training.config import TrainConfig
-from olmozoo.training.parameters import stored_parameters
+from olmozoo.training.parameters import stored_parameters, weight_decays
 from olmozoo.training.state import Progress, Saved
 from olmozoo.typing import Array
 
@@ -167,7 +167,7 @@ def _restore(config: TrainConfig, start: Start, saved: Saved, lines: list[str]) 
         lines.append("the optimizer's running means start at zero")
     else:
         lines.append(f"the optimizer's running means after {saved.progress.updates} updates are kept")
-        for line in _settings_kept(config, saved):
+        for line in _settings_kept(config, start.model, saved):
             lines.append(line)
     if config.reset_trainer_state:
         progress = saved.progress
@@ -184,9 +184,10 @@ def _restore(config: TrainConfig, start: Start, saved: Saved, lines: list[str]) 
     return start
 
 
-def _settings_kept(config: TrainConfig, saved: Saved) -> Iterator[str]:
+def _settings_kept(config: TrainConfig, model: ModelConfig, saved: Saved) -> Iterator[str]:
     kept = {"none": (), "betas": ("betas", "eps"), "all": ("betas", "eps", "weight_decay")}
     names = kept[config.restore_optimizer_settings]
+    found = saved.settings.get("weight_decay", {})
     saved.settings = {name: value for name, value in saved.settings.items() if name in names}
     for name in ("betas", "eps"):
         if name in saved.settings and saved.settings[name] is not None:
@@ -195,3 +196,13 @@ def _settings_kept(config: TrainConfig, saved: Saved) -> Iterator[str]:
     if "weight_decay" in saved.settings:
         values = sorted(set(saved.settings["weight_decay"].values()))
         yield f"optimizer.weight_decay = {' and '.join(map(str, values))} of the checkpoint, not of the config"
+    elif "betas" in names:  # a weight decay of 0 stays
+        table = stored_parameters(model)
+        wanted = zip(table, weight_decays(config.optimizer, table), strict=True)
+        still = [p.name for p, decay in wanted if decay and found.get(p.name) == 0]
+        saved.settings["weight_decay"] = dict.fromkeys(still, 0.0)
+        if still:
+            yield (
+                f"optimizer.weight_decay = 0 of the checkpoint, not of the config, for {len(still)} parameters such as "
+                f"{still[0]}"
+            )

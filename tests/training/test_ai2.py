@@ -1,6 +1,7 @@
 """AI2's trainer: recorded runs of it in every wing, its YAML files, its checkpoints."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,31 @@ def test_masks_filter_and_uint32(formulas, wing, tmp_path):
 def test_a_checkpoint_of_its_own_is_resumed_in_the_middle_of_an_epoch(formulas, wing, tmp_path):
     only_adamw(formulas, wing)
     resume(formulas, wing, "step4-unsharded", tmp_path)
+
+
+@needs("pt")
+def test_a_weight_decay_of_zero_stays(formulas, tmp_path):
+    """As in that trainer, which takes the file's weight decay where the checkpoint has more than 0."""
+    import torch
+
+    folder, *_ = formulas
+    shutil.copytree(folder / "step4-unsharded", tmp_path / "zero-unsharded")
+    state = torch.load(tmp_path / "zero-unsharded" / "optim.pt", weights_only=False)
+    for group in state["param_groups"]:
+        group["weight_decay"] = 0.0
+    torch.save(state, tmp_path / "zero-unsharded" / "optim.pt")
+    given = yaml.safe_load((folder / "config.yaml").read_text())
+    resumed = {name: value for name, value in given.items() if not name.startswith("reset_")}
+    outcomes = []
+    for start, decay in ((tmp_path / "zero-unsharded", 0.1), (folder / "step4-unsharded", 0.0)):
+        optimizer = given["optimizer"] | {"weight_decay": decay}
+        file = tmp_path / f"{decay}.yaml"
+        file.write_text(yaml.safe_dump(resumed | {"load_path": str(start), "optimizer": optimizer}))
+        outcomes.append(run_yaml(file, tmp_path / f"run-{decay}", "pt")[0])
+    assert outcomes[0].curve("loss").tolist() == outcomes[1].curve("loss").tolist()
+    same_weights(outcomes[0].weights(), outcomes[1].weights(), 0)
+    line = "optimizer.weight_decay = 0 of the checkpoint, not of the config, for 15 parameters such as"
+    assert [line in outcome.text for outcome in outcomes] == [True, False]
 
 
 @needs("pt")
@@ -388,8 +414,6 @@ def test_a_checkpoint_without_its_state_is_refused(formulas, tmp_path):
 
 @needs("pt")
 def test_a_number_of_an_older_version_is_in_batches(formulas, tmp_path):
-    import shutil
-
     import torch
 
     folder, lines, _ = formulas
