@@ -175,6 +175,26 @@ def quantize(weight: Array, quantization: Quantization, scale: np.dtype[Any] | N
     return QuantizedTensor(values.reshape(out, width), scales, None, quantization.bits)
 
 
+def rounded(
+    weight: Array, quantization: Quantization, factors: tuple[Array, Array] | None = None, scale: float = 1.0
+) -> Array:
+    """A weight (out, in) as its integers have it, in its own dtype.
+
+    Args:
+        weight: the weight.
+        quantization: how it is quantized.
+        factors: A (rank, in) and B (out, rank) of an adapter; W + scale B A is quantized then.
+        scale: see `factors`.
+
+    Raises:
+        InputError: a value is not finite.
+    """
+    if factors is not None:
+        a, b = factors
+        weight = weight + (b @ a) * weight.dtype.type(scale)
+    return quantize(weight, quantization).dequantize(weight.dtype)
+
+
 def pack(values: Array, bits: int) -> Array:
     """Integers (rows, columns) in int32 words (rows, ceil(columns * bits / 32)), as compressed-tensors packs them.
 

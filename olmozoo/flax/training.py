@@ -18,6 +18,7 @@ from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.flax.base import from_numpy, to_numpy
 from olmozoo.flax.losses import target_losses
+from olmozoo.quantization import Quantization, is_quantizable, rounded
 
 if TYPE_CHECKING:
     from olmozoo.training.config import TrainConfig
@@ -157,6 +158,41 @@ class TrainStep:
     def evaluate(self, batch: Batch) -> np.ndarray:
         """The summed cross-entropy of each row, (batch,)."""
         return np.asarray(self._losses(self.params, self.frozen, *_arrays(batch)))
+
+    @contextlib.contextmanager
+    def rounded(self, quantization: Quantization) -> Iterator[None]:
+        """Round the weights that quantization makes integers to what these keep, until the block ends.
+
+        Adapters are merged into them before.
+        """
+        lora, kept = self.config.lora, (self.params, self.frozen)
+        params: dict[str, Any] = {p.name: (p, leaf) for p, leaf in zip(self.trained, self.params, strict=True)}
+        frozen = dict(self.frozen)
+
+        def change(parameter: Parameter, values: np.ndarray) -> None:
+            leaf = from_numpy(parameter, values)
+            if parameter.name in params:
+                params[parameter.name] = parameter, leaf
+            else:
+                frozen[self.model._leaf(parameter)] = leaf
+
+        for parameter in filter(is_quantizable, self.model._parameter_table()):
+            module = parameter.name.removesuffix(".weight")
+            _, leaf = params.get(parameter.name) or (parameter, frozen[self.model._leaf(parameter)])
+            weight = to_numpy(parameter, leaf)
+            if f"{module}.lora_A.weight" not in params:
+                change(parameter, rounded(weight, quantization))
+                continue
+            a, b = (params[f"{module}.{name}.weight"] for name in ("lora_A", "lora_B"))
+            pair = to_numpy(*a), to_numpy(*b)
+            change(parameter, rounded(weight, quantization, pair, lora.alpha / lora.rank))
+            change(b[0], np.zeros_like(pair[1]))
+        self.params, self.frozen = [leaf for _, leaf in params.values()], frozen
+        try:
+            yield
+        finally:
+            self.params, self.frozen = kept
+            self.sync()
 
     # -- state ----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.pt.base import from_numpy, to_numpy
 from olmozoo.pt.losses import target_losses
+from olmozoo.quantization import Quantization, is_quantizable, rounded
 
 if TYPE_CHECKING:
     from olmozoo.training.config import TrainConfig
@@ -148,6 +149,37 @@ class TrainStep:
         targets = torch.from_numpy(batch.targets).to(self.model.device)
         losses, _ = target_losses(self._outputs(batch), targets, False)
         return losses.cpu().numpy()
+
+    @contextlib.contextmanager
+    def rounded(self, quantization: Quantization) -> Iterator[None]:
+        """Round the weights that quantization makes integers to what these keep, until the block ends.
+
+        Adapters are merged into them before.
+        """
+        lora, found = self.config.lora, dict(self.model.named_parameters())
+        factors = dict(zip(self.names, self.parameters, strict=True))
+        kept: list[tuple[nn.Parameter, Tensor]] = []
+
+        def change(parameter: nn.Parameter, values: np.ndarray) -> None:
+            kept.append((parameter, parameter.data))
+            parameter.data = from_numpy(values).to(parameter.device)
+
+        try:
+            for entry in filter(is_quantizable, self.model._parameter_table()):
+                module = entry.name.removesuffix(".weight")
+                path = f"{module}.base_layer.weight"  # PEFT's name for what it adapts
+                weight = found[path if path in found else entry.name]
+                if f"{module}.lora_A.weight" not in factors:
+                    change(weight, rounded(to_numpy(weight), quantization))
+                    continue
+                a, b = (factors[f"{module}.{name}.weight"] for name in ("lora_A", "lora_B"))
+                pair = to_numpy(a), to_numpy(b)
+                change(weight, rounded(to_numpy(weight), quantization, pair, lora.alpha / lora.rank))
+                change(b, np.zeros_like(pair[1]))
+            yield
+        finally:
+            for parameter, data in kept:
+                parameter.data = data
 
     # -- state ----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -15,6 +15,7 @@ from olmozoo.checkpoint.tensors import aligned
 from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
+from olmozoo.quantization import Quantization, is_quantizable, rounded
 from olmozoo.tf.layers import Tensor, from_numpy
 from olmozoo.tf.losses import target_losses
 
@@ -143,6 +144,37 @@ class TrainStep:
     def evaluate(self, batch: Batch) -> np.ndarray:
         """The summed cross-entropy of each row, (batch,)."""
         return self._losses(*_tensors(batch)).numpy()
+
+    @contextlib.contextmanager
+    def rounded(self, quantization: Quantization) -> Iterator[None]:
+        """Round the weights that quantization makes integers to what these keep, until the block ends.
+
+        Adapters are merged into them before.
+        """
+        lora = self.config.lora
+        factors = {p.name: (p, v) for p, v in zip(self.trained, self.variables, strict=True)}
+        kept: list[tuple[keras.Variable, Tensor]] = []
+
+        def change(parameter: Parameter, variable: keras.Variable, values: np.ndarray) -> None:
+            kept.append((variable, tf.identity(variable.value)))
+            variable.assign(_from_numpy(parameter, values, variable))
+
+        try:
+            for parameter in filter(is_quantizable, self.model._parameter_table()):
+                module = parameter.name.removesuffix(".weight")
+                kernel = self.model._layer(parameter)._kernel  # without adapters
+                weight = _to_numpy(parameter, kernel)
+                if f"{module}.lora_A.weight" not in factors:
+                    change(parameter, kernel, rounded(weight, quantization))
+                    continue
+                a, b = (factors[f"{module}.{name}.weight"] for name in ("lora_A", "lora_B"))
+                pair = _to_numpy(*a), _to_numpy(*b)
+                change(parameter, kernel, rounded(weight, quantization, pair, lora.alpha / lora.rank))
+                change(*b, np.zeros_like(pair[1]))
+            yield
+        finally:
+            for variable, value in kept:
+                variable.assign(value)
 
     # -- state ----------------------------------------------------------------------------------------------------
 

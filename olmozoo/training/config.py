@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from olmozoo.errors import ConfigError, MissingBackendError, raise_problems
+from olmozoo.quantization import GROUP_SIZE, NAMES
 from olmozoo.training.schedules import SCHEDULES
 from olmozoo.typing import StrPath
 
@@ -141,6 +142,10 @@ class EvaluatorConfig:
         generate_attention_mask: see `DataConfig`; default the training data's.
         device_eval_batch_size: rows at once; default the training micro-batch.
         subset_num_batches: at most so many batches of tokens; default all.
+        quantization: "int8" or "int4" scores the model with the linear weights of its blocks rounded to integers of so
+            many bits (see `olmozoo.quantization`), adapters merged before, while training goes on in floats; default
+            floats.
+        group_size: of int4, the values along a row that share a scale.
     """
 
     label: str = "validation"
@@ -152,6 +157,8 @@ class EvaluatorConfig:
     generate_attention_mask: bool | None = None
     device_eval_batch_size: int | None = None
     subset_num_batches: int | None = None
+    quantization: str | None = None
+    group_size: int = GROUP_SIZE
 
 
 @dataclass
@@ -546,6 +553,10 @@ def check(config: TrainConfig, where: str = "the config") -> None:
             ("optimizer.name", config.optimizer.name, tuple(OPTIMIZERS)),
             ("scheduler.name", config.scheduler.name, tuple(SCHEDULES)),
             ("scheduler.units", config.scheduler.units, ("steps", "tokens")),
+            *(
+                (f"evaluators[{n}].quantization", evaluator.quantization, (None, *NAMES))
+                for n, evaluator in enumerate(config.evaluators)
+            ),
         )
         if value not in allowed
     ]
@@ -571,6 +582,7 @@ def check(config: TrainConfig, where: str = "the config") -> None:
             f"evaluators[{n}].device_eval_batch_size": evaluator.device_eval_batch_size
             for n, evaluator in enumerate(config.evaluators)
         },
+        **{f"evaluators[{n}].group_size": evaluator.group_size for n, evaluator in enumerate(config.evaluators)},
     }
     problems += [
         f"{name} is {value}, expected more than 0"

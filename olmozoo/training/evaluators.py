@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,11 @@ from olmozoo.backends import Backend
 from olmozoo.errors import InputError
 from olmozoo.evaluation import scoring
 from olmozoo.families.config import ModelConfig
+from olmozoo.quantization import Quantization, check_groups
 from olmozoo.text.tokenizer import Tokenizer
 from olmozoo.training.config import EvaluatorConfig, TrainConfig
 from olmozoo.training.data import TokenFiles, TrainingData, open_evaluation
 from olmozoo.training.metrics import perplexity
-
-Evaluator = Callable[[Any, Backend], dict[str, float]]
 
 
 def open_evaluators(
@@ -31,14 +30,27 @@ def open_evaluators(
         raise InputError(f"sample_prompt is {config.sample_prompt!r}, and the run has no tokenizer: set tokenizer")
     found: list[Evaluator] = []
     for evaluator in config.evaluators:
+        scheme = _quantization(evaluator, model)
         if evaluator.file is None:
             for label, files in open_evaluation(evaluator, config, model, data.files.length).items():
-                found.append(TokenLoss(label, files, evaluator, config))
+                found.append(TokenLoss(label, files, evaluator, config, scheme))
         elif tokenizer is None:
             raise InputError(f"the evaluator {evaluator.label} has texts, and the run no tokenizer: set tokenizer")
         else:
-            found.append(TextScore(evaluator.label, scoring.read(evaluator.file), tokenizer, evaluator))
+            found.append(TextScore(evaluator.label, scoring.read(evaluator.file), tokenizer, evaluator, scheme))
     return found
+
+
+def _quantization(evaluator: EvaluatorConfig, model: ModelConfig) -> Quantization | None:
+    """How the weights are rounded that an evaluator scores."""
+    if evaluator.quantization is None:
+        return None
+    try:
+        scheme = Quantization.of(evaluator.quantization, evaluator.group_size)
+        check_groups(model.parameters(), scheme)
+    except InputError as error:
+        raise InputError(f"the evaluator {evaluator.label}: {error}") from error
+    return scheme
 
 
 class TokenLoss:
@@ -50,9 +62,18 @@ class TokenLoss:
         evaluator: its config.
         config: the run's. With `eval_divisor` "positions" the loss is the mean over instances of their sums divided by
             length - 1, as in AI2's trainer; else the mean over the tokens that are learned.
+        quantization: how the weights are rounded that it scores; None for floats.
     """
 
-    def __init__(self, label: str, files: TokenFiles, evaluator: EvaluatorConfig, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        label: str,
+        files: TokenFiles,
+        evaluator: EvaluatorConfig,
+        config: TrainConfig,
+        quantization: Quantization | None,
+    ) -> None:
+        self.quantization = quantization
         self.label, self.files, self.by_positions = label, files, config.eval_divisor == "positions"
         self.batch_size = evaluator.device_eval_batch_size or config.micro_batch_size
         order = np.arange(len(files))
@@ -76,7 +97,15 @@ class TokenLoss:
 class TextScore:
     """Perplexity of texts, or accuracy on multiple-choice questions, as `olmozoo evaluate` computes them."""
 
-    def __init__(self, label: str, entries: Sequence[Any], tokenizer: Tokenizer, evaluator: EvaluatorConfig) -> None:
+    def __init__(
+        self,
+        label: str,
+        entries: Sequence[Any],
+        tokenizer: Tokenizer,
+        evaluator: EvaluatorConfig,
+        quantization: Quantization | None,
+    ) -> None:
+        self.quantization = quantization
         self.label, self.entries, self.tokenizer = label, entries, tokenizer
         self.batch_size = evaluator.device_eval_batch_size or 4
 
@@ -89,3 +118,6 @@ class TextScore:
         result = scoring.perplexity(backend, self.tokenizer, self.entries, batch_size=self.batch_size)
         loss = -result.log_likelihood / result.tokens
         return {f"{name}/CrossEntropyLoss": loss, f"{name}/Perplexity": result.perplexity}
+
+
+Evaluator = TokenLoss | TextScore

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import signal
 import time
@@ -349,13 +350,15 @@ class Run:
         return per_target
 
     def _evaluate(self) -> None:
-        backend = self.live()
         numbers: dict[str, float] = {}
-        for evaluator in self.evaluators:
-            numbers |= evaluator(self.step, backend)
+        for scheme, group in itertools.groupby(self.evaluators, lambda evaluator: evaluator.quantization):
+            with self.step.rounded(scheme) if scheme else contextlib.nullcontext():
+                backend = self.live()
+                for evaluator in group:
+                    numbers |= evaluator(self.step, backend)
         self.metrics.evaluation(self.progress.step, numbers)
         if self.config.sample_prompt is not None and self.tokenizer is not None:
-            self.metrics.text(outputs.sample(self.config, backend, self.tokenizer))
+            self.metrics.text(outputs.sample(self.config, self.live(), self.tokenizer))
 
     def live(self) -> Backend:
         """The model as it is now, for generation and scoring."""

@@ -140,6 +140,15 @@ MISTAKES = [
     ("--freeze=[model.layerz*]", "freeze fits no parameter of the model: 1 problem(s)\n  - model.layerz*"),
     ("--freeze=['*']", "freeze leaves no parameter"),
     ("--evaluators=[{label: x}]", "evaluators[0] has no data, expected paths, datasets or file"),
+    (
+        "--evaluators=[{label: x, paths: [ids.npy], quantization: int3}]",
+        "evaluators[0].quantization is 'int3', expected None or 'int8' or 'int4'",
+    ),
+    ("--evaluators=[{label: x, paths: [ids.npy], group_size: 0}]", "group_size is 0, expected more than 0"),
+    (
+        "--evaluators=[{label: x, paths: [ids.npy], quantization: int4, group_size: 48}]",
+        "the evaluator x: group_size 48 does not divide every layer",
+    ),
     ("--evaluators=[{label: x, paths: [nowhere.npy]}]", "the data of the evaluator x cannot be used"),
     ("--evaluators=[{label: x, file: nowhere.txt}]", "nowhere.txt"),
     ("--evaluators.0.label=x", "evaluators is {'0': {'label': 'x'}}, expected a list of fields"),

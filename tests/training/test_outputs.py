@@ -1,5 +1,7 @@
 """What a run leaves: folders of steps, adapters, the finished model, evaluations, samples."""
 
+import contextlib
+import copy
 import json
 
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 pytest.importorskip("omegaconf", reason="olmozoo[training] is not installed")
 
 from olmozoo import InputError, Olmo2Config
-from olmozoo.backends import load
+from olmozoo.backends import backend_class, load
 from olmozoo.evaluation import scoring
+from olmozoo.quantization import Quantization
 from olmozoo.text.tokenizer import Tokenizer
 from olmozoo.training.prepare import prepare
 from tests.helpers.checkpoints import left_padded, train_tokenizer, write_checkpoint
@@ -42,22 +45,48 @@ def fields(tmp_path_factory):
             {"label": "tokens", "paths": data["paths"][1:], "label_mask_paths": data["label_mask_paths"][1:]},
             {"label": "texts", "file": str(folder / "texts.jsonl")},
             {"label": "questions", "file": str(folder / "questions.jsonl")},
+            {"label": "tokens-int8", "paths": data["paths"][1:], "quantization": "int8"},
+            {"label": "texts-int4", "file": str(folder / "texts.jsonl"), "quantization": "int4", "group_size": 4},
         ],
     }
 
 
 @pytest.fixture(scope="module", params=WINGS)
 def finished(request, fields, tmp_path_factory):
-    """A run in each wing."""
+    """A run in each wing. Evaluations of integers leave everything as it is."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    return request.param, run(fields, backend=request.param, save_folder=str(folder))
+    step = backend_class(request.param).training().TrainStep
+    rounded, seen = step.rounded, []
+
+    @contextlib.contextmanager
+    def watched(self, quantization):
+        before = copy.deepcopy((self.values(), self.moments()))
+        with rounded(self, quantization):
+            changed = {name for name, value in self.values().items() if (value != before[0][name]).any()}
+            yield
+        after = self.values(), self.moments()
+        assert all(
+            (values[name] == value).all()
+            for old, values in zip(before, after, strict=True)
+            for name, value in old.items()
+        )
+        seen.append((quantization, changed))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(step, "rounded", watched)
+        found = run(fields, backend=request.param, save_folder=str(folder))
+    linear = {p.name for p in CONFIG.parameters() if p.kind == "linear"}
+    assert seen == [(Quantization.of("int8"), linear), (Quantization.of("int4", 4), linear)] * 2
+    return request.param, found
 
 
 @pytest.fixture(scope="module", params=WINGS)
 def adapted(request, fields, tmp_path_factory):
     """A run with LoRA in each wing, that was stopped and went on."""
     folder = tmp_path_factory.mktemp(request.param) / "lora"
-    short = {**fields, "evaluators": fields["evaluators"][1:2], "lora": LORA, "backend": request.param}
+    texts = fields["evaluators"][1]
+    integers = {**texts, "label": "texts-int8", "quantization": "int8"}
+    short = {**fields, "evaluators": [texts, integers], "lora": LORA, "backend": request.param}
     assert not run(short, save_folder=str(folder), stop_after=2).result.finished
     return request.param, short, run(short, save_folder=str(folder))
 
@@ -110,14 +139,42 @@ def texts(found, name="texts"):
     return next(e.file for e in config.evaluators if e.label == name)
 
 
-def test_the_loss_on_tokens_is_the_mean_over_those_that_are_learned(finished, fields):
+def test_evaluations_of_integers_are_those_of_the_quantized_model(finished, fields):
     wing, found = finished
+    for line in found.evaluations:
+        folder = found.folder / f"step{line['step']}"
+        losses, _ = token_losses(load(folder, wing, quantization="int8"), fields)
+        floats, _ = token_losses(load(folder, wing), fields)
+        assert line["eval/tokens-int8/CrossEntropyLoss"] == pytest.approx(losses.mean(), rel=1e-5)
+        assert abs(losses.mean() - floats.mean()) > 1e-4
+        backend = load(folder, wing, quantization="int4", group_size=4)
+        result = scoring.perplexity(
+            backend, Tokenizer.from_pretrained(folder), scoring.read(texts(found)), batch_size=2
+        )
+        assert line["eval/texts-int4/Perplexity"] == pytest.approx(result.perplexity, rel=1e-5)
+        assert abs(line["eval/texts/Perplexity"] / result.perplexity - 1) > 1e-4
+
+
+def test_groups_that_do_not_divide_a_layer_are_refused_before_the_first_step(fields, tmp_path):
+    evaluators = [{**fields["evaluators"][0], "label": "whole", "quantization": "int4", "group_size": 8}]
+    with pytest.raises(InputError, match="the evaluator whole: group_size 8 does not divide every layer, 4 does"):
+        run({**fields, "evaluators": evaluators}, save_folder=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def token_losses(backend, fields):
+    """Losses (instances, 7) on the tokens of the first evaluator, and which are learned."""
     entry = fields["evaluators"][0]
     ids = np.fromfile(entry["paths"][0], "uint16").reshape(-1, 8).astype(np.int64)
     mask = np.fromfile(entry["label_mask_paths"][0], "bool").reshape(-1, 8)[:, 1:]
-    scores = load(found.folder / "step6", wing).forward(ids, np.ones_like(ids))["logits"][:, :-1].astype(np.float64)
+    scores = backend.forward(ids, np.ones_like(ids))["logits"][:, :-1].astype(np.float64)
     scores = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
-    losses = -np.take_along_axis(scores, ids[:, 1:, None], -1)[..., 0]
+    return -np.take_along_axis(scores, ids[:, 1:, None], -1)[..., 0], mask
+
+
+def test_the_loss_on_tokens_is_the_mean_over_those_that_are_learned(finished, fields):
+    wing, found = finished
+    losses, mask = token_losses(load(found.folder / "step6", wing), fields)
     assert found.evaluations[-1]["eval/tokens/CrossEntropyLoss"] == pytest.approx(losses[mask].mean(), rel=1e-5)
     assert found.evaluations[-1]["eval/tokens/Perplexity"] == pytest.approx(np.exp(losses[mask].mean()), rel=1e-5)
 
@@ -159,8 +216,9 @@ def test_an_adapter_is_one_of_peft_and_of_every_wing(adapted, fields):
 
 def test_a_run_with_adapters_that_stopped_goes_on(adapted, tmp_path):
     _, short, found = adapted
-    expected = run(short, save_folder=str(tmp_path))
-    assert found.exact() == expected.exact()
+    expected = run(short, save_folder=str(tmp_path), evaluators=short["evaluators"][:1])  # without integers
+    lines = [{name: value for name, value in line.items() if "int8" not in name} for line in found.exact()]
+    assert lines == expected.exact()
     same_weights(found.weights(), expected.weights(), 0)
 
 
@@ -169,6 +227,10 @@ def test_the_model_with_its_adapters_is_evaluated(adapted):
     backend, tokenizer = load(found.folder / "step6", wing), Tokenizer.from_pretrained(found.folder / "step6")
     result = scoring.perplexity(backend, tokenizer, scoring.read(texts(found)), batch_size=2)
     assert found.evaluations[-1]["eval/texts/Perplexity"] == pytest.approx(result.perplexity, rel=1e-5)
+    integers = load(found.folder / "step6", wing, quantization="int8")
+    rounded = scoring.perplexity(integers, tokenizer, scoring.read(texts(found)), batch_size=2)
+    assert found.evaluations[-1]["eval/texts-int8/Perplexity"] == pytest.approx(rounded.perplexity, rel=1e-5)
+    assert abs(rounded.perplexity / result.perplexity - 1) > 1e-4
     samples = [line for line in found.text.splitlines() if line.startswith("sample: ")]
     from olmozoo.text.pipeline import TextGenerationPipeline
 
