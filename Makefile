@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed-$(EXTRAS)
 # Files in the order of tests/conftest.py: the longest first.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-pt test-tf test-flax fuzz lint docs dist dist-check clean
+.PHONY: demo test test-all test-pt test-tf test-flax fuzz bench peer lint docs dist dist-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -34,6 +34,21 @@ test-flax: $(INSTALLED)
 EXAMPLES ?= 2000
 fuzz: $(INSTALLED)
 	FUZZ_EXAMPLES=$(EXAMPLES) $(PYTEST) --dist load tests/test_fuzz.py
+
+# Measure speed and memory on this machine, and write benchmarks/RESULTS.md: make bench FULL=--full measures more, and
+# make bench PARTS=training one part alone. PEER_PYTHON names an interpreter with Transformers 4, such as `make peer`
+# installs; without it those columns are left out.
+PARTS ?= decoding growth quantization training loading
+export PEER_PYTHON
+bench: $(INSTALLED)
+	for part in $(PARTS); do $(BIN)/python benchmarks/$$part.py --write $(FULL) || exit 1; done
+
+# Libraries of those classes, the newest that they run on.
+PEERS := transformers==4.57.6 tensorflow-cpu==2.21.0 tf-keras==2.21.0 jax==0.10.2 flax==0.12.8 optax==0.2.8
+peer:
+	$(PYTHON) -m venv $(VENV)-peer
+	$(VENV)-peer/bin/python -m pip install --quiet $(PEERS)
+	@echo "make bench PEER_PYTHON=$(VENV)-peer/bin/python"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

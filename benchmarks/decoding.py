@@ -1,126 +1,80 @@
-"""Tokens per second of greedy decoding in every framework installed, beside Transformers and the machine's limit.
+"""Tokens per second of greedy decoding and of reading a prompt, beside Transformers and the machine's limit.
 
-    python benchmarks/decoding.py [--preset opt-125m] [--new 64] [--prompt 16] [--batch 1] [--dtype float32]
+    python benchmarks/decoding.py [--model olmo2-190m,opt-125m] [--rounds 3] [--peer-python PYTHON]
 
-Weights are random: speed does not depend on them. Each framework runs in a process of its own, one after another, and
-the rounds go round in turn, so that a busy spell of the machine falls on all of them. What is shown is the best round;
-decoding one token reads every weight once, so the limit is memory bandwidth over the bytes of the weights.
+Three jobs: 32 new tokens after a prompt of 16, for one row and for eight; and the first token after a prompt of 512.
+Decoding a token reads every weight once, so that the limit is memory bandwidth over the bytes of the weights. Each time
+is that of a whole call of `generate`.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
+import statistics
 import tempfile
-import time
-from collections import defaultdict
-from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+from contestants import PEERS, TITLES, names, worker
+from harness import HERE, arguments, bandwidth, bars, ratio, report, spread, table, take_turns, workers, write_model
+
+NAME = "Decoding"
+JOBS = {
+    "32 tokens, 1 row": {"batch": 1, "prompt": 16, "new": 32},
+    "32 tokens, 8 rows": {"batch": 8, "prompt": 16, "new": 32},
+    "prompt of 512": {"batch": 1, "prompt": 512, "new": 1},
+}
+TINY_JOBS = {"4 tokens, 1 row": {"batch": 1, "prompt": 8, "new": 4}}
 
 
 def main() -> None:
-    """Run every framework in turn and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="opt-125m")
-    parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--prompt", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", help="comma-separated: pt, tf, flax, transformers")
-    parser.add_argument("--folder", help=argparse.SUPPRESS)  # of a process of its own
+    """Measure every model, and print tables."""
+    parser = arguments(__doc__, NAME)
+    parser.add_argument("--model", default="olmo2-190m,opt-125m", help="names of `harness.MODELS`, with commas")
+    parser.add_argument("--rounds", type=int)
     options = parser.parse_args()
-    if options.folder:
-        print(json.dumps(measure(options)))
-        return
+    rounds = options.rounds or (1 if options.tiny else 7 if options.full else 3)
+    limit = bandwidth()
+    parts = [f"Float32; {rounds} rounds. Memory is read at {limit / 1e9:.1f} GB/s."]
+    panels: dict[str, Any] = {}
+    for model in ["olmo2-tiny"] if options.tiny else options.model.split(","):
+        with tempfile.TemporaryDirectory() as made:
+            weights = 4 * write_model(model, Path(made))
+            chosen = names(options, model)
+            with workers({name: worker(name, options, Path(made)) for name in chosen}) as running:
+                for title, job in (TINY_JOBS if options.tiny else JOBS).items():
+                    found = take_turns(running, rounds, **job)
+                    tokens = job["batch"] * (job["new"] if job["new"] > 1 else job["prompt"])
+                    ceiling = job["batch"] * limit / weights if job["new"] > 1 else None
+                    rows, speeds = rows_of(found, tokens, ceiling)
+                    panels[f"{model}, {title}"] = ("tokens/s", speeds)
+                    columns = ["", "tokens/s", "of the limit", "beside its peer", "peak memory, GB"]
+                    parts.append(
+                        f"### {model} ({weights / 4e6:.0f} million parameters), {title}\n\n{table(columns, rows)}"
+                    )
+    if options.write:
+        parts.insert(1, bars(HERE / "plots/decoding.png", panels, TITLES))
+    report(NAME, "\n\n".join(parts), options)
 
-    from rich.console import Console
-    from rich.table import Table
 
-    from olmozoo import ModelConfig
-    from olmozoo.backends import installed
-    from olmozoo.checkpoint.writer import save_checkpoint
-
-    config = ModelConfig.from_preset(options.preset)
-    names = options.only.split(",") if options.only else installed()
-    if not options.only and find_spec("transformers") and "pt" in names:
-        names = [*names, "transformers"]
-    console = Console()
-    found = defaultdict(list)
-    with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(
-            folder, config, "causal_lm", read=lambda p: p.initial(0, options.dtype), dtype=lambda p: options.dtype
+def rows_of(
+    found: dict[str, Any], tokens: int, ceiling: float | None
+) -> tuple[list[list[str]], dict[str, list[float]]]:
+    """The rows of a table, and the speeds by contestant."""
+    seconds = {name: [answer["seconds"] for answer in answers] for name, answers in found.items()}
+    speeds = {name: [tokens / taken for taken in series] for name, series in seconds.items()}
+    rows = []
+    for name, series in speeds.items():
+        peer = PEERS.get(name)
+        rows.append(
+            [
+                TITLES[name],
+                spread(series),
+                f"{statistics.median(series) / ceiling:.0%}" if ceiling else "",
+                ratio(seconds[peer], seconds[name]) if peer in seconds else "",
+                f"{max(answer['memory'] for answer in found[name]) / 1e9:.2f}",
+            ]
         )
-        for number in range(options.rounds):
-            for name in names:
-                console.print(f"round {number + 1}: {name}", style="dim")
-                command = [sys.executable, __file__, *sys.argv[1:], "--folder", folder, "--only", name]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    bandwidth = best_bandwidth()
-    bytes_read = sum(config.count_parameters().values()) * np.dtype(options.dtype).itemsize
-    title = f"{options.preset}, {options.dtype}, batch {options.batch}, {options.new} new tokens"
-    table = Table("framework", "loading, s", "first call, s", "tokens/s", "of the limit", title=title)
-    for name, runs in found.items():
-        speed = max(run["speed"] for run in runs)
-        share = speed / options.batch / (bandwidth / bytes_read)
-        loading, first = (min(run[key] for run in runs) for key in ("loading", "first"))
-        table.add_row(name, f"{loading:.1f}", f"{first:.1f}", f"{speed:.1f}", f"{share:.0%}")
-    console.print(table)
-    console.print(f"memory is read at {bandwidth / 1e9:.1f} GB/s here")
-
-
-def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Load the folder in one framework, generate twice, and say how long it took."""
-    ids = np.random.default_rng(0).integers(5, 1000, (options.batch, options.prompt))
-    settings = {"max_new_tokens": options.new, "min_new_tokens": options.new}
-    start = time.perf_counter()
-    if options.only == "transformers":
-        import torch
-        import transformers
-
-        model = transformers.AutoModelForCausalLM.from_pretrained(options.folder)
-
-        def generate() -> None:
-            model.generate(
-                torch.from_numpy(ids),
-                attention_mask=torch.ones(ids.shape, dtype=torch.long),
-                do_sample=False,
-                **settings,
-            )
-    else:
-        from olmozoo.backends import load
-
-        backend = load(options.folder, options.only)
-
-        def generate() -> None:
-            backend.generate(ids, np.ones_like(ids), **settings)
-
-    times = [time.perf_counter() - start]
-    for _ in range(3):
-        start = time.perf_counter()
-        generate()
-        times.append(time.perf_counter() - start)
-    return {"loading": times[0], "first": times[1], "speed": options.batch * options.new / min(times[2:])}
-
-
-def best_bandwidth() -> float:
-    """Bytes per second that a sum over an array larger than the caches reads, on all cores, at best."""
-    from concurrent.futures import ThreadPoolExecutor
-    from os import cpu_count
-
-    array = np.ones(1 << 28, np.uint8).view(np.float32)
-    parts = np.array_split(array, cpu_count() or 1)
-    best = 0.0
-    with ThreadPoolExecutor(len(parts)) as pool:
-        for _ in range(5):
-            start = time.perf_counter()
-            list(pool.map(np.sum, parts))
-            best = max(best, array.nbytes / (time.perf_counter() - start))
-    return best
+    return rows, speeds
 
 
 if __name__ == "__main__":

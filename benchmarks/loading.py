@@ -1,88 +1,69 @@
-"""Time and peak memory of loading a checkpoint in every framework installed, and how they compare with PyTorch.
+"""Time and memory of loading a checkpoint, and the time from the start of a process to its first token.
 
-    python benchmarks/loading.py [--size 3GB] [--dtype float32] [--rounds 5] [--idle 0]
+    python benchmarks/loading.py [--model olmo2-190m,opt-125m] [--rounds 3] [--idle 0] [--peer-python PYTHON]
 
-A checkpoint of that size is made in a temporary folder, with the shapes of OLMo 2 1B and as many blocks as fit, and
-removed in the end. Each load runs in a process of its own, the frameworks in turn. Shown are the median time of
-`from_pretrained` once its class is imported, and that of the process from start to end; both beside PyTorch, round by
-round, with the range; and the peak memory of a process, for each byte of the weights. PyTorch leaves those in the
-mapped file, and most of its time is imports; Keras copies what it transposes, and Flax everything. Where a
-virtual machine has to get that from its host, the wait can be most of their time: `--idle` gives the host so many
-seconds before each load to take free memory back.
+Each contestant is started anew in every round. Shown are the time of `from_pretrained` with the imports of its
+libraries, that from the start of the process to the first token after a prompt of 16, which includes what has to be
+compiled, and the peak memory of loading for each byte of the weights. PyTorch leaves those in the mapped file; Keras
+copies what it transposes, and Flax everything. Where a virtual machine has to get memory from its host, the wait can be
+most of the time: `--idle` gives the host so many seconds before each start to take free memory back.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
-from conversion import HERE, contents, run
+from contestants import PEERS, TITLES, names, worker
+from harness import HERE, arguments, bars, ratio, report, spread, table, write_model
+
+NAME = "Loading"
 
 
 def main() -> None:
-    """Make the checkpoint, load it in turn and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="3GB")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=5)
+    """Measure every model, and print tables."""
+    parser = arguments(__doc__, NAME)
+    parser.add_argument("--model", default="olmo2-190m,opt-125m", help="names of `harness.MODELS`, with commas")
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--idle", type=float, default=0.0)
-    parser.add_argument("--folder", help="where the temporary folder is made; default the system's own")
-    parser.add_argument("--load", nargs=3, help=argparse.SUPPRESS)  # of a process of its own
     options = parser.parse_args()
-    if options.load:
-        load(*options.load)
-        return
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from olmozoo.backends import installed
-
-    wings = installed()
-    seconds = defaultdict(list)  # (wing, what) -> of each round
-    peaks = defaultdict(int)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        source, said = str(Path(folder, "source")), Path(folder, "said")
-        make = [str(HERE / "benchmarks/conversion.py"), "--preset", "olmo2-1b", "--make", source]
-        run([sys.executable, *make, "--size", options.size, "--dtype", options.dtype])
-        total = sum(contents(Path(source)))
-        for _ in range(options.rounds):
-            for wing in wings:
-                time.sleep(options.idle)
-                whole, peak = run([sys.executable, __file__, "--load", source, wing, str(said)])
-                seconds[wing, "call"].append(json.loads(said.read_text()))
-                seconds[wing, "process"].append(whole)
-                peaks[wing] = max(peaks[wing], peak)
-    table = Table("", title=f"{total / 1e9:.2f} GB of {options.dtype}, {options.rounds} rounds")
-    for name in ("call", "beside pt", "process", "beside pt", "peak"):
-        table.add_column(name, justify="right")
-    for wing in wings:
-        cells = []
-        for what in ("call", "process"):
-            cells += [f"{statistics.median(seconds[wing, what]):.2f} s", ""]
-            if wing != "pt" and "pt" in wings:
-                ratios = [own / other for own, other in zip(seconds[wing, what], seconds["pt", what], strict=True)]
-                cells[-1] = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        table.add_row(wing, *cells, f"{peaks[wing] / total:.2f}x")
-    Console().print(table)
-
-
-def load(folder: str, wing: str, said: str) -> None:
-    """Load the checkpoint and write down the seconds that took."""
-    from olmozoo.backends import backend_class
-
-    names = vars(backend_class(wing).module())
-    cls = next(value for name, value in names.items() if name.endswith("AutoModelForCausalLM"))
-    start = time.perf_counter()
-    model = cls.from_pretrained(folder)
-    Path(said).write_text(json.dumps(time.perf_counter() - start))
-    del model
+    rounds = options.rounds or (1 if options.tiny else 7 if options.full else 3)
+    parts = [f"Float32; {rounds} rounds."]
+    panels: dict[str, Any] = {}
+    for model in ["olmo2-tiny"] if options.tiny else options.model.split(","):
+        with tempfile.TemporaryDirectory() as made:
+            weights = 4 * write_model(model, Path(made))
+            found: dict[str, list[dict[str, float]]] = {name: [] for name in names(options, model)}
+            for number in range(rounds + 1):
+                for name, answers in found.items():
+                    time.sleep(options.idle)
+                    start = time.perf_counter()
+                    made_worker = worker(name, options, Path(made))()
+                    try:
+                        answer = made_worker.ask(batch=1, prompt=16, new=1)
+                    finally:
+                        made_worker.close()
+                    if number:  # the first round fills the system's cache of files
+                        answers.append({**answer, "first": time.perf_counter() - start})
+        rows = []
+        for name, answers in found.items():
+            row = [TITLES[name]]
+            for what, title in (("load", "loading"), ("first", "first token")):
+                series = [answer[what] for answer in answers]
+                panels.setdefault(f"{model}, {title}", ("seconds", {}))[1][name] = series
+                peer = found.get(PEERS.get(name, ""))
+                row += [spread(series, ".2f"), ratio([answer[what] for answer in peer], series) if peer else ""]
+            memory = max(answer["loaded_memory"] for answer in answers)
+            panels.setdefault(f"{model}, peak memory", ("GB", {}))[1][name] = [memory / 1e9]
+            rows.append([*row, f"{memory / 1e9:.2f}", f"{memory / weights:.2f}x"])
+        columns = ["", "loading, s", "beside its peer", "first token, s", "beside its peer"]
+        columns += ["peak memory, GB", "for each byte of weights"]
+        parts.append(f"### {model} ({weights / 1e9:.2f} GB of weights)\n\n{table(columns, rows)}")
+    if options.write:
+        parts.insert(1, bars(HERE / "plots/loading.png", panels, TITLES))
+    report(NAME, "\n\n".join(parts), options)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ NIGHTLY = re.compile(
             r"pt/test_export.py::test_it_(compiles|exports)\w*\[(OPT|Olmo3|\w+(Model|ForSequenceClassification|Answering)\])",
             r"parity/test_query_blocks.py::test_a_cached\w*\[\w+-olmo2|parity/test_query_blocks.py::test_logits\w*\[\w+-olmo-bias",
             r"parity/test_training.py::\w+\[(olmo-bias|opt)",
+            r"test_benchmarks.py::test_(training\[(pt|tf)|other_parts\[(growth|quantization))",
             r"test_docs.py::test_the_code_of_every_page_runs\[tf",
             r"tf/test_training.py::test_(a_users_loss|metrics_see|fit_evaluate|lora_learns|mixed_policies)\w*\[OPT",
             r"tf/test_training.py::test_lora_survives\w*\[(frozen|all)|tf/test_training.py::test_lora_learns\w*\[Olmo\]",

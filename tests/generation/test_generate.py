@@ -590,6 +590,24 @@ def test_ids_go_to_the_device_once_and_come_back_once(small, wing, monkeypatch):
         assert returned.count((2, 2 + NEW)) == 1
 
 
+@pytest.mark.parametrize("wing", [wing for wing in WINGS if wing.values[0] != "pt"])
+def test_an_answer_is_one_call_of_the_compiled_loop(small, wing, monkeypatch):
+    module, calls = importlib.import_module(f"olmozoo.{wing}.generation"), []
+
+    def counted(call, streamer, read_prompt, read_answer):
+        return run(
+            call,
+            streamer,
+            lambda: calls.append("prompt") or read_prompt(),
+            lambda *state: calls.append("answer") or read_answer(*state),
+        )
+
+    run = module.run
+    monkeypatch.setattr(module, "run", counted)
+    generate(wing, load(small, wing).model, np.array([[5, 6], [7, 30]]))
+    assert calls == ["prompt", "answer"]
+
+
 def test_keras_generates_where_floatx_is_float64(small):
     pytest.importorskip("tensorflow")
     program = f"""

@@ -1,10 +1,13 @@
 """One run in each wing, in float64: the same losses and the same weights; and one run through all of them."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 pytest.importorskip("omegaconf", reason="olmozoo[training] is not installed")
 
+from olmozoo.backends import backend_class
 from olmozoo.training import state
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.configs import CONFIGS, OTHERS, REFERENCE
@@ -123,3 +126,25 @@ def test_a_run_goes_through_all_wings(reference, tmp_path):
             assert f"resumed from {tmp_path}/step{share * number}" in found.text
     compare(found, expected)
     assert list(state.steps(tmp_path)) == [share * n for n in range(1, len(PRESENT))] + [STEPS]
+
+
+@pytest.mark.parametrize("wing", [wing for wing in WINGS if wing.values[0] != "pt"])
+def test_a_run_compiles_each_part_once_a_shape(wing, tmp_path, monkeypatch):
+    step, traces = backend_class(wing).training().TrainStep, Counter()
+
+    def counted(method):
+        return lambda *arguments: traces.update([method.__name__]) or method(*arguments)
+
+    for name in ("_compute", "_apply", "_evaluate"):
+        monkeypatch.setattr(step, name, counted(getattr(step, name)))
+    config = CONFIGS["olmo2"]
+    data = write_tokens(tmp_path / "data", config.vocab_size, LENGTH * 9 + 5)
+    found = run(
+        COMMON | {"precision": "fp32", "max_duration": 8, "model": config.to_dict(), "max_grad_norm": 1e-3},
+        **{"backend": wing, "data": data, "save_folder": str(tmp_path / "run"), "eval_interval": 3},
+        evaluators=[{"paths": data["paths"], "label_mask_paths": data["label_mask_paths"]}],
+    )
+    assert found.result.finished
+    assert len(found.evaluations) == 3
+    # Micro-batches of 2, 2 and 1 in a step, and 9 of 2 in an evaluation; every update is clipped.
+    assert traces == {"_compute": 2, "_apply": 1, "_evaluate": 1}
