@@ -110,7 +110,7 @@ def load_flax(folder: str) -> Any:
     import transformers
 
     model = transformers.FlaxOPTForCausalLM.from_pretrained(folder)
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = model.generation_config.min_length = -1  # None is an error
     return model
 
 

@@ -21,7 +21,7 @@ from harness import HERE, arguments, curves, report, table, take_turns, workers,
 NAME = "Growth"
 AXES: dict[str, tuple[str, str, list[int], dict[str, int], float]] = {
     # axis: label, the job's key, values, the rest of the job, the exponent of theory (the least one)
-    "prompt": ("tokens in the prompt", "prompt", [512, 1024, 2048, 4096, 8192], {"batch": 1, "new": 1}, 1),
+    "prompt": ("tokens in the prompt", "prompt", [512, 1024, 2048, 4096, 8192], {"batch": 1, "new": 2}, 1),
     "new": ("new tokens", "new", [32, 64, 128, 256], {"batch": 1, "prompt": 16}, 1),
     "batch": ("rows", "batch", [1, 2, 4, 8, 16], {"prompt": 16, "new": 32}, 1),
 }

@@ -3,8 +3,8 @@
     python benchmarks/loading.py [--model olmo2-190m,opt-125m] [--rounds 3] [--idle 0] [--peer-python PYTHON]
 
 Each contestant is started anew in every round. Shown are the time of `from_pretrained` with the imports of its
-libraries, that from the start of the process to the first token after a prompt of 16, which includes what has to be
-compiled, and the peak memory of loading for each byte of the weights. PyTorch leaves those in the mapped file; Keras
+libraries; that from the start of the process to the first two tokens after a prompt of 16, with what has to be
+compiled; and the peak memory of loading for each byte of the weights. PyTorch leaves those in the mapped file; Keras
 copies what it transposes, and Flax everything. Where a virtual machine has to get memory from its host, the wait can be
 most of the time: `--idle` gives the host so many seconds before each start to take free memory back.
 """
@@ -42,7 +42,7 @@ def main() -> None:
                     start = time.perf_counter()
                     made_worker = worker(name, options, Path(made))()
                     try:
-                        answer = made_worker.ask(batch=1, prompt=16, new=1)
+                        answer = made_worker.ask(batch=1, prompt=16, new=2)
                     finally:
                         made_worker.close()
                     if number:  # the first round fills the system's cache of files
@@ -50,7 +50,7 @@ def main() -> None:
         rows = []
         for name, answers in found.items():
             row = [TITLES[name]]
-            for what, title in (("load", "loading"), ("first", "first token")):
+            for what, title in (("load", "loading"), ("first", "first tokens")):
                 series = [answer[what] for answer in answers]
                 panels.setdefault(f"{model}, {title}", ("seconds", {}))[1][name] = series
                 peer = found.get(PEERS.get(name, ""))
@@ -58,7 +58,7 @@ def main() -> None:
             memory = max(answer["loaded_memory"] for answer in answers)
             panels.setdefault(f"{model}, peak memory", ("GB", {}))[1][name] = [memory / 1e9]
             rows.append([*row, f"{memory / 1e9:.2f}", f"{memory / weights:.2f}x"])
-        columns = ["", "loading, s", "beside its peer", "first token, s", "beside its peer"]
+        columns = ["", "loading, s", "beside its peer", "first tokens, s", "beside its peer"]
         columns += ["peak memory, GB", "for each byte of weights"]
         parts.append(f"### {model} ({weights / 1e9:.2f} GB of weights)\n\n{table(columns, rows)}")
     if options.write:

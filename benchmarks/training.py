@@ -315,7 +315,7 @@ def transformers4_flax(turns: Turns, name: str, folder: str, batch: int, length:
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, ids: Any) -> tuple[Any, Any, Any]:
         def loss_of(params: Any) -> Any:
-            logits = model(ids, params=params, train=True, dropout_rng=jax.random.key(0)).logits
+            logits = model(ids, params=params, deterministic=False, dropout_rng=jax.random.key(0)).logits
             return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:]).mean()
 
         loss, grads = jax.value_and_grad(loss_of)(params)

@@ -69,6 +69,20 @@ def test_conversion():
     assert found[1][0] == "safetensors"
 
 
+@needs("pt")
+def test_the_gpu_part_on_the_cpu():
+    import torch
+
+    text = run("gpu", "--tiny", "--device", "cpu", TORCHDYNAMO_DISABLE="1")  # it would compile for long
+    assert [row[0] for row in rows(text)] == [
+        *("decoding", "1 rows, step by step", "1 rows, one compiled step"),
+        *("2 rows, step by step", "2 rows, one compiled step"),
+        *("prompt", "16 tokens", "training", "2 x 16, amp_bf16"),
+    ]
+    if not torch.cuda.is_available():
+        assert "needs an NVIDIA GPU" in run("gpu", status=1)
+
+
 def test_a_section_is_written_among_the_others(harness):
     text = ""
     for name in ("Loading", "Decoding", "Training"):

@@ -3,11 +3,32 @@
 import pytest
 
 from olmozoo import InputError
+from olmozoo.generation.prepare import BUCKET
 from tests.helpers.configs import SMALL_OLMO2
 
 torch = pytest.importorskip("torch")
 
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from olmozoo import pt
+
+
+class Waits(TorchDispatchMode):
+    """Counts what lets the host wait for a device: numbers and shapes that are read from tensors."""
+
+    NAMES = (
+        *("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero"),
+        *("aten::masked_select", "aten::_unique2"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function.name() in self.NAMES
+        return function(*args, **kwargs or {})
 
 
 def test_generate_stops_pads_and_keeps_the_mode(model, batch):
@@ -52,3 +73,34 @@ def test_a_config_that_asks_for_tuples_changes_no_generation(batch):
         model.config = model.model.config = SMALL_OLMO2.replace(extra={"return_dict": asked})
         assert isinstance(model(ids, mask), tuple) == (asked is False)
         assert torch.equal(model.generate(ids, mask, max_new_tokens=3), expected)
+
+
+def test_generate_waits_for_the_device_once_a_token(model, batch, monkeypatch):
+    """To see whether all rows have ended."""
+    copied = []
+    for name in ("cpu", "tolist"):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, method=method: copied.append(x.shape) or method(x))
+
+    def waits(new, **settings):
+        copied.clear()
+        with Waits() as found:
+            model.generate(*batch, max_new_tokens=new, eos_token_id=[5], pad_token_id=1, min_new_tokens=new, **settings)
+        return found.number + len(copied)
+
+    sampling = {"do_sample": True, "top_p": 0.9, "temperature": 0.7, "seed": 1, "repetition_penalty": 1.2}
+    for settings in ({}, sampling):
+        assert waits(14, **settings) - waits(4, **settings) == 10
+
+
+def test_generate_compiles_one_step_for_all_lengths_of_a_bucket(model, batch, monkeypatch):
+    counter, compiled = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, fullgraph, mode: compiled(f, fullgraph=fullgraph, backend=counter))
+    ids, mask = batch
+    expected = model.generate(ids, mask, max_new_tokens=9)
+    assert torch.equal(model.generate(ids, mask, max_new_tokens=9, compile=True), expected)
+    for length, new in ((11, 4), (5, 12), (8, BUCKET)):
+        model.generate(ids[:, -length:], mask[:, -length:], max_new_tokens=new, compile=True)
+    assert counter.frame_count == 1
+    model.generate(ids, mask, max_new_tokens=BUCKET + 1, compile=True)
+    assert counter.frame_count == 2
