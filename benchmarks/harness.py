@@ -183,8 +183,8 @@ def machine(peer_python: str | None = None) -> str:
         memory = f"{int(found[1]) / 2**20:.0f} GiB" if found else memory
     text = f"{name}, {cores()} cores, {memory} of memory; {libraries()}"
     if peer_python:
-        command = [peer_python, "-c", "import harness; print(harness.libraries())"]
-        done = subprocess.run(command, cwd=HERE, check=True, capture_output=True, text=True)
+        code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import harness; print(harness.libraries())"
+        done = subprocess.run([peer_python, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
         text += f"; the peer's {done.stdout.strip()}"
     return text
 
