@@ -21,7 +21,7 @@ from olmozoo.flax.base import PreTrainedModel
 from olmozoo.flax.cache import cached_length
 from olmozoo.flax.decoder import Decoder, DecoderModule
 from olmozoo.flax.generation import GenerationMixin
-from olmozoo.flax.layers import tied_head
+from olmozoo.flax.layers import Dense, tied_head
 from olmozoo.flax.losses import add_router_loss, answer_position_loss, classification_loss, next_token_loss
 from olmozoo.modeling import check_kept_logits, head_labels
 from olmozoo.outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
@@ -46,7 +46,7 @@ class HeadedModule(nn.Module):
         self.model = self.base(self.config, **types, gradient_checkpointing=self.gradient_checkpointing, mesh=self.mesh)
         for module, parameters in self.config.head_modules(self.head).items():
             if parameters[0].tied_to is None:
-                setattr(self, module, nn.Dense(parameters[0].shape[0], use_bias=len(parameters) > 1, **types))
+                setattr(self, module, Dense(parameters[0].shape[0], use_bias=len(parameters) > 1, **types))
 
     def __call__(
         self,

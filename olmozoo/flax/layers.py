@@ -1,7 +1,7 @@
 """Blocks that families share: norm, rotary positions, masks, attention, gated MLP.
 
 Shapes in comments: b batch, s positions in this call, t positions with the cache, h query heads, g key/value heads,
-n = h / g query heads a key/value head, d head_dim, c hidden size, f MLP width.
+d head_dim, c hidden size, f MLP width.
 """
 
 from __future__ import annotations
@@ -43,6 +43,18 @@ def concrete(x: Any) -> np.ndarray | None:
 def at_least_float32(dtype: Any) -> Any:
     """float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def matrix_product(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
+    """`lax.dot_general` of x (..., in) and a kernel (in, out), as the product of two matrices.
+
+    For the gradient of the kernel, XLA's CPU would transpose a copy of an output (b, s, out) of three dimensions.
+    """
+    out = lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
+    return out.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+Dense = partial(nn.Dense, dot_general=matrix_product)
 
 
 class RMSNorm(nn.Module):
@@ -257,18 +269,21 @@ def attention(
     groups, keys = key.shape[1:3]
     wide = at_least_float32(query.dtype)
     key, value = key.astype(query.dtype), value.astype(query.dtype)  # a cache may be of another dtype
-    query = query.reshape(batch, groups, heads // groups, length, head_dim)
-    scores = jnp.einsum("bgnsd,bgtd->bgnst", query, key, preferred_element_type=wide) * scale
-    mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(-1, *scores.shape[1:])
+    # Queries of heads that share a key head lie one after another, as one longer run.
+    run = heads // groups * length
+    query = query.reshape(batch, groups, run, head_dim)
+    scores = jnp.einsum("bgqd,bgtd->bgqt", query, key, preferred_element_type=wide) * scale
+    scores = scores.reshape(batch, heads, length, keys)
     if jnp.issubdtype(mask.dtype, jnp.floating):
         scores += jnp.maximum(mask.astype(wide), jnp.finfo(query.dtype).min)  # no row of infinities alone
     else:
         scores = jnp.where(mask, scores, jnp.finfo(wide).min)
     weights = dropout(nn.softmax(scores).astype(query.dtype))
     if head_mask is not None:
-        weights = weights * head_mask.reshape(groups, -1, 1, 1).astype(weights.dtype)
-    out = jnp.einsum("bgnst,bgtd->bgnsd", weights, value).transpose(0, 3, 1, 2, 4)  # (b, s, g, n, d)
-    return out.reshape(batch, length, -1), weights.reshape(batch, heads, length, keys)
+        weights = weights * head_mask[:, None, None].astype(weights.dtype)
+    out = jnp.einsum("bgqt,bgtd->bgqd", weights.reshape(batch, groups, run, keys), value)
+    out = out.reshape(batch, heads, length, head_dim).transpose(0, 2, 1, 3)
+    return out.reshape(batch, length, -1), weights
 
 
 class GatedMLP(nn.Module):
@@ -281,7 +296,7 @@ class GatedMLP(nn.Module):
     param_dtype: Any
 
     def setup(self) -> None:
-        dense = partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
+        dense = partial(Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
         self.gate_proj = dense(self.intermediate_size)
         self.up_proj = dense(self.intermediate_size)
         self.down_proj = dense(self.hidden_size)
@@ -293,4 +308,6 @@ class GatedMLP(nn.Module):
 
 def tied_head(hidden: Array, embedding: Array) -> Array:
     """Logits (b, s, v) of hidden (b, s, c) by the token embedding (v, c), of which no transposed copy is made."""
-    return lax.dot_general(hidden, embedding.astype(hidden.dtype), (((2,), (1,)), ((), ())))
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logits = lax.dot_general(rows, embedding.astype(hidden.dtype), (((1,), (1,)), ((), ())))
+    return logits.reshape(*hidden.shape[:-1], len(embedding))

@@ -27,7 +27,8 @@ def cross_entropy(logits: Array, labels: Array, ignored: int) -> Array:
 def next_token_loss(logits: Array, labels: Array) -> Array:
     """Cross-entropy of logits (b, s, v) against labels (b, s), each with the label after it; -100 is ignored."""
     check_range("labels", concrete(labels), logits.shape[-1], ignored=-100)
-    return cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), -100)
+    labels = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=-100)  # to cut the logits would copy them
+    return cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), -100)
 
 
 def classification_loss(logits: Array, labels: Array, problem_type: str | None) -> Array:

@@ -19,7 +19,7 @@ from olmozoo.families.olmo2 import NormedAttentionConfig, Olmo2Config, PostNormC
 from olmozoo.flax.cache import update
 from olmozoo.flax.decoder import Decoder, DecoderModule, Layers
 from olmozoo.flax.heads import CausalLM, SequenceClassifier
-from olmozoo.flax.layers import GatedMLP, QueryBlocks, RMSNorm, attention, rotate, split_heads
+from olmozoo.flax.layers import Dense, GatedMLP, QueryBlocks, RMSNorm, attention, rotate, split_heads
 
 
 class Olmo2Attention(nn.Module):
@@ -32,7 +32,7 @@ class Olmo2Attention(nn.Module):
     def setup(self) -> None:
         config = self.config
         q, kv = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
-        dense = partial(nn.Dense, use_bias=config.attention_bias, dtype=self.dtype, param_dtype=self.param_dtype)
+        dense = partial(Dense, use_bias=config.attention_bias, dtype=self.dtype, param_dtype=self.param_dtype)
         self.q_proj = dense(q)
         self.k_proj = dense(kv)
         self.v_proj = dense(kv)

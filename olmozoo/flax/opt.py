@@ -22,7 +22,7 @@ from olmozoo.families.opt import POSITION_OFFSET, OPTConfig
 from olmozoo.flax.cache import update
 from olmozoo.flax.decoder import Decoder, DecoderModule, Layers
 from olmozoo.flax.heads import CausalLM, QuestionAnswerer, SequenceClassifier
-from olmozoo.flax.layers import ACTIVATIONS, LayerNorm, QueryBlocks, attention, concrete, split_heads
+from olmozoo.flax.layers import ACTIVATIONS, Dense, LayerNorm, QueryBlocks, attention, concrete, split_heads
 from olmozoo.modeling import check_range
 
 
@@ -37,7 +37,7 @@ class OPTAttention(nn.Module):
     def setup(self) -> None:
         config, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         heads = config.kv_heads_in(self.layer) * config.head_dim
-        dense = partial(nn.Dense, use_bias=config.enable_bias, **types)
+        dense = partial(Dense, use_bias=config.enable_bias, **types)
         self.q_proj = dense(heads)
         self.k_proj = dense(heads)
         self.v_proj = dense(heads)
@@ -67,7 +67,7 @@ class OPTBlock(nn.Module):
 
     def setup(self) -> None:
         config, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        dense = partial(nn.Dense, use_bias=config.enable_bias, **types)
+        dense = partial(Dense, use_bias=config.enable_bias, **types)
         self.self_attn = OPTAttention(config, **types, layer=self.layer)
         self.self_attn_layer_norm = LayerNorm(config.layer_norm_elementwise_affine, self.param_dtype)
         self.fc1 = dense(config.ffn_dim)
@@ -107,8 +107,8 @@ class OPTDecoder(nn.Module):
         rows = config.max_position_embeddings + POSITION_OFFSET
         self.embed_tokens = nn.Embed(config.vocab_size, e, param_dtype=self.param_dtype)
         self.embed_positions = nn.Embed(rows, c, **types)
-        self.project_in = nn.Dense(c, use_bias=False, **types) if config.projects else None
-        self.project_out = nn.Dense(e, use_bias=False, **types) if config.projects else None
+        self.project_in = Dense(c, use_bias=False, **types) if config.projects else None
+        self.project_out = Dense(e, use_bias=False, **types) if config.projects else None
         self.layers = Layers(OPTBlock, config, self.dtype, self.param_dtype, self.gradient_checkpointing)
         affine = config.layer_norm_elementwise_affine
         self.final_layer_norm = LayerNorm(affine, self.param_dtype) if config.has_final_norm else None

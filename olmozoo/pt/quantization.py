@@ -132,18 +132,13 @@ class QuantizedLinear(nn.Linear):
         """Whether a kernel multiplies by the integers: for bfloat16 on the CPU, without a gradient."""
         if x.dtype != torch.bfloat16 or x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
             return False
-        if self.bits == 4:
-            return self.in_kernel_order
-        fits = self.in_features % KERNEL_WIDTH == 0 and self.scale.shape[1] == 1 and self.zero is None
-        return fits and x.numel() <= KERNEL_ROWS * self.in_features
+        is_small = self.bits == 4 or x.numel() <= KERNEL_ROWS * self.in_features
+        return is_small and self._kernel_scale is not None
 
     def _multiply(self, rows: Tensor) -> Tensor:
         if self.bits == 8:
-            return torch._weight_int8pack_mm(rows, self.values, self.scale[:, 0].bfloat16())
-        scale: Any = self.scale.bfloat16().T
-        zero = torch.zeros_like(scale) if self.zero is None else (-self.zero * self.scale).bfloat16().T
-        scale_and_zero = torch.stack([scale, zero], -1).contiguous()
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.values, self.group_size, scale_and_zero)
+            return torch._weight_int8pack_mm(rows, self.values, self._kernel_scale)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.values, self.group_size, self._kernel_scale)
 
     def _order(self, for_kernel: bool) -> None:
         """Put 4-bit values into the order of PyTorch's kernel, or out of it."""
@@ -153,6 +148,20 @@ class QuantizedLinear(nn.Linear):
         elif self.in_kernel_order and not for_kernel:
             self.values = torch.from_numpy(pack(self.integers().numpy(), 4).view(np.uint8))
         self.in_kernel_order = for_kernel
+        self._kernel_scale: Any = self._make_kernel_scale()
+
+    def _make_kernel_scale(self) -> Tensor | None:
+        """Scales as a kernel takes them: bfloat16 (out,), or of 4 bits (groups, out, 2), beside the zero points.
+
+        They are made once, since that takes a good part of the time of one row. None where no kernel takes the weight.
+        """
+        scale: Any = self.scale
+        if self.bits == 4:
+            zero = torch.zeros_like(scale) if self.zero is None else -self.zero * scale
+            return torch.stack([scale.T, zero.T], -1).bfloat16() if self.in_kernel_order else None
+        is_there = self.dtype == torch.bfloat16 and scale.device.type == "cpu"
+        fits = self.in_features % KERNEL_WIDTH == 0 and scale.shape[1] == 1 and self.zero is None
+        return scale[:, 0].bfloat16() if is_there and fits else None
 
     def _fits_kernel(self) -> bool:
         """Whether PyTorch's 4-bit kernel takes this weight, for inputs in `dtype`."""

@@ -81,6 +81,20 @@ def test_gradient_checkpointing_recomputes_blocks_and_changes_no_gradient(batch)
     assert cache_of_training() is not None
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_backward_pass_copies_no_transposed_or_cut_output(tied):
+    """Of a linear layer, the head and the scores; XLA's CPU copies those where a product has more than two axes."""
+    config = SMALL_OLMO2.replace(num_hidden_layers=1, tie_word_embeddings=tied)
+    model = flax.FlaxOlmo2ForCausalLM(config, _do_init=False)
+    b, s = 3, 7
+    ids = jax.ShapeDtypeStruct((b, s), np.int32)
+    gradient = jax.jit(jax.grad(lambda params, ids: model(ids, params=params, labels=ids).loss))
+    text = gradient.lower(model.params_shape_tree, ids).compile().as_text()
+    groups, f, v = config.kv_heads, config.intermediate_size, config.vocab_size
+    copies = [(f, b, s), (v, b, s), (b, s - 1, v), (b, groups, s, config.num_attention_heads // groups, s)]
+    assert [shape for shape in copies if str(list(shape)).replace(" ", "") in text] == []
+
+
 @pytest.mark.parametrize(
     ("cls", "checkpointing"),
     [*((cls, False) for cls in ALL), (flax.FlaxOPTForCausalLM, True)],

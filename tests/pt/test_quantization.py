@@ -53,6 +53,10 @@ def test_kernels_and_the_exact_path(name):
         weight = torch.from_numpy(tensor.dequantize(np.float64))
         expected = x.double() @ weight.T + layer.bias.detach().double()
         assert (found - expected).norm() <= bound * expected.norm()
+        if dtype == torch.bfloat16:
+            assert not layer.float().uses_kernel(x)
+            assert layer.to(dtype).uses_kernel(x) == has_kernel
+            assert (layer(x).double() - expected).norm() <= bound * expected.norm()
 
 
 @pytest.mark.parametrize("name", KERNELS)
