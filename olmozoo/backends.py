@@ -318,7 +318,9 @@ class Flax(Backend):
 
     def to_numpy(self, value: Any) -> Array:
         """See `Backend.to_numpy`."""
-        return _at_least_float32(np.asarray(value))
+        from olmozoo.flax.sharding import to_host
+
+        return _at_least_float32(to_host(value))
 
 
 BACKENDS: dict[str, type[Backend]] = {cls.wing: cls for cls in (PyTorch, TensorFlow, Flax)}

@@ -80,6 +80,7 @@ NIGHTLY = re.compile(
             r"tf/test_training.py::test_lora_survives\w*\[(frozen|all)|tf/test_training.py::test_lora_learns\w*\[Olmo\]",
             r"tf/test_training.py::test_mirrored",
             r"training/test_ai2.py::test_(masks|a_checkpoint)\w*\[[\w-]+-tf",
+            r"training/test_distributed.py::test_(the_command_under|adapters_train|\w+\[\w+_more-)",
             r"training/test_interruptions.py::test_a_run_that_stopped\w*\[(tf|flax)",
             r"training/test_outputs.py::\w+\[tf",
             r"training/test_wings.py::test_\w+_agree\[((opt|olmo-lion)-\w+|lora-tf)",

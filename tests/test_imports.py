@@ -67,7 +67,7 @@ def test_there_is_no_circle():
 
 BELOW = {"errors", "typing"}
 CORE = {*BELOW, "foreign", "hub", "outputs", "families", "quantization"}
-NEUTRAL_ROOMS = {*CORE, "checkpoint", "generation", "sharding", "memory", "modeling"}
+NEUTRAL_ROOMS = {*CORE, "checkpoint", "generation", "sharding", "memory", "modeling", "world"}
 ALLOWED = {
     "errors": set(),
     "typing": set(),
@@ -78,6 +78,7 @@ ALLOWED = {
     "quantization": {*BELOW, "families"},
     **dict.fromkeys(("checkpoint", "generation", "sharding", "modeling"), CORE),
     "memory": {*CORE, "sharding"},
+    "world": {*CORE, "sharding"},
     **dict.fromkeys(WINGS, NEUTRAL_ROOMS),
 }
 ON_TOP = {"olmozoo.checkpoint.convert"}  # of its package: Keras's own formats are written from a live model

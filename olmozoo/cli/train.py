@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import signal
 from typing import TYPE_CHECKING, Annotated
@@ -54,9 +55,9 @@ def train(
         return
     import_backend(loaded.backend)
     result = loop.train(loaded, out)
-    if result.finished:
+    if result.finished and result.rank == 0:
         _show_result(loaded, result)
-    elif (number := signal.Signals.__members__.get(result.stopped or "")) is not None:
+    elif not result.finished and (number := signal.Signals.__members__.get(result.stopped or "")) is not None:
         raise typer.Exit(128 + number)
 
 
@@ -90,7 +91,7 @@ def _show_dry_run(config: TrainConfig, run: DryRun) -> None:
     show(
         "run",
         ["", ""],
-        list(summary(config, run.start.model, run.data, run.plan, run.last, run.trained).items()),
+        list(summary(config, run.start.model, run.data, run.plan, run.last, run.trained, config.mesh or {}).items()),
         texts=2,
     )
     found = rates(config, run.data, run.plan, run.last, run.progress)
@@ -100,7 +101,9 @@ def _show_dry_run(config: TrainConfig, run: DryRun) -> None:
         [(f"{step:,}", f"{rate:.3g}") for step, rate in found.items()],
         texts=0,
     )
-    show_plans("memory of a step", {"": memory(config, run.start.model, run.trained, run.data.files.length)})
+    devices = math.prod((config.mesh or {}).values())
+    title = f"memory of a step on each of {devices} devices" if devices > 1 else "memory of a step"
+    show_plans(title, {"": memory(config, run.start.model, run.trained, run.data.files.length)})
     for line in run.start.lines:
         _say(line)
     if run.progress.step >= run.last:

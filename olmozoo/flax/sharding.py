@@ -72,7 +72,7 @@ def parameter_shardings(config: ModelConfig, head: Head | None, mesh: Mesh) -> d
     return shardings
 
 
-def optimizer_shardings(tx: Any, model: Any) -> Any:
+def optimizer_shardings(tx: Any, model: Any, params: Any = None) -> Any:
     """Where the state of an optimizer of optax goes: what is as a parameter is, with it; all else on every device.
 
     `jax.jit(tx.init, out_shardings=optimizer_shardings(tx, model))(model.params)` makes a state that is split; under
@@ -81,13 +81,18 @@ def optimizer_shardings(tx: Any, model: Any) -> Any:
     Args:
         tx: the optimizer.
         model: a model with a mesh.
+        params: a tree of arrays on the mesh that are trained; default all parameters of the model.
     """
     import optax
 
-    state = jax.eval_shape(tx.init, model.params_shape_tree)
+    if params is None:
+        shapes, shardings = model.params_shape_tree, model.shardings()
+    else:
+        shapes, shardings = params, jax.tree.map(lambda x: x.sharding, params)
+    state = jax.eval_shape(tx.init, shapes)
     everywhere = NamedSharding(model.mesh, PartitionSpec())
     return optax.tree_map_params(
-        tx, lambda _, sharding: sharding, state, model.shardings(), transform_non_params=lambda _: everywhere
+        tx, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: everywhere
     )
 
 

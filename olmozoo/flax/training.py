@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax import Array
+from jax import Array, lax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
-from olmozoo.flax.base import from_numpy, to_numpy
+from olmozoo.flax.base import from_numpy, oriented, to_numpy
 from olmozoo.flax.losses import target_losses
+from olmozoo.flax.sharding import batch_sharding, from_slices, make_mesh, optimizer_shardings, replicated
 from olmozoo.quantization import Quantization, is_quantizable, rounded
+from olmozoo.world import World, mesh_of_run
 
 if TYPE_CHECKING:
     from olmozoo.training.config import TrainConfig
@@ -28,20 +34,46 @@ DTYPES = {"fp32": "float32", "amp_bf16": "bfloat16", "fp64": "float64"}  # of wh
 
 
 @contextlib.contextmanager
-def scope(run: TrainConfig, device: Any) -> Iterator[None]:
-    """What training on a device runs in: float64 is enabled where the run is in it."""
-    wide = jax.enable_x64(True) if run.precision == "fp64" else contextlib.nullcontext()
-    with jax.default_device(device), wide:
-        yield
+def scope(run: TrainConfig, choose_device: Callable[[], Any]) -> Iterator[World]:
+    """What training runs in: the processes of `jax.distributed`, their devices, and float64 where the run is in it.
+
+    Raises:
+        InputError: the mesh of the run has another number of devices.
+    """
+    begins = "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized()
+    if begins:
+        numbers = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        count, index = (None if number is None else int(number) for number in numbers)
+        jax.distributed.initialize(num_processes=count, process_id=index)  # which finds the address, and a cluster
+    try:
+        device, size = choose_device(), jax.process_count()
+        devices = jax.devices(None if device is None else device.platform)
+        found = f"JAX has {len(devices)} of this kind"
+        sizes = mesh_of_run(run.mesh, len(devices), found, whole=size > 1)
+        devices = devices[: math.prod(sizes.values())]
+        mesh = make_mesh(sizes.get("fsdp", 1), sizes.get("tensor", 1), devices) if sizes else None
+        wide = jax.enable_x64(True) if run.precision == "fp64" else contextlib.nullcontext()
+        with jax.default_device(device if mesh is None else None), wide:
+            yield World(device, sizes, mesh, jax.process_index(), size, multihost_utils.process_allgather)
+    finally:
+        if begins:
+            jax.distributed.shutdown()
 
 
 def make_model(
-    cls: Any, config: ModelConfig, weights: Iterable[tuple[Parameter, np.ndarray]], run: TrainConfig, device: Any
+    cls: Any, config: ModelConfig, weights: Iterable[tuple[Parameter, np.ndarray]], run: TrainConfig, world: World
 ) -> Any:
-    """A model of the class with these weights, in the run's precision."""
-    param_dtype = "float64" if run.precision == "fp64" else "float32"
-    model = cls(config, dtype=DTYPES[run.precision], param_dtype=param_dtype, _do_init=False)
-    model.bind_parameters(weights)
+    """A model of the class with these weights, in the run's precision.
+
+    Raises:
+        InputError: the mesh does not fit the model.
+    """
+    dtype = np.dtype("float64" if run.precision == "fp64" else "float32")
+    model = cls(config, dtype=DTYPES[run.precision], param_dtype=dtype, _do_init=False, mesh=world.mesh)
+    if world.mesh is None:
+        model.bind_parameters((parameter, array.astype(dtype, copy=False)) for parameter, array in weights)
+    else:
+        model.params = model._split((parameter, lambda array=array: array) for parameter, array in weights)
     return model
 
 
@@ -53,10 +85,13 @@ class TrainStep:
         trained: the parameters that are trained; the others are frozen.
         decays: the weight decay of each.
         config: the run's. With `lora`, the kernels are those of the model plus scaled products of `trained`.
+        world: its devices. The compiler splits what is computed over them.
     """
 
-    def __init__(self, model: Any, trained: Sequence[Parameter], decays: Sequence[float], config: TrainConfig) -> None:
-        self.model, self.trained, self.config = model, list(trained), config
+    def __init__(
+        self, model: Any, trained: Sequence[Parameter], decays: Sequence[float], config: TrainConfig, world: World
+    ) -> None:
+        self.model, self.trained, self.config, self.world = model, list(trained), config, world
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable()
         frozen = flatten_dict(model.params)
@@ -65,14 +100,15 @@ class TrainStep:
             self.params = [frozen.pop(model._leaf(parameter)) for parameter in self.trained]
         else:
             dtype = np.dtype(model.param_dtype)
-            self.params = [from_numpy(parameter, parameter.initial(config.seed, dtype)) for parameter in self.trained]
+            self.params = [self._on_devices(p, p.initial(config.seed, dtype), None) for p in self.trained]
         self.frozen = frozen
         self.optimizer = make_optimizer(decays, config)
-        self.state = self.optimizer.init(self.params)
+        split = None if world.mesh is None else optimizer_shardings(self.optimizer, model, self.params)
+        self.state = jax.jit(self.optimizer.init, out_shardings=split)(self.params)
         self.grads: list[Array] | None = None
         self._gradients = jax.jit(self._compute)
         self._add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0)
-        self._norms = jax.jit(lambda grads: jnp.stack([jnp.linalg.norm(grad.reshape(-1)) for grad in grads]))
+        self._norms = jax.jit(self._compute_norms)
         self._update = jax.jit(self._apply, donate_argnums=(0, 1))
         self._losses = jax.jit(self._evaluate)
 
@@ -88,6 +124,21 @@ class TrainStep:
             leaves[path] = leaves[path] + (lora.alpha / lora.rank) * (a @ b)  # (in, rank) @ (rank, out)
         return unflatten_dict(leaves)
 
+    def _on_devices(self, parameter: Parameter, array: np.ndarray, like: Array | None) -> Array:
+        """Values in the dtype of an array, on its devices; without one, in their own dtype on all devices."""
+        dtype = array.dtype if like is None else like.dtype
+        if self.world.mesh is None:
+            return from_numpy(parameter, np.asarray(array)).astype(dtype)
+        values = oriented(parameter, array)
+        sharding = NamedSharding(self.world.mesh, PartitionSpec()) if like is None else like.sharding
+        return from_slices(values.shape, dtype, sharding, lambda part: np.array(values[part], dtype))
+
+    def _split(self, arrays: list[Array]) -> list[Array]:
+        """Arrays such as the parameters, split as they are, while jit traces."""
+        if self.world.mesh is None:
+            return arrays
+        return [lax.with_sharding_constraint(x, p.sharding) for x, p in zip(arrays, self.params, strict=True)]
+
     def _compute(
         self,
         params: list[Array],
@@ -96,9 +147,9 @@ class TrainStep:
         targets: Array,
         mask: Array | None,
         divisor: Array,
-        key: Array,
+        seed: Array,
     ) -> tuple[list[Array], Array, Array]:
-        z_factor = self.config.z_factor
+        z_factor, key = self.config.z_factor, jax.random.key(seed)
 
         def loss_of(params: list[Array]) -> tuple[Array, tuple[Array, Array]]:
             tree = self._tree(params, frozen)
@@ -109,7 +160,11 @@ class TrainStep:
             return (cross_entropy + z_factor * z) / divisor, (cross_entropy, z)
 
         grads, sums = jax.grad(loss_of, has_aux=True)(params)
-        return grads, *sums
+        return self._split(grads), *replicated(sums, self.world.mesh)
+
+    def _compute_norms(self, grads: list[Array]) -> Array:
+        norms = jnp.stack([jnp.linalg.norm(grad.reshape(-1)) for grad in grads])
+        return replicated(norms, self.world.mesh)
 
     def _apply(
         self, params: list[Array], state: Any, grads: list[Array], rate: Array, scales: Array | None
@@ -117,12 +172,12 @@ class TrainStep:
         if scales is not None:
             grads = [grad * scale for grad, scale in zip(grads, scales, strict=True)]
         updates, state = self.optimizer.update(grads, state, params)
-        return [param - rate * update for param, update in zip(params, updates, strict=True)], state
+        return self._split([param - rate * update for param, update in zip(params, updates, strict=True)]), state
 
     def _evaluate(self, params: list[Array], frozen: Any, ids: Array, targets: Array, mask: Array | None) -> Array:
         tree = self._tree(params, frozen)
         logits = self.model.module.apply({"params": tree}, ids, mask, use_cache=False, deterministic=True).logits
-        return target_losses(logits, targets, False)[0]
+        return replicated(target_losses(logits, targets, False)[0], self.world.mesh)
 
     def gradients(self, batch: Batch, divisor: float, seed: int) -> tuple[Array, Array]:
         """Add the gradients of a micro-batch to those of the step.
@@ -135,10 +190,9 @@ class TrainStep:
         Returns:
             The sums of the cross-entropy and of the squared log-partition, before the division.
         """
-        dtype = self.params[0].dtype
-        key = jax.random.key(seed)
+        divided = np.asarray(divisor, self.params[0].dtype)
         grads, cross_entropy, z = self._gradients(
-            self.params, self.frozen, *_arrays(batch), jnp.asarray(divisor, dtype), key
+            self.params, self.frozen, *self._arrays(batch), divided, np.uint32(seed)
         )
         self.grads = grads if self.grads is None else self._add(self.grads, grads)
         return cross_entropy, z
@@ -150,14 +204,25 @@ class TrainStep:
     def update(self, learning_rate: float, scales: np.ndarray | None) -> None:
         """Update the parameters by their gradients, each times its scale, and forget the gradients."""
         dtype = self.params[0].dtype
-        rate = jnp.asarray(learning_rate, dtype)
-        factors = None if scales is None else jnp.asarray(scales, dtype)
+        rate = np.asarray(learning_rate, dtype)
+        factors = None if scales is None else np.asarray(scales, dtype)
         self.params, self.state = self._update(self.params, self.state, self.grads, rate, factors)
         self.grads = None
 
     def evaluate(self, batch: Batch) -> np.ndarray:
         """The summed cross-entropy of each row, (batch,)."""
-        return np.asarray(self._losses(self.params, self.frozen, *_arrays(batch)))
+        return np.asarray(self._losses(self.params, self.frozen, *self._arrays(batch)))[: len(batch.indices)]
+
+    def _arrays(self, batch: Batch) -> tuple[Array, Array, Array | None]:
+        batch, mesh = batch.padded(self.world.rows), self.world.mesh
+
+        def array(values: np.ndarray) -> Array:
+            if mesh is None:
+                return jnp.asarray(values)
+            return from_slices(values.shape, values.dtype, batch_sharding(mesh), lambda part: values[part])
+
+        mask = None if batch.attention_mask is None else array(batch.attention_mask)
+        return array(batch.input_ids), array(batch.targets), mask
 
     @contextlib.contextmanager
     def rounded(self, quantization: Quantization) -> Iterator[None]:
@@ -201,40 +266,37 @@ class TrainStep:
         self.model.params = self._tree(self.params, self.frozen)
         return self.model
 
-    def values(self) -> dict[str, np.ndarray]:
-        """The trained parameters by name."""
-        return {p.name: to_numpy(p, leaf) for p, leaf in zip(self.trained, self.params, strict=True)}
+    def values(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The trained parameters by name, each gathered by all processes."""
+        for parameter, leaf in zip(self.trained, self.params, strict=True):
+            yield parameter.name, to_numpy(parameter, leaf)
 
-    def moments(self) -> dict[str, np.ndarray]:
+    def moments(self) -> Iterator[tuple[str, np.ndarray]]:
         """The optimizer's running means, by names such as `exp_avg.model.norm.weight`."""
         means = self.state[0]
         kept = {"exp_avg": means.mu, "exp_avg_sq": getattr(means, "nu", None)}
-        return {
-            f"{moment}.{parameter.name}": to_numpy(parameter, leaf)
-            for moment in self.config.optimizer.moments
-            for parameter, leaf in zip(self.trained, kept[moment], strict=True)
-        }
+        for moment in self.config.optimizer.moments:
+            for parameter, leaf in zip(self.trained, kept[moment], strict=True):
+                yield f"{moment}.{parameter.name}", to_numpy(parameter, leaf)
 
     def restore(self, values: Mapping[str, np.ndarray], moments: Mapping[str, np.ndarray], count: int) -> None:
         """Set trained parameters and the optimizer's running means, after `count` of its updates."""
-
-        def leaf(parameter: Parameter, array: np.ndarray, old: Array) -> Array:
-            return from_numpy(parameter, np.asarray(array)).astype(old.dtype)
-
         self.params = [
-            leaf(parameter, values[parameter.name], old) if parameter.name in values else old
+            self._on_devices(parameter, values[parameter.name], old) if parameter.name in values else old
             for parameter, old in zip(self.trained, self.params, strict=True)
         ]
         if moments:
             fields = dict(zip(("exp_avg", "exp_avg_sq"), ("mu", "nu"), strict=True))
             found = {
                 fields[moment]: [
-                    leaf(parameter, moments[f"{moment}.{parameter.name}"], old)
+                    self._on_devices(parameter, moments[f"{moment}.{parameter.name}"], old)
                     for parameter, old in zip(self.trained, self.params, strict=True)
                 ]
                 for moment in self.config.optimizer.moments
             }
-            means = self.state[0]._replace(count=jnp.asarray(count, self.state[0].count.dtype), **found)
+            old_count = self.state[0].count
+            counted = from_slices((), old_count.dtype, old_count.sharding, lambda _: np.asarray(count, old_count.dtype))
+            means = self.state[0]._replace(count=counted, **found)
             self.state = (means, *self.state[1:])
 
 
@@ -248,8 +310,3 @@ def make_optimizer(decays: Sequence[float], config: TrainConfig) -> optax.Gradie
         means = optax.scale_by_adam(beta_1, beta_2, settings.eps)
     added = [optax.add_decayed_weights(decay, [d == decay for d in decays]) for decay in sorted(set(decays)) if decay]
     return optax.chain(means, *added)
-
-
-def _arrays(batch: Batch) -> tuple[Array, Array, Array | None]:
-    mask = None if batch.attention_mask is None else jnp.asarray(batch.attention_mask)
-    return jnp.asarray(batch.input_ids), jnp.asarray(batch.targets), mask

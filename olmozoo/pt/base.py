@@ -172,10 +172,8 @@ class PreTrainedModel(ModelMixin, nn.Module):
             model.bind_parameters(load_weights(checkpoint, config, cls.head, **settings), device, wanted)
         else:
             parallelize(model, device_mesh)
-            for parameter, read in find_weights(checkpoint, config, cls.head, **settings):
-                part = local_part(model._find(parameter), read(), lambda x: from_numpy(x.astype(wanted, copy=False)))
-                model._bind(parameter, part)
-            model.tie_weights()
+            weights = find_weights(checkpoint, config, cls.head, **settings)
+            model.bind_parts(((parameter, read()) for parameter, read in weights), wanted)
         if device_map is not None:
             dispatch(model, device_map, max_memory, offload_folder)
         model.generation_config = GenerationConfig.from_contents(source.generation, config)
@@ -249,6 +247,19 @@ class PreTrainedModel(ModelMixin, nn.Module):
                 self.set_submodule(path, QuantizedLinear(array, self.get_submodule(path).bias, compute, device))
             else:
                 self._bind(parameter, from_numpy(array).to(device))
+        self.tie_weights()
+
+    def bind_parts(self, items: Iterable[tuple[Parameter, Array]], dtype: np.dtype[Any], *, copy: bool = False) -> None:
+        """Give the parameters of a model that is split over a mesh this rank's parts of values.
+
+        Args:
+            items: parameters of the table with their values; of mapped ones the parts alone are read.
+            dtype: what parts are cast to.
+            copy: whether parts are copied where they have that dtype already.
+        """
+        for parameter, array in items:
+            part = local_part(self._find(parameter), array, lambda x: from_numpy(x.astype(dtype, copy=copy)))
+            self._bind(parameter, part)
         self.tie_weights()
 
     def read_parameters(self) -> Iterator[tuple[Parameter, Array | QuantizedTensor]]:

@@ -11,6 +11,7 @@ Along `fsdp`, each block is a unit of `fully_shard`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +162,27 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Let FSDP2 add up the gradients of ranks, rather than average them."""
+    for module in model.modules():
+        if hasattr(module, "set_gradient_divide_factor"):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, which shares its memory; a tensor that is not split, as it is."""
+    return tensor.to_local() if is_split(tensor) else tensor
+
+
+def copies(tensor: Tensor) -> int:
+    """The number of ranks that have the same part of a tensor."""
+    if not is_split(tensor):
+        return 1
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return math.prod(mesh.size(dim) for dim, placement in enumerate(placements) if placement.is_replicate())
 
 
 def is_first(mesh: DeviceMesh) -> bool:

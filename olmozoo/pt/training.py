@@ -3,36 +3,80 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from olmozoo.errors import MissingBackendError
+from olmozoo.errors import InputError, MissingBackendError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.pt.base import from_numpy, to_numpy
 from olmozoo.pt.losses import target_losses
+from olmozoo.pt.parallel import copies, is_split, local, local_part, parallelize, sum_gradients
 from olmozoo.quantization import Quantization, is_quantizable, rounded
+from olmozoo.world import World, mesh_of_run
 
 if TYPE_CHECKING:
     from olmozoo.training.config import TrainConfig
     from olmozoo.training.data import Batch
 
 
-def scope(run: TrainConfig, device: Any) -> contextlib.AbstractContextManager[Any]:
-    """What training on a device runs in."""
-    return contextlib.nullcontext()
+@contextlib.contextmanager
+def scope(run: TrainConfig, choose_device: Callable[[], torch.device]) -> Iterator[World]:
+    """What training runs in: the processes that torchrun has started, or this one.
+
+    Raises:
+        InputError: the mesh of the run has another number of devices.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    found = f"torchrun has started {size} processes" if size > 1 else "there is one process: start it by torchrun"
+    sizes = mesh_of_run(run.mesh, size, found, whole=True)
+    device = choose_device()
+    if size == 1:
+        yield World(device)
+        return
+    if device.index is not None:
+        raise InputError(f"device is '{device}', expected '{device.type}': each process takes one of its own")
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    begins = not dist.is_initialized()
+    if begins:
+        dist.init_process_group(dist.get_default_backend_for_device(device))
+    try:
+        mesh = dist.init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+        def gather(array: np.ndarray) -> np.ndarray:
+            own = torch.from_numpy(array).to(device)
+            found = [torch.empty_like(own) for _ in range(size)]
+            dist.all_gather(found, own)
+            return torch.stack(found).cpu().numpy()
+
+        yield World(device, sizes, mesh, dist.get_rank(), size, gather)
+    finally:
+        if begins:
+            dist.destroy_process_group()
 
 
 def make_model(
-    cls: Any, config: ModelConfig, weights: Iterable[tuple[Parameter, np.ndarray]], run: TrainConfig, device: Any
+    cls: Any, config: ModelConfig, weights: Iterable[tuple[Parameter, np.ndarray]], run: TrainConfig, world: World
 ) -> Any:
-    """A model of the class with these weights, in the run's precision."""
-    model = cls(config, seed=None)
-    model.bind_parameters(((parameter, np.array(array)) for parameter, array in weights), device)
+    """A model of the class with these weights, in the run's precision.
+
+    Raises:
+        InputError: the mesh does not fit the model.
+    """
+    model, dtype = cls(config, seed=None), np.dtype("float64" if run.precision == "fp64" else "float32")
+    if world.mesh is None:
+        model.bind_parameters(((parameter, np.array(array, dtype)) for parameter, array in weights), world.device)
+        return model
+    parallelize(model, world.mesh)
+    sum_gradients(model)
+    model.bind_parts(weights, dtype, copy=True)
     return model
 
 
@@ -50,11 +94,11 @@ class LionW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                state = self.state[parameter]
-                mean = state.setdefault("exp_avg", torch.zeros_like(parameter))
-                parameter.mul_(1 - lr * group["weight_decay"])
-                parameter.add_(torch.lerp(parameter.grad, mean, beta_1).sign_(), alpha=-lr)
-                mean.lerp_(parameter.grad, 1 - beta_2)
+                mean = local(self.state[parameter].setdefault("exp_avg", torch.zeros_like(parameter)))
+                values, gradient = local(parameter), local(parameter.grad)
+                values.mul_(1 - lr * group["weight_decay"])
+                values.add_(torch.lerp(gradient, mean, beta_1).sign_(), alpha=-lr)
+                mean.lerp_(gradient, 1 - beta_2)
 
 
 class TrainStep:
@@ -65,11 +109,16 @@ class TrainStep:
         trained: the parameters that are trained; the others are frozen.
         decays: the weight decay of each.
         config: the run's.
+        world: its processes. Each one computes its rows of a batch.
     """
 
-    def __init__(self, model: Any, trained: Sequence[Parameter], decays: Sequence[float], config: TrainConfig) -> None:
+    def __init__(
+        self, model: Any, trained: Sequence[Parameter], decays: Sequence[float], config: TrainConfig, world: World
+    ) -> None:
         self.model, self.names = model, [parameter.name for parameter in trained]
-        self.config = config
+        self.config, self.world = config, world
+        self.group = world.mesh.get_group("fsdp") if world.rows > 1 else None  # of those with other rows
+        self.part = world.mesh.get_local_rank("fsdp") if world.rows > 1 else 0
         if config.lora is not None:
             add_adapters(model, trained, config)
         found = dict(model.named_parameters(remove_duplicate=False))
@@ -121,16 +170,25 @@ class TrainStep:
             The sums of the cross-entropy and of the squared log-partition, before the division.
         """
         self.model.train()
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + self.part)
         z_factor = self.config.z_factor
+        batch = batch.share(self.part, self.world.rows)
         targets = torch.from_numpy(batch.targets).to(self.model.device)
         cross_entropy, z = (rows.sum() for rows in target_losses(self._outputs(batch), targets, z_factor > 0))
         ((cross_entropy + z_factor * z) / divisor).backward()
-        return cross_entropy.detach(), z.detach()
+        sums = torch.stack([cross_entropy.detach(), z.detach()])
+        if self.group is not None:
+            dist.all_reduce(sums, group=self.group)
+        return sums[0], sums[1]
 
     def norms(self) -> np.ndarray:
         """The norm of each parameter's gradient."""
-        return torch.stack([parameter.grad.norm() for parameter in self.parameters]).cpu().numpy()
+        if self.world.mesh is None:
+            return torch.stack([parameter.grad.norm() for parameter in self.parameters]).cpu().numpy()
+        grads = [parameter.grad for parameter in self.parameters]
+        squares = torch.stack([local(grad).norm().double().square() / copies(grad) for grad in grads])
+        dist.all_reduce(squares)
+        return squares.sqrt().cpu().numpy()
 
     def update(self, learning_rate: float, scales: np.ndarray | None) -> None:
         """Update the parameters by their gradients, each times its scale, and forget the gradients."""
@@ -146,8 +204,13 @@ class TrainStep:
     def evaluate(self, batch: Batch) -> np.ndarray:
         """The summed cross-entropy of each row, (batch,)."""
         self.model.eval()  # `gradients` sets it back
-        targets = torch.from_numpy(batch.targets).to(self.model.device)
-        losses, _ = target_losses(self._outputs(batch), targets, False)
+        part = batch.share(self.part, self.world.rows)
+        targets = torch.from_numpy(part.targets).to(self.model.device)
+        losses, _ = target_losses(self._outputs(part), targets, False)
+        if self.group is not None:
+            parts = [torch.empty_like(losses) for _ in range(self.world.rows)]
+            dist.all_gather(parts, losses, group=self.group)
+            losses = torch.cat(parts)[: len(batch.indices)]
         return losses.cpu().numpy()
 
     @contextlib.contextmanager
@@ -187,18 +250,17 @@ class TrainStep:
         """The model with the weights as they are now, in evaluation mode."""
         return self.model.eval()
 
-    def values(self) -> dict[str, np.ndarray]:
-        """The trained parameters by name."""
-        return {name: to_numpy(parameter) for name, parameter in zip(self.names, self.parameters, strict=True)}
+    def values(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The trained parameters by name, each gathered by all processes."""
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            yield name, to_numpy(parameter)
 
-    def moments(self) -> dict[str, np.ndarray]:
-        """The optimizer's running means, by names such as `exp_avg.model.norm.weight`; empty before the first step."""
-        return {
-            f"{moment}.{name}": to_numpy(self.optimizer.state[parameter][moment])
-            for moment in self.config.optimizer.moments
-            for name, parameter in zip(self.names, self.parameters, strict=True)
-            if self.optimizer.state[parameter]
-        }
+    def moments(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The optimizer's running means, by names such as `exp_avg.model.norm.weight`; none before the first step."""
+        for moment in self.config.optimizer.moments:
+            for name, parameter in zip(self.names, self.parameters, strict=True):
+                if self.optimizer.state[parameter]:
+                    yield f"{moment}.{name}", to_numpy(self.optimizer.state[parameter][moment])
 
     def restore(self, values: Mapping[str, np.ndarray], moments: Mapping[str, np.ndarray], count: int) -> None:
         """Set trained parameters and the optimizer's running means, after `count` of its updates."""
@@ -209,9 +271,15 @@ class TrainStep:
                 continue
             state: dict[str, Any] = {"step": torch.tensor(float(count), device=parameter.device)}
             for moment in self.config.optimizer.moments:
-                array = from_numpy(np.array(moments[f"{moment}.{name}"]))
-                state[moment] = array.to(parameter.device, parameter.dtype)
+                state[moment] = _like(parameter, moments[f"{moment}.{name}"])
             self.optimizer.state[parameter] = state
+
+
+def _like(parameter: Tensor, values: np.ndarray) -> Tensor:
+    """A copy of values in the dtype, on the device and split as a parameter."""
+    if not is_split(parameter):
+        return from_numpy(np.array(values)).to(parameter.device, parameter.dtype)
+    return local_part(parameter, values, lambda part: from_numpy(np.array(part)).to(parameter.dtype))
 
 
 def add_adapters(model: Any, trained: Sequence[Parameter], config: TrainConfig) -> None:

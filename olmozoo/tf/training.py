@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -18,6 +19,7 @@ from olmozoo.families.parameter import Parameter
 from olmozoo.quantization import Quantization, is_quantizable, rounded
 from olmozoo.tf.layers import Tensor, from_numpy
 from olmozoo.tf.losses import target_losses
+from olmozoo.world import World, mesh_of_run
 
 if TYPE_CHECKING:
     from olmozoo.training.config import TrainConfig
@@ -26,17 +28,41 @@ if TYPE_CHECKING:
 POLICIES = {"fp32": "float32", "amp_bf16": "mixed_bfloat16", "fp64": "float64"}
 
 
-def scope(run: TrainConfig, device: Any) -> contextlib.AbstractContextManager[Any]:
-    """What training on a device runs in."""
-    return tf.device(device)
+@contextlib.contextmanager
+def scope(run: TrainConfig, choose_device: Callable[[], str | None]) -> Iterator[World]:
+    """What training runs in: a device, or a `MirroredStrategy` over several, each of which has the whole model.
+
+    Raises:
+        InputError: the mesh of the run has another number of devices, or an axis `tensor`.
+    """
+    device = choose_device()
+    on_cpu = "CPU" in device if device else not tf.config.list_logical_devices("GPU")
+    devices = [found.name for found in tf.config.list_logical_devices("CPU" if on_cpu else "GPU")]
+    sizes = mesh_of_run(run.mesh, len(devices), f"TensorFlow has {len(devices)} of this kind", whole=False)
+    if "tensor" in sizes:
+        raise InputError("mesh.tensor is for PyTorch and JAX: in Keras every device has the whole model")
+    if not sizes:
+        with tf.device(device):
+            yield World(device)
+        return
+    strategy = mirrored(tuple(devices[: sizes["fsdp"]]))
+    with strategy.scope():
+        yield World(device, sizes, strategy)
+
+
+@functools.cache
+def mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
+    """The strategy over these devices, one for all runs of a process: another would number its collectives anew."""
+    return tf.distribute.MirroredStrategy(list(devices))
 
 
 def make_model(
-    cls: Any, config: ModelConfig, weights: Iterable[tuple[Parameter, np.ndarray]], run: TrainConfig, device: Any
+    cls: Any, config: ModelConfig, weights: Iterable[tuple[Parameter, np.ndarray]], run: TrainConfig, world: World
 ) -> Any:
     """A model of the class with these weights, in the run's precision."""
     model = cls(config, seed=None, dtype=POLICIES[run.precision])
-    model.bind_parameters((parameter, np.array(array)) for parameter, array in weights)
+    dtype = np.dtype(model.variable_dtype)
+    model.bind_parameters((parameter, np.array(array, dtype)) for parameter, array in weights)
     return model
 
 
@@ -58,6 +84,18 @@ class AdamW(keras.optimizers.AdamW):
         self._epsilon = np.asarray(value)
 
 
+class Seeds:
+    """The seeds of dropout, in place of Keras's generator: they are set, and no replica changes them."""
+
+    def __init__(self) -> None:
+        self.state = tf.Variable([0, 0], trainable=False, dtype=tf.int64)
+
+    def next(self) -> Tensor:
+        """The seed of a call, another one on each replica."""
+        context = tf.distribute.get_replica_context()
+        return self.state + tf.stack([0, tf.cast(context.replica_id_in_sync_group, tf.int64)])
+
+
 class TrainStep:
     """The model, its gradients and its optimizer.
 
@@ -66,10 +104,13 @@ class TrainStep:
         trained: the parameters that are trained; the others are frozen.
         decays: the weight decay of each.
         config: the run's. With `lora`, adapters are added to the model.
+        world: its devices. Each one computes its rows of a batch.
     """
 
-    def __init__(self, model: Any, trained: Sequence[Parameter], decays: Sequence[float], config: TrainConfig) -> None:
-        self.model, self.trained, self.config = model, list(trained), config
+    def __init__(
+        self, model: Any, trained: Sequence[Parameter], decays: Sequence[float], config: TrainConfig, world: World
+    ) -> None:
+        self.model, self.trained, self.config, self.world = model, list(trained), config, world
         if config.lora is not None:
             model.enable_lora(config.lora.rank, config.lora.alpha, config.lora.target_modules)
         self.variables = [self._variable(parameter) for parameter in self.trained]
@@ -80,10 +121,14 @@ class TrainStep:
             model.gradient_checkpointing_enable()
         self.optimizer = make_optimizer(self.variables, decays, config)
         self.grads: list[Tensor] | None = None
-        self._gradients = tf.function(self._compute, jit_compile=True, autograph=False)
+        self.seeds = Seeds()
+        model.base_model.seeds = self.seeds
+        alone = world.mesh is None  # else functions run on several devices, which XLA does not compile
+        gradients, losses = (self._compute, self._evaluate) if alone else (self._compute_all, self._evaluate_all)
+        self._gradients = tf.function(gradients, jit_compile=alone, autograph=False)
         self._norms = tf.function(lambda grads: tf.stack([tf.norm(grad) for grad in grads]), jit_compile=True)
-        self._update = tf.function(self._apply, jit_compile=True, autograph=False)
-        self._losses = tf.function(self._evaluate, jit_compile=True, autograph=False)
+        self._update = tf.function(self._apply, jit_compile=alone, autograph=False)
+        self._losses = tf.function(losses, jit_compile=alone, autograph=False)
 
     def _variable(self, parameter: Parameter) -> keras.Variable:
         module, _, factor = parameter.name.removesuffix(".weight").rpartition(".")
@@ -104,15 +149,47 @@ class TrainStep:
             loss = (cross_entropy + z_factor * z) / tf.cast(divisor, cross_entropy.dtype)
         return [tf.convert_to_tensor(grad) for grad in tape.gradient(loss, values)], cross_entropy, z
 
+    def _compute_all(self, *arguments: Any) -> tuple[list[Tensor], Tensor, Tensor]:
+        """`_compute` on every device, with the sums over them."""
+        strategy = self.world.mesh
+        grads, cross_entropy, z = strategy.run(self._compute, arguments)
+        return [strategy.reduce("SUM", grad, None) for grad in grads], *(
+            strategy.reduce("SUM", each, None) for each in (cross_entropy, z)
+        )
+
     def _apply(self, grads: list[Tensor], rate: Tensor, scales: Tensor | None) -> None:
         if scales is not None:
             grads = [grad * scale for grad, scale in zip(grads, tf.unstack(scales), strict=True)]
         self.optimizer.learning_rate.assign(rate)
-        self.optimizer.apply(grads, self.variables)
+        if self.world.mesh is None:
+            self.optimizer.apply(grads, self.variables)
+            return
+        rows = self.world.rows  # Keras adds up the gradients of all replicas
+        self.world.mesh.run(lambda: self.optimizer.apply([grad / rows for grad in grads], self.variables))
 
     def _evaluate(self, ids: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, training=False).logits
         return target_losses(logits, targets, False)[0]
+
+    def _evaluate_all(self, *arguments: Any) -> Tensor:
+        """`_evaluate` on every device, with the rows of all of them."""
+        strategy = self.world.mesh
+        return tf.concat(strategy.experimental_local_results(strategy.run(self._evaluate, arguments)), 0)
+
+    def _tensors(self, batch: Batch) -> tuple[Any, Any, Any]:
+        """Ids, targets and mask; over several devices the rows of each."""
+        strategy, parts = self.world.mesh, self.world.rows
+
+        def tensor(name: str) -> Any:
+            if getattr(batch, name) is None:
+                return None
+            if strategy is None:
+                return tf.constant(getattr(batch, name))
+            return strategy.experimental_distribute_values_from_function(
+                lambda context: tf.constant(getattr(batch.share(context.replica_id_in_sync_group, parts), name))
+            )
+
+        return tensor("input_ids"), tensor("targets"), tensor("attention_mask")
 
     def gradients(self, batch: Batch, divisor: float, seed: int) -> tuple[Tensor, Tensor]:
         """Add the gradients of a micro-batch to those of the step.
@@ -125,8 +202,8 @@ class TrainStep:
         Returns:
             The sums of the cross-entropy and of the squared log-partition, before the division.
         """
-        self.model.base_model.seeds.state.assign([seed, 0])
-        grads, cross_entropy, z = self._gradients(*_tensors(batch), tf.constant(divisor, tf.float64))
+        self.seeds.state.assign([seed, 0])
+        grads, cross_entropy, z = self._gradients(*self._tensors(batch), tf.constant(divisor, tf.float64))
         self.grads = grads if self.grads is None else [a + b for a, b in zip(self.grads, grads, strict=True)]
         return cross_entropy, z
 
@@ -143,7 +220,7 @@ class TrainStep:
 
     def evaluate(self, batch: Batch) -> np.ndarray:
         """The summed cross-entropy of each row, (batch,)."""
-        return self._losses(*_tensors(batch)).numpy()
+        return self._losses(*self._tensors(batch)).numpy()[: len(batch.indices)]
 
     @contextlib.contextmanager
     def rounded(self, quantization: Quantization) -> Iterator[None]:
@@ -182,17 +259,16 @@ class TrainStep:
         """The model with the weights as they are now."""
         return self.model
 
-    def values(self) -> dict[str, np.ndarray]:
+    def values(self) -> Iterator[tuple[str, np.ndarray]]:
         """The trained parameters by name."""
-        return {p.name: _to_numpy(p, variable) for p, variable in zip(self.trained, self.variables, strict=True)}
+        for parameter, variable in zip(self.trained, self.variables, strict=True):
+            yield parameter.name, _to_numpy(parameter, variable)
 
-    def moments(self) -> dict[str, np.ndarray]:
+    def moments(self) -> Iterator[tuple[str, np.ndarray]]:
         """The optimizer's running means, by names such as `exp_avg.model.norm.weight`."""
-        return {
-            f"{moment}.{parameter.name}": _to_numpy(parameter, variable)
-            for moment, variables in self._moments().items()
-            for parameter, variable in zip(self.trained, variables, strict=True)
-        }
+        for moment, variables in self._moments().items():
+            for parameter, variable in zip(self.trained, variables, strict=True):
+                yield f"{moment}.{parameter.name}", _to_numpy(parameter, variable)
 
     def _moments(self) -> dict[str, list[keras.Variable]]:
         kept = (self.optimizer._momentums, getattr(self.optimizer, "_velocities", None))
@@ -242,11 +318,6 @@ def make_optimizer(
     finally:
         keras.config.set_floatx(floatx)
     return optimizer
-
-
-def _tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-    mask = None if batch.attention_mask is None else tf.constant(batch.attention_mask)
-    return tf.constant(batch.input_ids), tf.constant(batch.targets), mask
 
 
 def _to_numpy(parameter: Parameter, variable: keras.Variable) -> np.ndarray:

@@ -22,6 +22,7 @@ from olmozoo.errors import ConfigError, MissingBackendError, raise_problems
 from olmozoo.quantization import GROUP_SIZE, NAMES
 from olmozoo.training.schedules import SCHEDULES
 from olmozoo.typing import StrPath
+from olmozoo.world import AXES
 
 OPTIMIZERS = {"adamw": ("exp_avg", "exp_avg_sq"), "lionw": ("exp_avg",)}  # and the running means of each
 PRECISIONS = ("fp32", "amp_bf16", "fp64")
@@ -198,6 +199,10 @@ class TrainConfig:
         seed: of initial weights, data order and dropout.
         backend: "pt", "tf" or "flax"; default the first that is installed.
         device: default an accelerator if there is one.
+        mesh: the number of devices by axis, as {fsdp: 4, tensor: 2}: along `fsdp` the rows of a batch are split, and in
+            PyTorch and JAX the storage of weights and optimizer; along `tensor`, not in Keras, heads, the MLP and the
+            vocabulary. `fsdp` is by default all devices that `tensor` leaves. Default all processes of torchrun or
+            `jax.distributed`, and one device where there is one process. Losses and weights are the same on any mesh.
         precision: "fp32"; "amp_bf16", which computes in bfloat16 with weights in float32; or "fp64".
         amp_on_cpu: whether "amp_bf16" computes in bfloat16 on the CPU too. AI2's trainer does not.
         load_path: a model's folder or repository in any format that is read, a checkpoint of AI2's trainer or of
@@ -222,8 +227,9 @@ class TrainConfig:
         stop_after: stop after so many steps of this process.
         time_limit: and after so many seconds, with a checkpoint.
         early_stopping_factor: stop where the loss is more than this times the least one so far.
-        global_train_batch_size: instances in a step.
-        device_train_microbatch_size: instances at once; default all. It does not change the gradient.
+        global_train_batch_size: instances in a step, of all devices together; `fsdp` of the mesh divides it.
+        device_train_microbatch_size: instances at once on each device of `fsdp`; default all. It does not change the
+            gradient.
         loss_divisor: what the summed loss of a step is divided by: "targets", the tokens learned in it, or
             "positions", batch size times length, as AI2's trainer does.
         softmax_auxiliary_loss: whether the z-loss (arXiv:2204.02311) is added.
@@ -251,6 +257,7 @@ class TrainConfig:
     seed: int = 6198
     backend: str | None = None
     device: str | None = None
+    mesh: dict[str, int] | None = None
     precision: str = "fp32"
     amp_on_cpu: bool = True
     load_path: str | None = None
@@ -297,7 +304,7 @@ class TrainConfig:
 
     @property
     def micro_batch_size(self) -> int:
-        """Instances at once."""
+        """Instances at once on one device."""
         return self.device_train_microbatch_size or self.global_train_batch_size
 
     @property
@@ -532,6 +539,8 @@ def _kind(hint: Any, name: str) -> str:
     if typing.get_origin(hint) is list:
         inner = typing.get_args(hint)[0]
         return "a list of fields" if inner not in KINDS else f"a list, as [{KINDS[inner]}, ...]"
+    if typing.get_origin(hint) is dict:
+        return f"a mapping, as {{name: {KINDS.get(typing.get_args(hint)[1], 'value')}}}"
     if hint in KINDS:
         return KINDS[hint]
     return f"fields of its own, as {name}.{next(iter(typing.get_type_hints(hint)), '...')}" if hint else "null"
@@ -560,6 +569,8 @@ def check(config: TrainConfig, where: str = "the config") -> None:
         )
         if value not in allowed
     ]
+    mesh = config.mesh or {}
+    problems += [f"mesh has no axis {axis}: there are {' and '.join(AXES)}" for axis in mesh if axis not in AXES]
     if not config.save_folder:
         problems.append("save_folder is not set")
     positive = {
@@ -576,6 +587,7 @@ def check(config: TrainConfig, where: str = "the config") -> None:
         "sample_tokens": config.sample_tokens,
         "time_limit": config.time_limit,
         "early_stopping_factor": config.early_stopping_factor,
+        **{f"mesh.{axis}": size for axis, size in mesh.items()},
         "lora.rank": None if config.lora is None else config.lora.rank,
         **{f"data.weights[{n}]": weight for n, weight in enumerate(config.data.weights or ())},
         **{

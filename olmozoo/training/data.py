@@ -54,6 +54,23 @@ class Batch:
             mask = None if self.attention_mask is None else self.attention_mask[part]
             yield Batch(self.indices[part], self.input_ids[part], self.targets[part], mask)
 
+    def padded(self, parts: int) -> Batch:
+        """The batch with copies of its last row from which nothing is learned, so that `parts` divides its rows."""
+        count = len(self.indices)
+        missing = -count % parts
+        if not missing:
+            return self
+        rows = np.minimum(np.arange(count + missing), count - 1)
+        targets = self.targets[rows]
+        targets[count:] = IGNORED
+        mask = None if self.attention_mask is None else self.attention_mask[rows]
+        return Batch(self.indices[rows], self.input_ids[rows], targets, mask)
+
+    def share(self, part: int, parts: int) -> Batch:
+        """The rows of one of `parts` devices, in order; see `padded`."""
+        whole = self.padded(parts)
+        return list(whole.split(len(whole.indices) // parts))[part]
+
 
 class TokenFiles:
     """Instances of `length` tokens, numbered through the files in order; what is left at the end of each is not used.

@@ -75,7 +75,8 @@ class TokenLoss:
     ) -> None:
         self.quantization = quantization
         self.label, self.files, self.by_positions = label, files, config.eval_divisor == "positions"
-        self.batch_size = evaluator.device_eval_batch_size or config.micro_batch_size
+        self.device_rows = evaluator.device_eval_batch_size or config.device_train_microbatch_size
+        self.batch_size = self.device_rows or config.global_train_batch_size
         order = np.arange(len(files))
         if evaluator.subset_num_batches is not None:
             np.random.default_rng(config.data_seed).shuffle(order)
@@ -85,8 +86,9 @@ class TokenLoss:
     def __call__(self, step: Any, backend: Backend) -> dict[str, float]:
         """The loss and its exponential."""
         total, targets = 0.0, 0
-        for start in range(0, len(self.order), self.batch_size):
-            batch = self.files.batch(self.order[start : start + self.batch_size])
+        rows = self.device_rows * step.world.rows if self.device_rows else self.batch_size
+        for start in range(0, len(self.order), rows):
+            batch = self.files.batch(self.order[start : start + rows])
             total += float(np.sum(step.evaluate(batch), dtype=np.float64))
             targets += batch.num_targets
         loss = total / (len(self.order) * (self.files.length - 1) if self.by_positions else max(targets, 1))

@@ -34,7 +34,8 @@ from olmozoo.training.parameters import Clipping, total_norm, trained_parameters
 from olmozoo.training.schedules import clipping_norm, learning_rate
 from olmozoo.training.start import DTYPES, Start, open_start
 from olmozoo.training.state import Progress
-from olmozoo.training.summary import summary
+from olmozoo.training.summary import check_mesh, summary
+from olmozoo.world import World
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Result:
         stopped: what ended a run that is not complete: the name of a signal, such as "SIGINT", or a field of the config
             with its value.
         folder: of the finished model; None before the run is complete.
+        rank: the number of this process.
     """
 
     step: int
@@ -55,6 +57,7 @@ class Result:
     finished: bool
     folder: Path | None
     stopped: str | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ def last_step(plan: Plan, data: TrainingData, progress: Progress) -> int:
 def train(config: TrainConfig, console: Console | None = None) -> Result:
     """Train a model as the config says, or go on with a run that was interrupted.
 
+    Where there are several processes, all of them call this with the same config, and read the same folders.
+
     Args:
         config: the run. It is checked as a whole before the first step.
         console: where lines and the progress bar go; default standard error.
@@ -126,52 +131,52 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
     console = console or Console(stderr=True)
     config = copy.deepcopy(config)  # a checkpoint may bring settings of its own
     check(config)
-    start = open_start(config)
-    data = open_data(config, start.model)
-    run = Run(config, start, data, console)
-    try:
-        with run.scope():
+    backend = backend_class(config.backend)
+    with backend.training().scope(
+        config, lambda: backend.choose_device(DTYPES[config.precision], config.device)
+    ) as world:
+        start = open_start(config)
+        data = open_data(config, start.model)
+        run = Run(config, start, data, console if world.is_first else Console(quiet=True), world)
+        try:
             return run.train()
-    except OSError as error:
-        last = state.latest(Path(config.save_folder)) or "there is none yet"
-        reason = "the disk is full" if error.errno in FULL else (error.strerror or str(error))
-        raise TrainingError(f"{config.save_folder}: {reason}. The last checkpoint is whole: {last}") from error
+        except OSError as error:
+            last = state.latest(Path(config.save_folder)) or "there is none yet"
+            reason = "the disk is full" if error.errno in FULL else (error.strerror or str(error))
+            raise TrainingError(f"{config.save_folder}: {reason}. The last checkpoint is whole: {last}") from error
 
 
 class Run:
     """A training run that is under way."""
 
-    def __init__(self, config: TrainConfig, start: Start, data: TrainingData, console: Console) -> None:
-        self.config, self.start, self.data, self.console = config, start, data, console
+    def __init__(self, config: TrainConfig, start: Start, data: TrainingData, console: Console, world: World) -> None:
+        self.config, self.start, self.data, self.console, self.world = config, start, data, console, world
         saved = start.saved
         self.progress = saved.progress if saved else Progress()
         self.plan = plan(config, data, self.progress)
         _check_resumed(config, start, data)
-        outputs.check_folder(config)
         self.backend_class = backend_class(config.backend)
+        check_mesh(config, start.model, world.sizes, self.backend_class.wing)
+        outputs.check_folder(config)
         if config.lora is not None and config.lora.dropout and self.backend_class.wing != "pt":
             raise InputError(f"lora.dropout is {config.lora.dropout}, expected 0: only the backend pt has it")
         self.training: Any = self.backend_class.training()
-        self.device = self.backend_class.choose_device(DTYPES[config.precision], config.device)
-        if config.precision == "amp_bf16" and not config.amp_on_cpu and self.backend_class.is_cpu(self.device):
+        if config.precision == "amp_bf16" and not config.amp_on_cpu and self.backend_class.is_cpu(world.device):
             config.precision = "fp32"
             start.lines.append("precision: fp32: amp_on_cpu is false, and the device is the CPU")
         self.tokenizer = outputs.open_tokenizer(config, start)
         self.tokenizer_files = outputs.tokenizer_files(config, start)
         self.evaluators = evaluators.open_evaluators(config, start.model, data, self.tokenizer)
         self.trained = trained_parameters(config, start.model)
-        self.stopped: str | None = None
-
-    def scope(self) -> contextlib.AbstractContextManager[Any]:
-        """What the framework's calls run in."""
-        scope: contextlib.AbstractContextManager[Any] = self.training.scope(self.config, self.device)
-        return scope
+        self.asked: str | None = None  # why this process wants to stop
+        self.stopped: str | None = None  # and why all of them do
+        self.metrics: Any = None  # in the first process
 
     def _prepare(self) -> None:
         """Load the model and what the run goes on from."""
         config, start = self.config, self.start
         cls = self.backend_class.model_class(start.model, "causal_lm")
-        self.model = self.training.make_model(cls, start.model, start.weights, config, self.device)
+        self.model = self.training.make_model(cls, start.model, start.weights, config, self.world)
         self.model.generation_config = self._generation()
         if config.lora is not None and start.folder is None:
             start.folder = outputs.write_base(config, self.model)
@@ -183,7 +188,7 @@ class Run:
             of_file = saved.settings["weight_decay"]
             decays = [of_file.get(parameter.name, decay) for parameter, decay in zip(self.trained, decays, strict=True)]
         self.decays = decays
-        self.step = self.training.TrainStep(self.model, self.trained, decays, config)
+        self.step = self.training.TrainStep(self.model, self.trained, decays, config, self.world)
         if saved:
             self.clipping.means = saved.clip_means
             values = outputs.adapter_values(start.adapter, self.trained) if start.adapter else {}
@@ -213,58 +218,68 @@ class Run:
 
     def train(self) -> Result:
         """Run to the end, or to where it is stopped."""
-        config, progress = self.config, self.progress
+        config, progress, world = self.config, self.progress, self.world
         folder, last = Path(config.save_folder), self._last_step()
-        if progress.step >= last and outputs.is_complete(folder):
+        if world.by_first(lambda: progress.step >= last and outputs.is_complete(folder)):
             self._print(f"the run is complete at step {progress.step}: {folder / outputs.MODEL}")
-            return Result(progress.step, None, True, folder / outputs.MODEL)
-        with outputs.lock(config):
-            outputs.prepare_folder(config)
+            return Result(progress.step, None, True, folder / outputs.MODEL, rank=world.rank)
+        with contextlib.ExitStack() as stack:
+            world.by_first(lambda: stack.enter_context(outputs.lock(config)))
+            world.by_first(lambda: outputs.prepare_folder(config))
             self._prepare()
             return self._train(folder, last)
 
     def _train(self, folder: Path, last: int) -> Result:
         """Make the steps up to `last`, and write what a run leaves in its folder."""
-        config, progress = self.config, self.progress
-        metrics = self.metrics = Metrics(config, progress.step, last, self.console)
-        sizes = summary(config, self.start.model, self.data, self.plan, last, self.trained)
-        for name, text in sizes.items():
-            metrics.text(f"{name:<10} {text}")
-        for line in self.start.lines:
-            metrics.text(line)
+        config, progress, world = self.config, self.progress, self.world
+        sizes = summary(config, self.start.model, self.data, self.plan, last, self.trained, world.sizes)
+        lines = [*(f"{name:<10} {text}" for name, text in sizes.items()), *self.start.lines]
+        self.metrics = world.by_first(lambda: Metrics(config, progress.step, last, self.console))
+        self._text(*lines)
         started, first_step = time.monotonic(), progress.step
         loss: float | None = None
-        stopped: str | None = None
         try:
             with self._signals():
                 for batch in self._batches():
                     loss = self._one_step(batch)
                     done = progress.step >= last
-                    if self.stopped is None and not done:
+                    if self.asked is None and not done:
                         if config.stop_after is not None and progress.step - first_step >= config.stop_after:
-                            self.stopped = f"stop_after {config.stop_after}"
+                            self.asked = f"stop_after {config.stop_after}"
                         elif config.time_limit is not None and time.monotonic() - started > config.time_limit:
-                            self.stopped = f"time_limit {config.time_limit}"
+                            self.asked = f"time_limit {config.time_limit}"
                     if self.evaluators and progress.step % config.eval_interval == 0 and not done:
                         self._evaluate()
                     due = config.save_interval is not None and progress.step % config.save_interval == 0
-                    stopped = self.stopped  # a signal from here on counts at the next step
-                    if stopped is not None or (due and not done):
+                    self.stopped = world.reason(self.asked)  # a signal from here on counts at the next step
+                    if self.stopped is not None or (due and not done):
                         self._save()
-                    if stopped is not None or done:
+                    if self.stopped is not None or done:
                         break
-                if stopped is None:  # each part is done once, wherever the run was interrupted before
-                    if (self.evaluators or config.sample_prompt) and not metrics.is_evaluated(progress.step):
+                if self.stopped is None:  # each part is done once, wherever the run was interrupted before
+                    if (self.evaluators or config.sample_prompt) and not world.by_first(
+                        lambda: self.metrics.is_evaluated(progress.step)
+                    ):
                         self._evaluate()
-                    if progress.step not in state.steps(folder):
+                    if not world.by_first(lambda: progress.step in state.steps(folder)):
                         self._save()
                     outputs.write_final(self)
         finally:
-            metrics.close(plot=True)
-        if stopped is not None:
-            self._print(f"stopped by {stopped} at step {progress.step}; the same command goes on from there")
-            return Result(progress.step, loss, False, None, stopped)
-        return Result(progress.step, loss, True, folder / outputs.MODEL)
+            if self.metrics is not None:
+                self.metrics.close(plot=True)
+        if self.stopped is not None:
+            self._print(f"stopped by {self.stopped} at step {progress.step}; the same command goes on from there")
+            return Result(progress.step, loss, False, None, self.stopped, world.rank)
+        return Result(progress.step, loss, True, folder / outputs.MODEL, rank=world.rank)
+
+    def _text(self, *lines: str) -> None:
+        """Print lines above the progress bar."""
+
+        def write() -> None:
+            for line in lines:
+                self.metrics.text(line)
+
+        self.world.by_first(write)
 
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -300,7 +315,7 @@ class Run:
         divisor = float(positions if config.loss_divisor == "positions" else max(targets, 1))
         sums = [
             step.gradients(part, divisor, _seed(config.seed, progress.step, number))
-            for number, part in enumerate(batch.split(config.micro_batch_size))
+            for number, part in enumerate(batch.split(config.micro_batch_size * self.world.rows))
         ]
         cross_entropy, z = (math.fsum(float(pair[i]) for pair in sums) for i in (0, 1))
         loss = cross_entropy / divisor
@@ -326,26 +341,23 @@ class Run:
         progress.updates += 1
         progress.targets += targets
         per_target = cross_entropy / max(targets, 1)
-        self.metrics.step(
-            {
-                "step": progress.step,
-                "epoch": self.epoch_of_step,
-                "loss": loss,
-                "loss_per_target": per_target,
-                **({"z_loss": config.z_factor * z / divisor} if config.z_factor else {}),
-                "grad_norm": norm,
-                **({"max_grad_norm": bound} if bound is not None and math.isfinite(bound) else {}),
-                "lr": rate,
-                "tokens": progress.tokens,
-                "targets": progress.targets,
-            },
-            batch.indices,
-            positions,
-        )
+        numbers = {
+            "step": progress.step,
+            "epoch": self.epoch_of_step,
+            "loss": loss,
+            "loss_per_target": per_target,
+            **({"z_loss": config.z_factor * z / divisor} if config.z_factor else {}),
+            "grad_norm": norm,
+            **({"max_grad_norm": bound} if bound is not None and math.isfinite(bound) else {}),
+            "lr": rate,
+            "tokens": progress.tokens,
+            "targets": progress.targets,
+        }
+        self.world.by_first(lambda: self.metrics.step(numbers, batch.indices, positions))
         if config.early_stopping_factor is not None and current > config.scheduler.t_warmup:
             least = loss if progress.least_loss is None else progress.least_loss
             if loss > config.early_stopping_factor * least:
-                self.stopped = f"early_stopping_factor {config.early_stopping_factor} (loss {loss:.4f})"
+                self.asked = f"early_stopping_factor {config.early_stopping_factor} (loss {loss:.4f})"
             progress.least_loss = min(loss, least)
         return per_target
 
@@ -356,9 +368,9 @@ class Run:
                 backend = self.live()
                 for evaluator in group:
                     numbers |= evaluator(self.step, backend)
-        self.metrics.evaluation(self.progress.step, numbers)
+        self.world.by_first(lambda: self.metrics.evaluation(self.progress.step, numbers))
         if self.config.sample_prompt is not None and self.tokenizer is not None:
-            self.metrics.text(outputs.sample(self.config, self.live(), self.tokenizer))
+            self._text(outputs.sample(self.config, self.live(), self.tokenizer))
 
     def live(self) -> Backend:
         """The model as it is now, for generation and scoring."""
@@ -381,18 +393,19 @@ class Run:
             self.clipping.means,
             settings,
             _fixed(config, self.data),
+            self.world,
         )
         if config.save_num_checkpoints_to_keep > 0:
-            state.keep_newest(folder, config.save_num_checkpoints_to_keep)
+            self.world.by_first(lambda: state.keep_newest(folder, config.save_num_checkpoints_to_keep))
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step that is under way; a second one at once."""
+        """SIGINT and SIGTERM end the run after the step that is under way, in all processes; a second one at once."""
 
         def stop(number: int, frame: Any) -> None:
-            if self.stopped is not None:
+            if self.asked is not None:
                 raise KeyboardInterrupt
-            self.stopped = signal.Signals(number).name
+            self.asked = signal.Signals(number).name
 
         old = {}
         try:
@@ -482,7 +495,7 @@ def dry_run(config: TrainConfig) -> DryRun:
     found = plan(config, data, progress)
     _check_resumed(config, start, data)
     outputs.check_folder(config)
-    backend_class(config.backend)
+    check_mesh(config, start.model, config.mesh or {}, backend_class(config.backend).wing)
     tokenizer = outputs.open_tokenizer(config, start)
     evaluators.open_evaluators(config, start.model, data, tokenizer)
     trained = trained_parameters(config, start.model)

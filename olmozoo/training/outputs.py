@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from olmozoo.backends import Backend
-from olmozoo.checkpoint.atomic import atomic_folder, locked
+from olmozoo.checkpoint.atomic import locked
 from olmozoo.checkpoint.convert import convert_checkpoint, settings_files, write_settings
 from olmozoo.checkpoint.files import GENERATION_CONFIG, write_json
 from olmozoo.checkpoint.formats import safetensors
@@ -166,16 +166,16 @@ def is_complete(folder: Path) -> bool:
 
 
 def write_step(run: Run, folder: Path) -> None:
-    """Write the model, or the adapter, of a step, with its tokenizer."""
+    """Write the model, or the adapter, of a step, with its tokenizer. Every process calls this."""
     if run.config.lora is not None:
-        write_adapter(run, folder)
-        write_json(folder / GENERATION_CONFIG, run.model.generation_config.to_dict())
+        values = run.world.kept(run.step.values())
+        run.world.by_first(lambda: write_adapter(run, folder, values))
     else:
         run.step.sync().save_pretrained(folder)
-    write_settings(run.tokenizer_files, folder)
+    run.world.by_first(lambda: write_settings(run.tokenizer_files, folder))
 
 
-def write_adapter(run: Run, folder: Path) -> None:
+def write_adapter(run: Run, folder: Path, values: Mapping[str, Array]) -> None:
     """Write the adapter in PEFT's format."""
     lora = run.config.lora
     assert lora is not None
@@ -197,9 +197,10 @@ def write_adapter(run: Run, folder: Path) -> None:
     )
     tensors = [
         LazyTensor(PEFT_PREFIX + name, array.dtype, array.shape, lambda array=array: array)  # type: ignore[misc]
-        for name, array in run.step.values().items()
+        for name, array in values.items()
     ]
     safetensors.write(folder / ADAPTER_WEIGHTS, tensors)
+    write_json(folder / GENERATION_CONFIG, run.model.generation_config.to_dict())
 
 
 def adapter_values(folder: Path, trained: Sequence[Parameter]) -> dict[str, Array]:
@@ -229,17 +230,24 @@ def write_base(config: TrainConfig, model: Any) -> Path:
 
 
 def write_final(run: Run) -> None:
-    """Write the finished model, merged with its adapter, where `generate`, `chat` and `evaluate` take it."""
-    folder = Path(run.config.save_folder)
+    """Write the finished model, merged with its adapter, where `generate`, `chat` and `evaluate` take it.
+
+    Every process calls this.
+    """
+    folder, base = Path(run.config.save_folder), run.start.folder
     if run.config.lora is None:
-        with atomic_folder(folder / MODEL, state.EVERYTHING) as staging:
+        with state.shared_folder(folder / MODEL, run.world) as staging:
             write_step(run, staging)
         return
-    with atomic_folder(folder / "adapter", state.EVERYTHING) as staging:
+    with state.shared_folder(folder / "adapter", run.world) as staging:
         write_step(run, staging)
-    assert run.start.folder is not None
-    convert_checkpoint(run.start.folder, folder / MODEL, to="safetensors", adapter=folder / "adapter", force=True)
-    write_settings(run.tokenizer_files, folder / MODEL)
+
+    def merge() -> None:
+        assert base is not None
+        convert_checkpoint(base, folder / MODEL, to="safetensors", adapter=folder / "adapter", force=True)
+        write_settings(run.tokenizer_files, folder / MODEL)
+
+    run.world.by_first(merge)
 
 
 def sample(config: TrainConfig, backend: Backend, tokenizer: Tokenizer) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from olmozoo.checkpoint.adapters import locate, open_merged
-from olmozoo.checkpoint.matching import initial_weights, load_weights
+from olmozoo.checkpoint.matching import find_weights, initial_weights
 from olmozoo.errors import CheckpointError, ConfigError, HubError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
@@ -32,7 +32,7 @@ class Start:
 
     Attributes:
         model: the config of the model.
-        weights: its parameters with their values.
+        weights: its parameters with their values, in the dtype of the file.
         generation: the contents of generation_config.json, if there is one.
         tokenizer: where the tokenizer is, if that is known.
         saved: the state to go on from; None for a new run.
@@ -72,9 +72,9 @@ def open_start(config: TrainConfig) -> Start:
 
 
 def _weights(source: Any, dtype: str) -> Iterator[tuple[Parameter, Array]]:
-    """The weights of a checkpoint in floating point, also where it is quantized."""
-    weights = load_weights(source.checkpoint, source.config, "causal_lm", dtype=np.dtype(dtype))
-    return ((parameter, as_floats(values, dtype)) for parameter, values in weights)
+    """The weights of a checkpoint in floating point, also where it is quantized; mapped ones are not read yet."""
+    weights = find_weights(source.checkpoint, source.config, "causal_lm", dtype=np.dtype(dtype))
+    return ((parameter, as_floats(read(), dtype)) for parameter, read in weights)
 
 
 def _new(config: TrainConfig) -> Start:

@@ -6,11 +6,12 @@ the optimizer's running means under canonical names. Any wing continues from it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError
 from olmozoo.families.config import read_json
 from olmozoo.typing import Array
+from olmozoo.world import World
 
 TRAINING = "training"
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
@@ -89,16 +91,32 @@ def latest(folder: Path) -> Path | None:
     return next(reversed(steps(folder).values()), None)
 
 
+@contextlib.contextmanager
+def shared_folder(folder: Path, world: World) -> Iterator[Path]:
+    """A folder that the first process writes, renamed into place when it is whole.
+
+    Every process enters it, since the first one gathers parts from all. Yields where that one writes.
+
+    Raises:
+        CheckpointError: it cannot be written, in the first process; a TrainingError in the others.
+    """
+    with contextlib.ExitStack() as stack:
+        staging = world.by_first(lambda: stack.enter_context(atomic_folder(folder, EVERYTHING)))
+        yield folder if staging is None else staging
+        world.by_first(stack.pop_all().close)
+
+
 def save(
     folder: Path,
     write_model: Callable[[Path], None],
     progress: Progress,
-    moments: Mapping[str, Array],
+    moments: Iterable[tuple[str, Array]],
     clip_means: Array | None,
     settings: Mapping[str, Any],
     run: Mapping[str, Any],
+    world: World,
 ) -> None:
-    """Write a step's folder, renamed into place when it is whole.
+    """Write a step's folder, renamed into place when it is whole. Every process calls this.
 
     Args:
         folder: the folder.
@@ -108,22 +126,27 @@ def save(
         clip_means: running means of gradient norms.
         settings: of the optimizer.
         run: see `Saved`.
+        world: the processes; the first one writes.
 
     Raises:
         CheckpointError: it cannot be written; the step before is whole.
     """
-    with atomic_folder(folder, EVERYTHING) as staging:
+    with shared_folder(folder, world) as staging:
         write_model(staging)
-        inner = staging / TRAINING
-        inner.mkdir()
-        arrays = dict(moments) | ({} if clip_means is None else {CLIP_MEANS: clip_means})
-        tensors = [
-            LazyTensor(name, array.dtype, array.shape, lambda array=array: array)  # type: ignore[misc]
-            for name, array in arrays.items()
-        ]
-        safetensors.write(inner / OPTIMIZER, tensors)
-        state = {"format": 1, **dataclasses.asdict(progress), "optimizer": dict(settings), "run": dict(run)}
-        write_json(inner / STATE, state)
+        arrays = world.kept(moments) | ({} if clip_means is None else {CLIP_MEANS: clip_means})
+
+        def write() -> None:
+            inner = staging / TRAINING
+            inner.mkdir()
+            tensors = [
+                LazyTensor(name, array.dtype, array.shape, lambda array=array: array)  # type: ignore[misc]
+                for name, array in arrays.items()
+            ]
+            safetensors.write(inner / OPTIMIZER, tensors)
+            state = {"format": 1, **dataclasses.asdict(progress), "optimizer": dict(settings), "run": dict(run)}
+            write_json(inner / STATE, state)
+
+        world.by_first(write)
 
 
 def load(folder: Path) -> Saved:

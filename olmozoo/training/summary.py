@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from olmozoo import memory as memory_plan
+from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
+from olmozoo.sharding import checked_mesh, layout
 from olmozoo.training.config import TrainConfig
 from olmozoo.training.parameters import stored_parameters
 from olmozoo.training.schedules import learning_rate
@@ -22,8 +25,33 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": ("float32", "float32"), "amp_bf16": ("bfloat16", "float32"), "fp64": ("float64", "float64")}
 
 
+def check_mesh(config: TrainConfig, model: ModelConfig, mesh: Mapping[str, int], wing: str) -> None:
+    """Check that a run fits a mesh.
+
+    Raises:
+        InputError: it does not.
+    """
+    rows = mesh.get("fsdp", 1)
+    if config.global_train_batch_size % rows:
+        raise InputError(
+            f"global_train_batch_size is {config.global_train_batch_size}, which fsdp = {rows} does not divide"
+        )
+    if checked_mesh(mesh) and config.lora is not None and wing == "pt":
+        raise InputError("lora in PyTorch is for one device: train it on one, or with --backend flax or tf")
+    if checked_mesh(mesh) and (labels := [each.label for each in config.evaluators if each.quantization is not None]):
+        raise InputError(f"evaluators: {labels[0]!r} has a quantization, which is for one device")
+    if wing != "tf":  # where every device has the whole model
+        layout(model, "causal_lm", mesh, style="pt" if wing == "pt" else "flax")
+
+
 def summary(
-    config: TrainConfig, model: ModelConfig, data: TrainingData, plan: Plan, last: int, trained: Sequence[Parameter]
+    config: TrainConfig,
+    model: ModelConfig,
+    data: TrainingData,
+    plan: Plan,
+    last: int,
+    trained: Sequence[Parameter],
+    mesh: Mapping[str, int],
 ) -> dict[str, str]:
     """The size of a run by the names of its parts.
 
@@ -34,12 +62,16 @@ def summary(
         plan: its duration.
         last: the step that it ends at.
         trained: the parameters that are trained.
+        mesh: the number of devices by axis; axes of one device may be left out.
     """
     total, count = _count(stored_parameters(model)), _count(trained)
     of_adapters = config.lora is not None
     frozen = total if of_adapters else total - count
     batch, length = config.global_train_batch_size, data.files.length
-    micro = f" in micro-batches of {config.micro_batch_size}" if config.micro_batch_size < batch else ""
+    rows = mesh.get("fsdp", 1)
+    micro = f" in micro-batches of {config.micro_batch_size}" if config.micro_batch_size * rows < batch else ""
+    micro += f", split over {rows} devices" if rows > 1 else ""
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
     optimizer, scheduler = config.optimizer, config.scheduler
     end = scheduler.t_max or plan.total
     too_long = {"warning": f"the run's {end:,} {scheduler.units} end within the warmup of {scheduler.t_warmup:,}"}
@@ -52,6 +84,7 @@ def summary(
         "optimizer": f"{optimizer.name}, {scheduler.name} to {optimizer.learning_rate:.3g}, "
         f"warmup {scheduler.t_warmup:,} {scheduler.units}",
         "precision": config.precision,
+        **({"devices": f"{math.prod(mesh.values())}: {axes}"} if axes else {}),
         **(too_long if scheduler.t_warmup >= end else {}),
     }
 
@@ -72,15 +105,18 @@ def rates(config: TrainConfig, data: TrainingData, plan: Plan, last: int, progre
 
 
 def memory(config: TrainConfig, model: ModelConfig, trained: Sequence[Parameter], length: int) -> memory_plan.Plan:
-    """The memory of a step; see `olmozoo.memory.plan`, with the factors of LoRA added."""
+    """The memory of a step on each device; see `olmozoo.memory.plan`, with the factors of LoRA added."""
     adapters = trained if config.lora is not None else ()
     names = {parameter.name for parameter in trained}
     every = len(names) == len(stored_parameters(model))
     dtype, param_dtype = DTYPES[config.precision]
+    mesh = config.mesh or {}
+    rows = config.global_train_batch_size // mesh.get("fsdp", 1)
     found = memory_plan.plan(
         model,
-        batch=config.micro_batch_size,
+        batch=min(config.micro_batch_size, rows),
         length=length,
+        mesh={} if config.backend == "tf" else mesh,
         dtype=dtype,
         param_dtype=param_dtype,
         train=True,
@@ -95,6 +131,7 @@ def memory(config: TrainConfig, model: ModelConfig, trained: Sequence[Parameter]
         weights=found.weights + added,
         gradients=found.gradients + added,
         optimizer=found.optimizer + len(config.optimizer.moments) * added,
+        gathered=found.gathered * memory_plan.SIZES[param_dtype] // memory_plan.SIZES[dtype],
         bounds=found.bounds if dtype == param_dtype else (*found.bounds, "activations"),  # some stay in float32
     )
 

@@ -115,6 +115,18 @@ def test_micro_batches_are_the_batch(files):
         np.testing.assert_array_equal(joined, getattr(batch, name))
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_shares_are_the_batch_and_rows_of_which_nothing_is_learned(files, parts):
+    folder, arrays, _ = files
+    batch = opened(folder, pad_token_id=int(arrays[0][0])).batch(np.array([3, 0, 12, 1, 9]))
+    shares = [batch.share(part, parts) for part in range(parts)]
+    assert {len(share.indices) for share in shares} == {-(-5 // parts)}
+    for name in ("indices", "input_ids", "targets", "attention_mask"):
+        found = np.concatenate([getattr(share, name) for share in shares])
+        np.testing.assert_array_equal(found[:5], getattr(batch, name))
+    assert sum(share.num_targets for share in shares) == batch.num_targets
+
+
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 def test_the_order_is_that_of_numpys_generator(files, epoch):
     data = TrainingData(opened(files[0]), 4, 17)

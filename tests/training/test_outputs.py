@@ -60,11 +60,11 @@ def finished(request, fields, tmp_path_factory):
 
     @contextlib.contextmanager
     def watched(self, quantization):
-        before = copy.deepcopy((self.values(), self.moments()))
+        before = copy.deepcopy((dict(self.values()), dict(self.moments())))
         with rounded(self, quantization):
-            changed = {name for name, value in self.values().items() if (value != before[0][name]).any()}
+            changed = {name for name, value in self.values() if (value != before[0][name]).any()}
             yield
-        after = self.values(), self.moments()
+        after = dict(self.values()), dict(self.moments())
         assert all(
             (values[name] == value).all()
             for old, values in zip(before, after, strict=True)
