@@ -25,7 +25,7 @@ from olmozoo.typing import Array
 FILE = "model.keras"
 WEIGHTS_FILE = "model.weights.h5"
 TRANSFORMERS_FILE = "tf_model.h5"
-LORA = ("/vars/lora_a", "/vars/lora_b", "/vars/lora_scale")  # see `olmozoo.tf.layers.Dense`
+LORA = ("/vars/lora_a", "/vars/lora_b", "/vars/lora_scale")  # see `olmozoo.tf.layers.WithAdapters`
 # Transformers 4's OPT in TensorFlow has a head tied to this, whatever its config says.
 TF_HEAD = "model.decoder.embed_tokens.weight"
 
@@ -109,8 +109,8 @@ def _merged(kernel: LazyTensor, dataset: Any, path: Path, size: int) -> LazyTens
     if not dataset.name.endswith("/vars/0") or LORA[0].split("/")[-1] not in group:
         return kernel
     a, b, scale = (_tensor(path, group[name.split("/")[-1]], size) for name in LORA)
-    rows, columns = kernel.shape
-    if a.shape[:1] != (rows,) or b.shape != (*a.shape[1:], columns) or scale.shape != ():
+    *experts, rows, columns = kernel.shape
+    if a.shape[:-1] != (*experts, rows) or b.shape != (*experts, *a.shape[-1:], columns) or scale.shape != ():
         raise CheckpointError(f"adapters of {list(a.shape)} and {list(b.shape)} do not fit {list(kernel.shape)}")
 
     def read() -> Array:
