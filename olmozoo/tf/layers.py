@@ -84,11 +84,13 @@ def no_values(shape: tuple[int, ...], dtype: Any = None) -> Tensor:
     return from_numpy(aligned_empty(tuple(shape), dtype_of(keras.backend.standardize_dtype(dtype))))
 
 
-class Dense(keras.layers.Dense):
-    """Keras's own `Dense`, whose LoRA adapters are saved beside its kernel: Keras alone would merge them.
+class WithAdapters(keras.layers.Layer):
+    """A linear layer whose LoRA adapters are saved beside its kernel: Keras alone would merge them.
 
     A file with adapters loads into a layer without them too, merged.
     """
+
+    lora_enabled = use_bias = False
 
     def add_weight(self, *arguments: Any, **options: Any) -> keras.Variable:
         """Keras's own, but for adapters of a layer in float64, which Keras makes in float32."""
@@ -124,6 +126,10 @@ class Dense(keras.layers.Dense):
         """Add the adapters to the kernel, and set them to zero."""
         self._kernel.assign(self.kernel)
         self.lora_kernel_b.assign(ops.zeros_like(self.lora_kernel_b))
+
+
+class Dense(WithAdapters, keras.layers.Dense):
+    """Keras's own `Dense`."""
 
     def quantize(self, mode: str | None = None, type_check: bool = True, config: Any = None) -> None:
         super().quantize(mode, type_check=False, config=config)  # Keras refuses subclasses of its own
