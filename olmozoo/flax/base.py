@@ -417,7 +417,12 @@ class PreTrainedModel(ModelMixin):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` positions; dtype by default the model's."""
-        cache = KVCache.create(self.config, batch_size, max_length, self.dtype if dtype is None else dtype)
+        return self._on_mesh(
+            KVCache.create(self.config, batch_size, max_length, self.dtype if dtype is None else dtype)
+        )
+
+    def _on_mesh(self, cache: KVCache) -> KVCache:
+        """The cache with its heads split as the parameters are."""
         keys, values = (tuple(constrain(x, self.mesh, x.shape[1]) for x in side) for side in (cache.keys, cache.values))
         return cache.replace(keys=keys, values=values)
 
