@@ -137,13 +137,15 @@ def training(config: Any, device: Any, peak: float, options: Any) -> str:
     from olmozoo.training.config import TrainConfig
     from olmozoo.training.data import Batch
     from olmozoo.training.parameters import trained_parameters, weight_decays
+    from olmozoo.world import World
 
     batch, length = map(int, options.train.split("x"))
     run = TrainConfig(precision="amp_bf16", global_train_batch_size=batch)
     weights = initial_weights(config, "causal_lm", seed=0, dtype="float32")
-    model = pt.make_model(model_class("pt", config, "causal_lm"), config, weights, run, device)
+    world = World(device)
+    model = pt.make_model(model_class("pt", config, "causal_lm"), config, weights, run, world)
     trained = trained_parameters(run, config)
-    step = pt.TrainStep(model, trained, weight_decays(run.optimizer, trained), run)
+    step = pt.TrainStep(model, trained, weight_decays(run.optimizer, trained), run, world)
     ids = np.random.default_rng(0).integers(5, config.vocab_size, (batch, length)).astype(np.int32)
     rows = Batch(np.arange(batch), ids, np.roll(ids, -1, 1))
 

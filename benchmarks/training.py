@@ -140,6 +140,7 @@ def own(turns: Turns, name: str, folder: str, batch: int, length: int) -> None:
     """The loop of `olmozoo train`, and in each turn a bare loop over its step on the same batches."""
     from rich.console import Console
 
+    from olmozoo.backends import backend_class
     from olmozoo.training import loop
     from olmozoo.training.config import from_dict
     from olmozoo.training.data import Batch, open_data
@@ -187,11 +188,14 @@ def own(turns: Turns, name: str, folder: str, batch: int, length: int) -> None:
             "optimizer": {"learning_rate": RATE, "weight_decay": DECAY, "betas": list(BETAS)},
         }
     )
-    start = open_start(config)
-    with open(os.devnull, "w") as nowhere:
-        run = Interrupted(config, start, open_data(config, start.model), Console(file=nowhere, force_terminal=True))
-        with run.scope():
-            run.train()
+    backend = backend_class(config.backend)
+    with (
+        open(os.devnull, "w") as nowhere,
+        backend.training().scope(config, lambda: backend.choose_device("float32", config.device)) as world,
+    ):
+        start = open_start(config)
+        console = Console(file=nowhere, force_terminal=True)
+        Interrupted(config, start, open_data(config, start.model), console, world).train()
 
 
 def read_tokens(folder: str, length: int) -> np.ndarray:

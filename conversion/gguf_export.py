@@ -2,8 +2,9 @@
 
     python -m conversion.gguf_export SRC OUT.gguf
 
-OLMo, OLMo 2 and OLMo 3, in the checkpoint's own dtype (float64 becomes float32, and norms are float32, as llama.cpp
-wants them); llama.cpp's own `llama-quantize` makes smaller ones of it. llama.cpp has no OPT.
+OLMo, OLMo 2, OLMo 3 and OLMoE, in the checkpoint's own dtype (float64 becomes float32, and norms and routers are
+float32, as llama.cpp wants them); llama.cpp's own `llama-quantize` makes smaller ones of it. llama.cpp has no FlexOlmo
+and no OPT.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ from olmozoo.checkpoint.tensors import LazyTensor, MappedFile
 from olmozoo.errors import CheckpointError, ConfigError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig, read_json
 from olmozoo.families.olmo import OlmoConfig
-from olmozoo.families.olmo2 import Olmo2Config, PostNormConfig
+from olmozoo.families.olmo2 import NormedAttentionConfig, Olmo2Config
 from olmozoo.families.olmo3 import SLIDING, Olmo3Config
-from olmozoo.families.parameter import Parameter
+from olmozoo.families.olmoe import OlmoeConfig
+from olmozoo.families.parameter import Parameter, by_variable
 from olmozoo.text.chat import chat_templates
 from olmozoo.typing import Array
 
 Kind = gguf.GGMLQuantizationType
-Exportable = OlmoConfig | Olmo2Config | Olmo3Config
+Exportable = OlmoConfig | Olmo2Config | Olmo3Config | OlmoeConfig
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 KINDS = {np.dtype(np.float32): Kind.F32, np.dtype(np.float16): Kind.F16, BFLOAT16: Kind.BF16}
 FILE_KINDS = {
@@ -63,7 +65,7 @@ def check_config(config: ModelConfig, where: Path) -> Exportable:
         ConfigError: it cannot. One error names every field that is in the way.
     """
     if not isinstance(config, Exportable):
-        raise ConfigError(f"{where}: model_type is {config.model_type!r}, expected 'olmo', 'olmo2' or 'olmo3'")
+        raise ConfigError(f"{where}: model_type is {config.model_type!r}, expected 'olmo', 'olmo2', 'olmo3' or 'olmoe'")
     expected: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", "swish"),
         "attention_bias": (False,),
@@ -74,6 +76,9 @@ def check_config(config: ModelConfig, where: Path) -> Exportable:
         expected |= {"sliding_rope_theta": (None,), "sliding_rope_scaling": (None,)}
         if yarn_fields(config):
             expected["rope_scaling"] = (config.rope_scaling,)
+    if isinstance(config, OlmoeConfig):
+        heads = (None, config.num_attention_heads)
+        expected |= {"norm_topk_prob": (False,), "clip_qkv": (None,), "num_key_value_heads": heads}
     raise_problems(
         f"{where}: llama.cpp has no such model",
         (
@@ -88,40 +93,53 @@ def check_config(config: ModelConfig, where: Path) -> Exportable:
 
 def arch_of(config: Exportable) -> gguf.MODEL_ARCH:
     """The gguf library's name for the family; llama.cpp runs OLMo 3 as OLMo 2 with windows."""
+    if isinstance(config, OlmoeConfig):
+        return gguf.MODEL_ARCH.OLMOE
     return gguf.MODEL_ARCH.OLMO if isinstance(config, OlmoConfig) else gguf.MODEL_ARCH.OLMO2
 
 
-def exported(name: str, parameter: Parameter, source: LazyTensor, config: ModelConfig) -> LazyTensor:
-    """A tensor as it goes into the file: its name, row order and dtype there."""
-    is_wide = source.dtype == np.float64 or parameter.kind == "norm"
-    dtype = np.dtype(np.float32) if is_wide else source.dtype
+def exported(name: str, parameter: Parameter, sources: list[LazyTensor], config: ModelConfig) -> LazyTensor:
+    """A tensor as it goes into the file: its name, row order and dtype there; several sources are those of experts."""
+    is_wide = sources[0].dtype == np.float64 or parameter.kind == "norm" or parameter.group == "router"
+    dtype = np.dtype(np.float32) if is_wide else sources[0].dtype
     # llama.cpp rotates neighbouring pairs in OLMo's heads, and halves in OLMo 2's: only the first needs its rows moved.
     heads = 0
     if isinstance(config, OlmoConfig) and parameter.name.endswith((".q_proj.weight", ".k_proj.weight")):
         heads = config.kv_heads if ".k_proj." in parameter.name else config.num_attention_heads
 
     def read() -> Array:
-        array = source.read().astype(dtype, copy=False)
+        if parameter.stack is not None:
+            return np.stack([source.read().astype(dtype, copy=False) for source in sources])
+        array = sources[0].read().astype(dtype, copy=False)
         if heads:
             rows, columns = array.shape
             array = array.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
         return array
 
-    return LazyTensor(name, dtype, parameter.shape, read)
+    shape = parameter.shape if parameter.stack is None else (len(sources), *parameter.shape)
+    return LazyTensor(name, dtype, shape, read)
 
 
 def plan(config: Exportable, sources: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The tensors of the file, in order, by canonical name, under the names that the gguf library has for them."""
+    """The tensors of the file, in order, by canonical name, under the names that the gguf library has for them.
+
+    Experts of a layer are one tensor there.
+    """
     names = gguf.get_tensor_name_map(arch_of(config), config.num_hidden_layers)
     tensors = {}
-    for parameter in config.parameters("causal_lm"):
+    for group in by_variable(config.parameters("causal_lm")):
+        parameter = group[0]
         # A tied head is left out where llama.cpp then takes the embedding (OLMo), and written where not (OLMo 2).
         if parameter.tied_to is not None and isinstance(config, OlmoConfig):
             continue
-        name = names.get_name(parameter.name, try_suffixes=(".weight",))
+        canonical = parameter.name if parameter.stack is None else parameter.stack[0]
+        name = names.get_name(canonical, try_suffixes=(".weight",))
         if name is None:
-            raise CheckpointError(f"GGUF has no name for {parameter.name}")
-        tensors[parameter.name] = exported(name, parameter, sources[parameter.tied_to or parameter.name], config)
+            raise CheckpointError(f"GGUF has no name for {canonical}")
+        found = [sources[parameter.tied_to or parameter.name] for parameter in group]
+        if len({source.dtype for source in found}) > 1:
+            raise CheckpointError(f"the experts of {canonical} must be of one dtype")
+        tensors[canonical] = exported(name, parameter, found, config)
     return tensors
 
 
@@ -137,12 +155,15 @@ def add_config(writer: gguf.GGUFWriter, config: Exportable, name: str, kind: Kin
     writer.add_head_count_kv(config.kv_heads)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_vocab_size(config.vocab_size)
-    if isinstance(config, PostNormConfig):
+    if isinstance(config, NormedAttentionConfig):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     else:
         writer.add_layer_norm_eps(1e-5)
         if config.clip_qkv is not None:
             writer.add_clamp_kqv(config.clip_qkv)
+    if isinstance(config, OlmoeConfig):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
     if isinstance(config, Olmo3Config):
         if config.sliding_window is not None:
             writer.add_sliding_window(config.sliding_window)
@@ -276,7 +297,7 @@ def main(
     verify: Verify = True,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if there is such a file.")] = False,
 ) -> None:
-    """Convert a canonical OLMo, OLMo 2 or OLMo 3 checkpoint to a GGUF file for llama.cpp."""
+    """Convert a canonical OLMo, OLMo 2, OLMo 3 or OLMoE checkpoint to a GGUF file for llama.cpp."""
     if out_file.suffix != ".gguf":  # such as a file of SRC
         raise InputError(f"OUT is {str(out_file)!r}, expected a name that ends in .gguf")
     if out_file.exists() and not force and not dry_run:

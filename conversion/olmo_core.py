@@ -4,14 +4,20 @@
     python -m conversion.olmo_core SRC DST --reverse       # a canonical folder -> config.json and model_and_optim/
 
 Reading needs neither OLMo-core nor PyTorch; `--reverse` needs PyTorch, whose classes the format's index is made of.
+
+The experts of a layer are one matrix there, one under the other. `w2` has each as (in, out). `w1` and `w3` have each as
+(in, out) where the layer's `name` is `default`, and as (out, in) where it is `dropless`. The router is flat.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from conversion.common import (
@@ -34,14 +40,18 @@ from conversion.common import (
     yarn_fields,
 )
 from conversion.sharded import METADATA, read_distributed, write_distributed
+from conversion.tensors import by_rows, reshaped
 from olmozoo.checkpoint.files import CONFIG, FolderHandle, remove, write_json
 from olmozoo.checkpoint.reader import read_unchanged
 from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError, ConfigError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig, is_number, read_json
+from olmozoo.families.flexolmo import FlexOlmoConfig
 from olmozoo.families.olmo import OlmoConfig
-from olmozoo.families.olmo2 import Olmo2Config, PostNormConfig
+from olmozoo.families.olmo2 import NormedAttentionConfig, Olmo2Config
 from olmozoo.families.olmo3 import FULL, SLIDING, Olmo3Config
+from olmozoo.families.olmoe import ExpertsConfig, OlmoeConfig
+from olmozoo.typing import Array
 
 FOLDER = "model_and_optim"
 PREFIX = "model."  # of names in the index; the optimizer's have another
@@ -49,20 +59,35 @@ DEFAULT_LENGTH = 4096  # max_position_embeddings where a config.json does not sa
 
 _BLOCK, _LAYER = f"blocks.{LAYER}.", f"model.layers.{LAYER}."
 _ATTENTION, _MLP = _LAYER + "self_attn.", _LAYER + "mlp."
-RULES: tuple[Rule, ...] = (
+_EXPERTS = _BLOCK + "feed_forward_moe.experts.mlp."
+_ROUTER = _BLOCK + "feed_forward_moe.router.weight"
+_RULES: tuple[Rule, ...] = (
     ("embeddings.weight", ("model.embed_tokens.weight",)),
     *((f"{_BLOCK}attention.w_{letter}.weight", (f"{_ATTENTION}{letter}_proj.weight",)) for letter in "qkv"),
     (_BLOCK + "attention.w_out.weight", (_ATTENTION + "o_proj.weight",)),
     (_BLOCK + "attention.q_norm.weight", (_ATTENTION + "q_norm.weight",)),
     (_BLOCK + "attention.k_norm.weight", (_ATTENTION + "k_norm.weight",)),
-    (_BLOCK + "attention_norm.weight", (_LAYER + "post_attention_layernorm.weight",)),
     (_BLOCK + "feed_forward.w1.weight", (_MLP + "gate_proj.weight",)),
     (_BLOCK + "feed_forward.w2.weight", (_MLP + "down_proj.weight",)),
     (_BLOCK + "feed_forward.w3.weight", (_MLP + "up_proj.weight",)),
-    (_BLOCK + "feed_forward_norm.weight", (_LAYER + "post_feedforward_layernorm.weight",)),
     ("lm_head.norm.weight", ("model.norm.weight",)),
     ("lm_head.w_out.weight", ("lm_head.weight",)),
 )
+
+
+def rules(config: ModelConfig) -> tuple[Rule, ...]:
+    """The table of names for a model; of experts, the foreign tensors are as `core_sources` gives them."""
+    found = list(_RULES)
+    if isinstance(config, NormedAttentionConfig):
+        for norm, sublayer in zip(config.block_norms, ("attention", "feed_forward"), strict=True):
+            found.append((f"{_BLOCK}{sublayer}_norm.weight", (f"{_LAYER}{norm}.weight",)))
+    if isinstance(config, ExpertsConfig):
+        found.append((_ROUTER, (_MLP + "gate.weight",)))
+        for foreign, name in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+            experts = (f"{_MLP}experts.{expert}.{name}.weight" for expert in range(config.num_experts))
+            found.append((_EXPERTS + foreign, tuple(experts)))
+    return tuple(found)
+
 
 # -- configs ----------------------------------------------------------------------------------------------------------
 
@@ -71,16 +96,11 @@ _ABSENT = (None, False)
 # What a config must say to be one that these models can express: path below `model` -> the values allowed. `None` is
 # what a path that is not there has.
 _ALWAYS: dict[str, tuple[Any, ...]] = {
-    "name": ("default", None),
     "block_pattern": (None,),
     "embedding_norm": (None,),
     "embed_scale": (None, 1.0),
-    "block.feed_forward_moe": (None,),
     "block.attention_residual_alpha": (None, 1.0),
     "block.feed_forward_residual_alpha": (None, 1.0),
-    "block.feed_forward.name": ("default", None),
-    "block.feed_forward.bias": (False,),
-    "block.feed_forward.activation": ("silu", None),
     "lm_head.bias": (False,),
     "attention.type": ("attention", None),
     "attention.name": ("default", None),
@@ -94,12 +114,30 @@ _ALWAYS: dict[str, tuple[Any, ...]] = {
     "attention.rope.no_global_rope": _ABSENT,
     "attention.rope.partial_rotary_factor": (1.0, None),
 }
+_DENSE: dict[str, tuple[Any, ...]] = {
+    "name": ("default", None),
+    "block.feed_forward_moe": (None,),
+    "block.feed_forward.name": ("default", None),
+    "block.feed_forward.bias": (False,),
+    "block.feed_forward.activation": ("silu", None),
+}
+_SPARSE: dict[str, tuple[Any, ...]] = {
+    "name": ("moe", "default", None),
+    "block.feed_forward": (None,),
+    "block.feed_forward_moe.name": ("default", "dropless", None),
+    "block.feed_forward_moe.shared_mlp": (None,),
+    "block.feed_forward_moe.router.name": ("default", None),
+    "block.feed_forward_moe.router.gating_function": ("softmax", None),
+    "block.feed_forward_moe.router.normalize_expert_weights": (None, 1.0),
+    "block.feed_forward_moe.router.uniform_expert_assignment": _ABSENT,
+    "block.feed_forward_moe.router.bias_gamma": (None,),
+}
 _ALIKE: dict[str, tuple[Any, ...]] = {  # of families whose layers are all of one kind
     "block_overrides": (None, {}),
     "attention.sliding_window": (None,),
     "attention.rope.scaling": (None,),
 }
-_POST_NORM: dict[str, tuple[Any, ...]] = {
+_NORMED: dict[str, tuple[Any, ...]] = {
     f"{norm}.{field}": values
     for norm in ("block.layer_norm", "attention.qk_norm", "lm_head.layer_norm")
     for field, values in {"name": RMS, "bias": (False,), "elementwise_affine": (True, None)}.items()
@@ -109,7 +147,20 @@ _OLMO: dict[str, tuple[Any, ...]] = {
     for norm in ("block.layer_norm", "lm_head.layer_norm")
     for field, values in {"name": ("default",), "elementwise_affine": (False,), "eps": (1e-5, None)}.items()
 } | {"attention.qk_norm": (None,)}
-_WANTED = {"olmo": _ALIKE | _OLMO, "olmo2": _ALIKE | _POST_NORM, "olmo3": _POST_NORM}
+_WANTED = {
+    "olmo": _DENSE | _ALIKE | _OLMO,
+    "olmo2": _DENSE | _ALIKE | _NORMED,
+    "olmo3": _DENSE | _NORMED,
+    "olmoe": _SPARSE | _ALIKE | _NORMED,
+    "flex_olmo": _SPARSE | _ALIKE | _NORMED,
+}
+Core = OlmoConfig | Olmo2Config | Olmo3Config | OlmoeConfig | FlexOlmoConfig
+BLOCKS: dict[str, type[Core]] = {  # by the name of a block: norms before or after the sublayers, one MLP or experts
+    "default": OlmoConfig,
+    "reordered_norm": Olmo2Config,
+    "moe": OlmoeConfig,
+    "moe_reordered_norm": FlexOlmoConfig,
+}
 YARN = "olmo_core.nn.rope.YaRNRoPEScalingConfig"
 _YARN_FIELDS = {  # theirs, and ours
     "factor": "factor",
@@ -158,7 +209,7 @@ class Fields:
 
 
 def to_config(data: dict[str, Any], where: Path, length: int | None) -> ModelConfig:
-    """The canonical config of an OLMo-core one; blocks with `reordered_norm` are OLMo 2's, and OLMo 3's with a window.
+    """The canonical config of an OLMo-core one, by the name of its blocks; OLMo 2's with a window are OLMo 3's.
 
     Args:
         data: the contents of config.json.
@@ -170,11 +221,12 @@ def to_config(data: dict[str, Any], where: Path, length: int | None) -> ModelCon
     """
     model = Fields(data, where)
     block = model["block.name"]
-    family: type[OlmoConfig | Olmo2Config | Olmo3Config] = OlmoConfig
-    if block == "reordered_norm":
-        family = Olmo2Config if model["attention.sliding_window"] is None else Olmo3Config
-    if block not in ("reordered_norm", "default"):
-        model.problems.append(f"model.block.name is {block!r}, expected 'reordered_norm' (OLMo 2) or 'default' (OLMo)")
+    family = BLOCKS.get(block if isinstance(block, str) else "", OlmoConfig)
+    if family is Olmo2Config and model["attention.sliding_window"] is not None:
+        family = Olmo3Config
+    if block not in BLOCKS:
+        known = ", ".join(f"{name!r} ({cls.name})" for name, cls in BLOCKS.items())
+        model.problems.append(f"model.block.name is {block!r}, expected one of {known}")
     model.require(_ALWAYS | _WANTED[family.model_type], family.name)
     heads, hidden = model.number("attention.n_heads"), model.number("d_model")
     if model["attention.head_dim"] not in (None, hidden // heads):
@@ -184,7 +236,9 @@ def to_config(data: dict[str, Any], where: Path, length: int | None) -> ModelCon
     fields = {
         "vocab_size": model.number("vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": model.number("block.feed_forward.hidden_size"),
+        "intermediate_size": model.number(
+            f"block.feed_forward{'_moe' if issubclass(family, ExpertsConfig) else ''}.hidden_size"
+        ),
         "num_hidden_layers": model.number("n_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": model.number("attention.n_kv_heads", heads),
@@ -194,7 +248,12 @@ def to_config(data: dict[str, Any], where: Path, length: int | None) -> ModelCon
         "max_position_embeddings": length or _trained_length(data),
         **_special_tokens(data),
     }
-    if issubclass(family, PostNormConfig):
+    if issubclass(family, ExpertsConfig):
+        router = "block.feed_forward_moe.router"
+        fields["num_experts"] = model.number("block.feed_forward_moe.num_experts")
+        fields["num_experts_per_tok"] = model.number(f"{router}.top_k", 1)
+        fields["norm_topk_prob"] = model[f"{router}.normalize_expert_weights"] is not None  # the sum of magnitudes
+    if issubclass(family, NormedAttentionConfig):
         eps = model.number("block.layer_norm.eps", 1e-5)
         same = (eps, None) if eps == 1e-5 else (eps,)
         model.require(dict.fromkeys(("attention.qk_norm.eps", "lm_head.layer_norm.eps"), same), family.name)
@@ -205,7 +264,7 @@ def to_config(data: dict[str, Any], where: Path, length: int | None) -> ModelCon
         model.problems.append(f"model.{model.path('attention.rope')} is None, expected rotary positions")
     if family is Olmo3Config:
         fields |= _layer_fields(model, fields["num_hidden_layers"])
-    raise_problems(f"{where} is not one of an OLMo, OLMo 2 or OLMo 3 model", model.problems, ConfigError)
+    raise_problems(f"{where} is not one of a model of the OLMo family", model.problems, ConfigError)
     return family.from_dict(fields)
 
 
@@ -301,10 +360,11 @@ def from_config(config: ModelConfig, where: Path, dtype: str) -> dict[str, Any]:
     """The contents of the config.json that means a canonical config: the inverse of `to_config`.
 
     Raises:
-        ConfigError: it is not an OLMo, OLMo 2 or OLMo 3 that OLMo-core can express. One error names every field.
+        ConfigError: it is not one of the OLMo family that OLMo-core can express. One error names every field.
     """
-    if not isinstance(config, (OlmoConfig, Olmo2Config, Olmo3Config)):
-        raise ConfigError(f"{where}: model_type is {config.model_type!r}, expected 'olmo', 'olmo2' or 'olmo3'")
+    if not isinstance(config, Core):
+        known = ", ".join(map(repr, _WANTED))
+        raise ConfigError(f"{where}: model_type is {config.model_type!r}, expected one of {known}")
     yarn = yarn_fields(config) if isinstance(config, Olmo3Config) else None
     expected: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", "swish"),
@@ -315,15 +375,16 @@ def from_config(config: ModelConfig, where: Path, dtype: str) -> dict[str, Any]:
     }
     if isinstance(config, Olmo3Config):
         expected |= {"sliding_rope_theta": (None,), "sliding_rope_scaling": (None,)}
+    if isinstance(config, OlmoeConfig):  # there, the limit is applied before the norms of queries and keys
+        expected["clip_qkv"] = (None,)
     problems = [
         f"{name} is {getattr(config, name)!r}, expected {' or '.join(map(repr, values))}"
         for name, values in expected.items()
         if getattr(config, name) not in values
     ]
     raise_problems(f"{where}: this program writes no such OLMo-core config", problems, ConfigError)
-    post_norm = isinstance(config, PostNormConfig)
     norm: dict[str, Any] = {"name": "default", "eps": 1e-5, "elementwise_affine": False, "bias": False}
-    if isinstance(config, PostNormConfig):
+    if isinstance(config, NormedAttentionConfig):
         norm = {"name": "rms", "eps": config.rms_norm_eps, "bias": False}
     norm |= {"dtype": dtype, "_CLASS_": "olmo_core.nn.layer_norm.LayerNormConfig"}
     attention = {
@@ -334,28 +395,32 @@ def from_config(config: ModelConfig, where: Path, dtype: str) -> dict[str, Any]:
         "bias": False,
         "clip_qkv": config.clip_qkv if isinstance(config, OlmoConfig) else None,
         "rope": {"name": "default", "theta": int(config.rope_theta), "_CLASS_": "olmo_core.nn.rope.RoPEConfig"},
-        "qk_norm": norm if post_norm else None,
+        "qk_norm": norm if isinstance(config, NormedAttentionConfig) else None,
         "dtype": dtype,
         "_CLASS_": "olmo_core.nn.attention.AttentionConfig",
     }
     if isinstance(config, Olmo3Config):
         attention["sliding_window"] = _core_window(config)
-    feed_forward = {
+    is_sparse = isinstance(config, ExpertsConfig)
+    mlp: dict[str, Any] = {
         "hidden_size": config.intermediate_size,
         "name": "default",
         "bias": False,
         "dtype": dtype,
         "_CLASS_": "olmo_core.nn.feed_forward.FeedForwardConfig",
     }
+    if isinstance(config, ExpertsConfig):
+        mlp = _core_experts(config, dtype)
+    family: type[ModelConfig] = Olmo2Config if isinstance(config, Olmo3Config) else type(config)
     block: dict[str, Any] = {
-        "name": "reordered_norm" if post_norm else "default",
+        "name": next(name for name, of_block in BLOCKS.items() if issubclass(family, of_block)),
         "sequence_mixer": attention,
         "layer_norm": norm,
-        "feed_forward": feed_forward,
+        "feed_forward_moe" if is_sparse else "feed_forward": mlp,
         "_CLASS_": "olmo_core.nn.transformer.config.TransformerBlockConfig",
     }
     model = {
-        "name": "default",
+        "name": "moe" if is_sparse else "default",
         "d_model": config.hidden_size,
         "vocab_size": config.vocab_size,
         "n_layers": config.num_hidden_layers,
@@ -384,6 +449,24 @@ def from_config(config: ModelConfig, where: Path, dtype: str) -> dict[str, Any]:
     return {"model": model, "dataset": dataset}
 
 
+def _core_experts(config: ExpertsConfig, dtype: str) -> dict[str, Any]:
+    """The `feed_forward_moe` of a block: of the kind that drops no token."""
+    return {
+        "name": "dropless",
+        "num_experts": config.num_experts,
+        "hidden_size": config.intermediate_size,
+        "router": {
+            "name": "default",
+            "top_k": config.num_experts_per_tok,
+            "normalize_expert_weights": 1.0 if config.norm_topk_prob else None,
+            "gating_function": "softmax",
+            "_CLASS_": "olmo_core.nn.moe.router.MoERouterConfig",
+        },
+        "dtype": dtype,
+        "_CLASS_": "olmo_core.nn.moe.moe.MoEConfig",
+    }
+
+
 def _core_window(config: Olmo3Config) -> dict[str, Any]:
     """The `sliding_window` of a block, whose pattern is as short as can be."""
     windows = [-1 if window is None else window for window in config.windows]
@@ -400,8 +483,10 @@ def _core_window(config: Olmo3Config) -> dict[str, Any]:
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
-def core_sources(src: Path, tied: bool) -> dict[str, LazyTensor]:
+def core_sources(src: Path, config: ModelConfig) -> dict[str, LazyTensor]:
     """The tensors of an OLMo-core checkpoint, less a tied head that was saved all the same.
+
+    Routers are (experts, in), and each expert's weights, one under the other, (out, in).
 
     Raises:
         CheckpointError: there is no checkpoint, or it is broken.
@@ -410,10 +495,54 @@ def core_sources(src: Path, tied: bool) -> dict[str, LazyTensor]:
     if not folders:
         raise CheckpointError(f"{src} has no OLMo-core checkpoint: expected {FOLDER}/{METADATA}")
     found = read_distributed(folders[0], PREFIX)
-    if tied and "lm_head.w_out.weight" in found:
+    if config.tie_word_embeddings and "lm_head.w_out.weight" in found:
         head = "lm_head.w_out.weight"
         check_tied(found.pop(head), found.get("embeddings.weight"), head)
+    if isinstance(config, ExpertsConfig):
+        kind = Fields(read_json(src / CONFIG), src / CONFIG)["block.feed_forward_moe.name"]
+        found = _experts(found, config, ("w2",) if kind == "dropless" else ("w1", "w2", "w3"), flat_routers=False)
     return found
+
+
+def _experts(
+    tensors: dict[str, LazyTensor], config: ExpertsConfig, transposed: tuple[str, ...], flat_routers: bool
+) -> dict[str, LazyTensor]:
+    """Tensors by name, the named ones of experts with each expert transposed, and routers flat or (experts, in).
+
+    Those that do not fit stay as they are.
+    """
+    count, width = config.num_experts, config.hidden_size
+    result = dict(tensors)
+    for layer in map(str, range(config.num_hidden_layers)):
+        for name in (_EXPERTS.replace(LAYER, layer) + kind for kind in transposed):
+            if name in tensors and len(tensors[name].shape) == 2 and tensors[name].shape[0] % count == 0:
+                result[name] = transposed_blocks(tensors[name], count)
+        name = _ROUTER.replace(LAYER, layer)
+        router = tensors.get(name)
+        if router is not None and not flat_routers and router.shape == (count * width,):
+            result[name] = reshaped(router, (count, width))
+        elif router is not None and flat_routers:
+            shape = (count * width,)
+            result[name] = dataclasses.replace(router, shape=shape, read=partial(_flat, router), read_rows=None)
+    return result
+
+
+def _flat(tensor: LazyTensor) -> Array:
+    return tensor.read().reshape(-1)
+
+
+def transposed_blocks(tensor: LazyTensor, count: int) -> LazyTensor:
+    """A matrix (count * a, b) of blocks one under the other, with each transposed: (count * b, a)."""
+    size, width = tensor.shape[0] // count, tensor.shape[1]
+
+    def rows(start: int, stop: int) -> Array:
+        if (start, stop) == (0, count * width):
+            return tensor.read().reshape(count, size, width).swapaxes(1, 2).reshape(count * width, size)
+        first, last = start // width, -(-stop // width)
+        blocks = [tensor.rows(block * size, (block + 1) * size).T for block in range(first, last)]
+        return np.concatenate(blocks)[start - first * width : stop - first * width]
+
+    return by_rows(tensor.name, tensor.file, tensor.dtype, (count * width, size), rows)
 
 
 def main(
@@ -435,12 +564,12 @@ def main(
         def read_core() -> tuple[FolderHandle, ModelConfig, dict[str, LazyTensor]]:
             source = FolderHandle(src)
             config = to_config(read_json(src / CONFIG), src / CONFIG, max_sequence_length)
-            return source, config, core_sources(src, config.tie_word_embeddings)
+            return source, config, core_sources(src, config)
 
         source, config, sources = read_unchanged(src, read_core)
         to_canonical(
             sources,
-            RULES,
+            rules(config),
             config,
             source,
             dst,
@@ -467,16 +596,19 @@ def main(
         remove(folder / CONFIG)
         remove(folder / FOLDER)
         write_json(folder / CONFIG, from_config(config, src, tensors[0].dtype.name))
+        if isinstance(config, ExpertsConfig):  # which are dropless
+            named = {tensor.name: tensor for tensor in tensors}
+            tensors = list(_experts(named, config, ("w2",), flat_routers=True).values())
         write_distributed(folder / FOLDER, tensors, PREFIX.removesuffix("."))
 
     from_canonical(
         src,
         dst,
-        RULES,
+        rules(config),
         config,
         sources,
         write,
-        lambda folder: core_sources(folder, config.tie_word_embeddings),
+        lambda folder: core_sources(folder, config),
         dry_run=dry_run,
         verify=verify,
         force=force,

@@ -21,6 +21,9 @@ MOMENTS = {"adamw": 2, "lionw": 1, "sgd": 0}  # values of optimizer state for ea
 TILE = 64  # rows of an expert that Keras and Flax compute at once, at most
 COUNTER = 4  # bytes of a count of steps
 SPARE = 256  # positions that a layer with a window generates before what it sees is moved in memory
+SCORE_BYTES = 1 << 26  # of attention in Keras and Flax; what would take more is computed by blocks of a quarter of it
+MASK_BYTES = 1 << 26  # the same for masks of attention in PyTorch, in float32
+MIN_ROWS = {"pt": 256, "tf": 8, "flax": 8}  # queries of such a block, at least
 INTEGER = {"pt": 8, "flax": 4}  # bytes of a token id
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "gathered", "cache")
 MOST = 1 << 40  # of rows and positions that `largest` looks for
@@ -137,6 +140,7 @@ def plan(
         or checkpointing
         or shape.has_dropout
         or shape.experts
+        or (any(config.windows) and 4 * length**2 > MASK_BYTES)
         or shape.mesh.get("tensor", 1) > 1
     ):
         bounds.append("activations")
@@ -163,10 +167,10 @@ def cache_bytes(
 ) -> int:
     """The bytes of keys and values on each device, for `batch` rows of `length` positions.
 
-    In PyTorch, `generate` keeps of a layer with a window what it sees, and `SPARE` positions more.
+    `generate` keeps of a layer with a window what it sees; in PyTorch, `SPARE` positions more.
     """
-    kept = [length if window is None or backend == "flax" else min(length, window + SPARE) for window in config.windows]
-    positions = sum(config.kv_heads_in(layer) * count for layer, count in enumerate(kept))
+    kept = enumerate(config.cache_slots(length, SPARE if backend == "pt" else 0))
+    positions = sum(config.kv_heads_in(layer) * count for layer, count in kept)
     return 2 * batch * positions * config.head_dim * SIZES[dtype] // (mesh or {}).get("tensor", 1)
 
 
@@ -266,14 +270,22 @@ class _Shape:
             values += 2 * hidden
         scores = heads[0] // config.head_dim
         kept = tokens * (self.element * values + self.norms(layer, 2) + wide * scores) + self.cast_norms(layer)
-        if self.backend == "flax" or getattr(config, "attention_dropout", 0) > 0:  # scores and weights themselves
-            kept += self.batch * scores * self.length**2 * (3 * wide + self.element + 1)
+        window = config.windows[layer]
+        width = self.length if window is None else min(self.length, 2 * window)
+        drops = getattr(config, "attention_dropout", 0) > 0
+        if self.backend == "flax" or drops:  # scores and weights themselves
+            rows = self.length if drops else self.rows(SCORE_BYTES, 4 * self.batch * scores * width)
+            kept += rows * self.batch * scores * self.length * (3 * wide + self.element + 1)
         if self.experts:
             kept += self.mixture(inner[0])
-        window = config.windows[layer]
         if window is not None and self.length > window:  # its mask, as numbers
-            kept += self.element * self.length**2
+            kept += self.element * self.length * self.rows(MASK_BYTES, 4 * self.length)
         return kept
+
+    def rows(self, most: int, each: int) -> int:
+        """How many queries attention computes at once where each takes `each` bytes, and all at most `most`."""
+        at_once = most // each
+        return self.length if self.length <= max(at_once, 1) else max(at_once // 4, MIN_ROWS[self.backend])
 
     def mixture(self, inner: int) -> int:
         """The most bytes that the experts of a block keep, each of them `inner` wide, and their router.

@@ -118,10 +118,10 @@ def scale_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 def is_quantizable(parameter: Parameter) -> bool:
     """Whether a parameter is a linear weight of a block: not a head, an embedding, a norm or a bias.
 
-    Experts, which are stacked in Keras and Flax, and their routers stay as they are.
+    Weights of experts are among them. Those of routers, which are small and decide where a token goes, are not.
     """
     is_of_block = parameter.kind == "linear" and BLOCK.search(parameter.name) is not None
-    return is_of_block and parameter.group not in ("experts", "router")
+    return is_of_block and parameter.group != "router"
 
 
 def check_groups(parameters: Iterable[Parameter], quantization: Quantization) -> None:

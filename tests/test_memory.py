@@ -51,6 +51,25 @@ def test_activations_are_what_autograd_keeps(name, dtype):
 
 
 @needs("pt")
+def test_activations_of_blocks_of_queries_are_at_most_those_planned(monkeypatch):
+    import torch
+
+    from olmozoo import memory
+    from olmozoo.pt import layers
+
+    config = PLAIN["olmo3"]
+    model = model_class("pt", config.name, "ForCausalLM")(config).train()
+    ids = torch.randint(0, 61, (3, 12))
+    whole = saved(model, ids)
+    for module in (memory, layers):
+        monkeypatch.setattr(module, "MASK_BYTES", 64)
+        monkeypatch.setattr(module, "MIN_ROWS", {"pt": 2})
+    found = plan(config, **SETTINGS, train=True)
+    assert saved(model, ids) - 3 * 12 * 61 * 4 <= found.activations < whole - 3 * 12 * 61 * 4
+    assert "activations" in found.bounds
+
+
+@needs("pt")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("name", EXPERTS)
 def test_activations_of_experts_are_at_most_those_planned(name, dtype):
@@ -132,7 +151,20 @@ def test_the_cache_of_windows_is_that_of_torch():
         key = torch.zeros(3, config.kv_heads, 1, config.head_dim)
         cache.update(key, key, layer)
     assert cache_bytes(config, 3, 500) == sum(x.nbytes for x in (*cache.keys, *cache.values))
-    assert cache_bytes(config, 3, 500) < cache_bytes(config, 3, 500, backend="flax")
+
+
+@pytest.mark.parametrize("wing", ["tf", "flax"])
+@pytest.mark.parametrize("name", ["olmo2", "olmo3"])
+def test_the_cache_of_compiled_loops_is_that_of_the_plan(wing, name):
+    """At OLMo 3's context: three layers of four keep 4,096 of 65,536 positions."""
+    module = pytest.importorskip(f"olmozoo.{wing}.cache")
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 8}
+    config = CONFIGS[name].replace(**sizes | ({"layer_types": None, "sliding_window": 4096} if name == "olmo3" else {}))
+    cache = module.WindowCache.create(config, 2, 65536, "float32")
+    held = sum(int(np.prod(x.shape)) * 4 for x in (*cache.keys, *cache.values))
+    slots = 65536 + 3 * 4096 if name == "olmo3" else 4 * 65536
+    assert held == 2 * 2 * slots * 4 * 4  # keys and values of two rows, of width 4, in four bytes
+    assert cache_bytes(config, 2, 65536, backend="flax") == held
 
 
 @needs("flax")

@@ -101,6 +101,13 @@ def test_what_is_quantized():
     assert not any(word in name for name in names for word in ("project", "embed", "norm", "lm_head", "bias"))
 
 
+def test_experts_are_quantized_and_their_routers_are_not():
+    config = CONFIGS["olmoe"]
+    names = [p.name for p in config.parameters("causal_lm") if is_quantizable(p)]
+    assert len(names) == config.num_hidden_layers * (4 + 3 * config.num_experts)
+    assert not any(name.endswith("mlp.gate.weight") for name in names)
+
+
 def test_layers_that_no_group_divides_are_named():
     config = CONFIGS["olmo2"]  # 40 and 36 wide
     with pytest.raises(InputError, match="group_size 8 does not divide every layer, 4 does: 2 problem") as caught:

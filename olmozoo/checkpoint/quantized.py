@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from olmozoo.checkpoint.tensors import DTYPES, INTEGERS, LazyIntegers, LazyTensor, widest
-from olmozoo.errors import CheckpointError, InputError
+from olmozoo.errors import CheckpointError, InputError, raise_problems
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import BASE_PREFIX
 from olmozoo.quantization import (
@@ -266,9 +266,11 @@ def quantized_tensors(tensors: Tensors, config: ModelConfig, wanted: Wanted) -> 
     """The tensors as a caller wants them: linear weights of the blocks quantized, or all as floats.
 
     Raises:
-        InputError: groups do not divide a layer, or weights are quantized with another number of bits.
+        InputError: groups do not divide a layer, weights are quantized with another number of bits, or the experts of a
+            layer are not quantized alike.
     """
     if wanted is None:
+        check_experts(tensors, config)
         return tensors
     if wanted == "none":
         return {name: floats(tensor) for name, tensor in tensors.items()}
@@ -284,7 +286,28 @@ def quantized_tensors(tensors: Tensors, config: ModelConfig, wanted: Wanted) -> 
             )
         fresh = canonical in weights and tensor.integers is None and tensor.shape == weights[canonical].shape
         result[name] = _rounded(tensor, wanted) if fresh else tensor
+    check_experts(result, config)
     return result
+
+
+def check_experts(tensors: Tensors, config: ModelConfig) -> None:
+    """Check that all experts of a layer are quantized alike, as those that have one variable have to be.
+
+    Raises:
+        InputError: they are not; every such layer is named.
+    """
+    found: dict[str, set[str]] = {}
+    for parameter in config.parameters():
+        tensor = tensors.get(parameter.name) or tensors.get(parameter.name.removeprefix(BASE_PREFIX))
+        if parameter.stack is not None and tensor is not None:
+            integers = tensor.integers
+            kind = "floats" if integers is None else f"{integers.scheme}, scales in {integers.scale.name}"
+            found.setdefault(parameter.stack[0], set()).add(kind)
+    raise_problems(
+        "the experts of a layer are quantized in several ways: load them by quantization='none'",
+        (f"{stack}: {'; '.join(sorted(kinds))}" for stack, kinds in found.items() if len(kinds) > 1),
+        InputError,
+    )
 
 
 def _rounded(tensor: LazyTensor, scheme: Quantization) -> LazyTensor:

@@ -110,6 +110,13 @@ class ModelConfig(ABC):
         """How many keys a query sees in each layer, its own and those right before it; None where it sees all."""
         return (None,) * self.num_hidden_layers
 
+    def cache_slots(self, length: int, spare: int) -> list[int]:
+        """The positions of each layer that a cache for `length` has room for, where it keeps no more than it needs.
+
+        Of a layer with a window these are as many as a query sees, and `spare` more.
+        """
+        return [min(length, (window or length) + spare) for window in self.windows]
+
     @property
     def position_limit(self) -> int | None:
         """The most positions a sequence can have; None where a longer one is computed as well."""

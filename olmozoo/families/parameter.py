@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -102,3 +104,8 @@ class Parameter:
                 part = flat[start : start + (1 << 20)]
                 part[:] = self.std * stream.standard_normal(part.size)
         return values
+
+
+def by_variable(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
+    """Parameters in their order, those of experts that have one variable in Keras and Flax together."""
+    return [list(group) for _, group in groupby(parameters, lambda p: p.name if p.stack is None else p.stack[0])]

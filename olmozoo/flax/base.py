@@ -175,11 +175,20 @@ class PreTrainedModel(ModelMixin):
         leaves = flatten_dict(self.check_parameters(params))
         for parameter in self._parameter_table():
             path = self._leaf(parameter)
-            yield parameter, to_numpy(parameter, leaves[path]) if path in leaves else from_leaves(leaves, path)
+            if path in leaves:
+                yield parameter, to_numpy(parameter, leaves[path])
+            else:
+                yield parameter, from_leaves(leaves, path, _expert(parameter))
 
     def _leaf(self, parameter: Parameter) -> tuple[str, ...]:
         """The path of a parameter's leaf in the tree: the canonical one, its last name changed to the one of Flax."""
         return (*self._variable_path(parameter)[:-1], LEAVES[parameter.kind])
+
+    def _integers(self, leaves: Mapping[tuple[str, ...], Any], parameter: Parameter) -> LazyIntegers:
+        """The integers of a quantized weight."""
+        read = partial(from_leaves, leaves, self._leaf(parameter), _expert(parameter))
+        tensor = read()
+        return LazyIntegers(tensor.scheme, tensor.scale.dtype, read)
 
     def _struct(self, parameter: Parameter) -> jax.ShapeDtypeStruct:
         shape = parameter.shape[::-1] if parameter.kind == "linear" else parameter.shape
@@ -228,7 +237,11 @@ class PreTrainedModel(ModelMixin):
             else:
                 tree[path] = leaf
         for path in list(experts):
-            tree[path] = stacked([leaf for _, leaf in sorted(experts.pop(path).items())])
+            found = [leaf for _, leaf in sorted(experts.pop(path).items())]
+            if isinstance(found[0], dict):
+                tree |= {(*path[:-1], name): stacked([leaf[name] for leaf in found]) for name in found[0]}
+            else:
+                tree[path] = stacked(found)
         return unflatten_dict(tree)
 
     # -- loading and saving ---------------------------------------------------------------------------------------
@@ -347,7 +360,7 @@ class PreTrainedModel(ModelMixin):
             self.config,
             self.head,
             dtype=lambda parameter: leaves[self._leaf(parameter)].dtype if in_floats(parameter) else self.param_dtype,
-            integers=lambda parameter: None if in_floats(parameter) else lazy_integers(leaves, self._leaf(parameter)),
+            integers=lambda parameter: None if in_floats(parameter) else self._integers(leaves, parameter),
             generation_config=self.generation_config.to_dict(),
             max_shard_size=max_shard_size,
         )
@@ -404,7 +417,12 @@ class PreTrainedModel(ModelMixin):
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` positions; dtype by default the model's."""
-        cache = KVCache.create(self.config, batch_size, max_length, self.dtype if dtype is None else dtype)
+        return self._on_mesh(
+            KVCache.create(self.config, batch_size, max_length, self.dtype if dtype is None else dtype)
+        )
+
+    def _on_mesh(self, cache: KVCache) -> KVCache:
+        """The cache with its heads split as the parameters are."""
         keys, values = (tuple(constrain(x, self.mesh, x.shape[1]) for x in side) for side in (cache.keys, cache.values))
         return cache.replace(keys=keys, values=values)
 
@@ -526,6 +544,11 @@ def from_numpy(parameter: Parameter, array: np.ndarray | QuantizedTensor) -> jax
     return jax.device_put(aligned_copy(array, transposed=parameter.kind == "linear"))
 
 
+def _expert(parameter: Parameter) -> int | None:
+    """The index of an expert in the leaf of its layer; None for others."""
+    return None if parameter.stack is None else parameter.stack[1]
+
+
 def stacked(leaves: list[Any]) -> Any:
     """Leaves of one shape, or their `jax.ShapeDtypeStruct`s, as one with a first dimension more."""
     if isinstance(leaves[0], jax.ShapeDtypeStruct):
@@ -537,12 +560,6 @@ def to_numpy(parameter: Parameter, leaf: jax.Array) -> np.ndarray:
     """The parameter in a leaf as it is on disk: a copy of a linear weight, the leaf's own memory for the rest."""
     array = to_host(leaf) if parameter.stack is None else to_host(leaf)[parameter.stack[1]]
     return aligned_copy(array, transposed=True) if parameter.kind == "linear" else array
-
-
-def lazy_integers(leaves: Mapping[tuple[str, ...], Any], kernel: tuple[str, ...]) -> LazyIntegers:
-    """The integers of a quantized weight, by the path that its kernel would have."""
-    tensor = from_leaves(leaves, kernel)
-    return LazyIntegers(tensor.scheme, tensor.scale.dtype, lambda: from_leaves(leaves, kernel))
 
 
 def cast(params: Any, dtype: Any, mask: Any) -> Any:

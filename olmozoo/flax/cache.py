@@ -35,8 +35,12 @@ class KVCache:
     @classmethod
     def create(cls, config: ModelConfig, batch_size: int, max_length: int, dtype: Any = jnp.float32) -> Self:
         """An empty cache for `batch_size` rows of up to `max_length` positions."""
-        layers = range(config.num_hidden_layers)
-        shapes = [(batch_size, config.kv_heads_in(layer), max_length, config.head_dim) for layer in layers]
+        return cls._empty(config, batch_size, [max_length] * config.num_hidden_layers, dtype)
+
+    @classmethod
+    def _empty(cls, config: ModelConfig, batch_size: int, slots: list[int], dtype: Any) -> Self:
+        """An empty cache with so many slots in each layer."""
+        shapes = [(batch_size, config.kv_heads_in(layer), n, config.head_dim) for layer, n in enumerate(slots)]
         keys, values = (tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2))
         return cls(keys, values, jnp.zeros((), jnp.int32))
 
@@ -52,15 +56,32 @@ class KVCache:
     def begin_with(self, pairs: Sequence[tuple[Array, Array]]) -> Self:
         """The cache with the keys and values of a tuple of pairs in its first positions."""
         keys, values = (
-            tuple(_write(*both, 0) for both in zip(memory, side, strict=True))
+            tuple(_write_first(*both) for both in zip(memory, side, strict=True))
             for memory, side in zip((self.keys, self.values), zip(*pairs, strict=True), strict=True)
         )
-        return KVCache(keys, values, jnp.int32(pairs[0][0].shape[2]))
+        return self.replace(keys=keys, values=values, length=jnp.int32(pairs[0][0].shape[2]))
 
     def reorder(self, rows: Array) -> Self:
         """A cache whose row i is row `rows[i]` of this one."""
         keys, values = (tuple(x[rows] for x in side) for side in (self.keys, self.values))
         return self.replace(keys=keys, values=values)
+
+
+@struct.dataclass
+class WindowCache(KVCache):
+    """A cache that keeps, of a layer with a window, the last positions alone: position p is in slot `p % slots`.
+
+    It is the cache of a compiled loop, with an attention mask as wide as `max_length`. A layer with a window has
+    `min(max_length, window + spare)` slots: one call adds at most `spare + 1` positions, and `length` may go back by
+    `spare`.
+    """
+
+    @classmethod
+    def create(
+        cls, config: ModelConfig, batch_size: int, max_length: int, dtype: Any = jnp.float32, spare: int = 0
+    ) -> Self:
+        """An empty cache for `batch_size` rows of up to `max_length` positions."""
+        return cls._empty(config, batch_size, config.cache_slots(max_length, spare), dtype)
 
 
 def cached_length(past_key_values: Any) -> Any:
@@ -70,18 +91,22 @@ def cached_length(past_key_values: Any) -> Any:
     return past_key_values.length if isinstance(past_key_values, KVCache) else past_key_values[0][0].shape[2]
 
 
-def open_cache(past_key_values: Any, layers: int, new: int) -> tuple[Sequence[Any], Any, int]:
-    """The cache for one call that adds `new` positions.
+def open_cache(
+    past_key_values: Any, windows: Sequence[int | None], new: int
+) -> tuple[Sequence[Any], Any, list[int], Any]:
+    """The cache for one call that adds `new` positions, by a model with so many `windows`, one a layer.
 
     Returns:
-        Each layer's past, as `update` takes it; the number of positions cached, traced perhaps; and the number of keys
-        that queries are compared with, which for a `KVCache` is all that there is memory for.
+        Each layer's past, as `update` takes it; the number of positions cached, traced perhaps; for each layer the
+        number of keys that queries are compared with, which for a `KVCache` is all that there is memory for; and `end`
+        of `causal_mask` for layers with a window.
 
     Raises:
         InputError: `past_key_values` is no cache, has another number of layers, or has no room.
     """
+    layers = len(windows)
     if past_key_values is None:
-        return [None] * layers, 0, new
+        return [None] * layers, 0, [new] * layers, None
     is_object = isinstance(past_key_values, KVCache)
     if not is_object and not isinstance(past_key_values, (tuple, list)):
         kind = type(past_key_values).__name__
@@ -91,12 +116,17 @@ def open_cache(past_key_values: Any, layers: int, new: int) -> tuple[Sequence[An
         raise InputError(f"past_key_values has {found} layers, expected {layers}")
     past = cached_length(past_key_values)
     if not is_object:
-        return [(key, value, None) for key, value in past_key_values], past, past + new
-    room = past_key_values.max_length
+        return [(key, value, None) for key, value in past_key_values], past, [past + new] * layers, None
+    pairs = list(zip(past_key_values.keys, past_key_values.values, strict=True))
+    rooms = [key.shape[2] for key, _ in pairs]
+    if isinstance(past_key_values, WindowCache):
+        positions = past if new == 1 else past + jnp.arange(new)
+        starts = [past if w is None else positions % n for w, n in zip(windows, rooms, strict=True)]
+        return [(*pair, start) for pair, start in zip(pairs, starts, strict=True)], past, rooms, past + new
     end = new if isinstance(past, jax.core.Tracer) else int(past) + new
-    if end > room:
-        raise InputError(f"the cache has room for {room} positions, {end} are needed")
-    return [(*pair, past) for pair in zip(past_key_values.keys, past_key_values.values, strict=True)], past, room
+    if end > rooms[0]:
+        raise InputError(f"the cache has room for {rooms[0]} positions, {end} are needed")
+    return [(*pair, past) for pair in pairs], past, rooms, None
 
 
 def update(past: Any, key: Array, value: Array) -> tuple[Array, Array]:
@@ -116,15 +146,36 @@ def update(past: Any, key: Array, value: Array) -> tuple[Array, Array]:
 
 
 def _write(memory: Array, new: Array, start: Any) -> Array:
-    """Write `new` (batch, kv_heads, new, head_dim) at `start` of one array of a `KVCache`."""
-    return lax.dynamic_update_slice_in_dim(memory, new.astype(memory.dtype), start, axis=2)
+    """Write `new` (batch, kv_heads, new, head_dim) at `start` of one array of a `KVCache`, or each position at its own.
+
+    Args:
+        memory: (batch, kv_heads, slots, head_dim).
+        new: (batch, kv_heads, new, head_dim).
+        start: the slot of the first position, or (new,) the slots of all.
+    """
+    new = new.astype(memory.dtype)
+    if jnp.ndim(start) == 0:
+        return lax.dynamic_update_slice_in_dim(memory, new, start, axis=2)
+
+    def write(i: Array, memory: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(memory, lax.dynamic_slice_in_dim(new, i, 1, 2), start[i], axis=2)
+
+    return lax.fori_loop(0, new.shape[2], write, memory)
+
+
+def _write_first(memory: Array, new: Array) -> Array:
+    """Write `new` (batch, kv_heads, new, head_dim) as the first positions of one array; of too many, the last alone."""
+    slots, count = memory.shape[2], new.shape[2]
+    if count > slots:
+        new = jnp.roll(new[:, :, -slots:], count % slots, axis=2)
+    return _write(memory, new, 0)
 
 
 def close_cache(past_key_values: Any, presents: list[tuple[Array, Array]], new: int, use_cache: bool) -> Any:
     """The cache that a call returns: of the kind that it was given; where none was, a tuple of pairs if wanted."""
     if isinstance(past_key_values, KVCache):
         keys, values = zip(*presents, strict=True)
-        return KVCache(keys, values, past_key_values.length + new)
+        return past_key_values.replace(keys=keys, values=values, length=past_key_values.length + new)
     return tuple(presents) if use_cache or past_key_values is not None else None
 
 

@@ -75,11 +75,14 @@ class DecoderModule(nn.Module):
         hidden = self.stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = hidden.astype(self.dtype)  # (b, s, c)
         batch, length, _ = hidden.shape
-        pasts, past, keys = open_cache(past_key_values, len(blocks), length)
         windows = self.config.windows
+        pasts, past, keys, end = open_cache(past_key_values, windows, length)
         needs_weights = output_attentions or (not deterministic and getattr(self.config, "attention_dropout", 0) > 0)
         make_mask = causal_mask if needs_weights else partial(query_mask, heads=self.config.num_attention_heads)
-        masks = {w: make_mask(attention_mask, batch, length, past, keys, w) for w in dict.fromkeys(windows)}
+        masks = {
+            window: make_mask(attention_mask, batch, length, past, count, window, None if window is None else end)
+            for window, count in dict(zip(windows, keys, strict=True)).items()
+        }
         if position_ids is None and cache_position is not None:
             position_ids = jnp.asarray(cache_position)[None]
         hidden, layer_inputs = self.embed_positions(hidden, position_ids, attention_mask, past, **family_inputs)

@@ -5,6 +5,7 @@ Shapes in comments: n tokens (batch times positions), e experts, k of them a tok
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax import Array, lax
 
 from olmozoo.families.olmoe import ExpertsConfig
 from olmozoo.flax.layers import ACTIVATIONS, at_least_float32
+from olmozoo.flax.quantization import dequantize
 
 MOST_ROWS = 64  # of one product of a tile with an expert
 
@@ -92,9 +94,13 @@ class ExpertLinear(nn.Module):
 
     @nn.compact
     def __call__(self, rows: Array, sizes: Array) -> Array:
+        rows = rows.astype(self.dtype)
+        if self.has_variable("params", "values"):  # integers: see `olmozoo.flax.quantization`
+            parts = (self.get_variable("params", name) for name in ("values", "scale", "zero"))
+            return integer_product(rows, *parts, sizes)
         shape = (self.experts, rows.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(batch_axis=0), shape, self.param_dtype)
-        return grouped_product(rows.astype(self.dtype), kernel, sizes)
+        return grouped_product(rows, kernel, sizes)
 
 
 @jax.custom_vjp
@@ -112,7 +118,7 @@ def grouped_product(rows: Array, kernel: Array, sizes: Array) -> Array:
     """
     if jax.default_backend() == "tpu":
         return lax.ragged_dot(rows, kernel.astype(rows.dtype), sizes)
-    return tiled_product(rows, kernel, sizes, 0)
+    return tiled_product(rows, lambda expert: kernel[expert], kernel.shape[2], sizes, 0)
 
 
 def grouped_product_forward(rows: Array, kernel: Array, sizes: Array) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -131,10 +137,48 @@ def grouped_product_backward(saved: tuple[Array, Array, Array], grad: Array) -> 
         return total.at[expert].add(part)
 
     of_kernel = lax.fori_loop(0, tiles.count, add, jnp.zeros_like(kernel))
-    return tiled_product(grad, kernel, sizes, 1), of_kernel, None
+    return tiled_product(grad, lambda expert: kernel[expert], kernel.shape[1], sizes, 1), of_kernel, None
 
 
 grouped_product.defvjp(grouped_product_forward, grouped_product_backward)
+
+
+@jax.custom_vjp
+def integer_product(rows: Array, values: Array, scale: Array, zero: Array | None, sizes: Array) -> Array:
+    """`grouped_product` with kernels of integers, which do not train; an expert's are dequantized for its tiles.
+
+    Args:
+        rows: (m, in).
+        values: (e, ...), of each expert as of `olmozoo.quantization.to_columns`.
+        scale: (e, groups, out).
+        zero: (e, groups, out); None for zeros.
+        sizes: int32 (e,).
+    """
+    return tiled_product(rows, integer_kernels(values, scale, zero, rows.dtype), scale.shape[2], sizes, 0)
+
+
+def integer_kernels(values: Array, scale: Array, zero: Array | None, dtype: Any) -> Callable[[Array], Array]:
+    """A function from an expert to its kernel (in, out); the barrier keeps the product on XLA's fast path."""
+
+    def own(expert: Array) -> Array:
+        of_expert = None if zero is None else zero[expert]
+        return lax.optimization_barrier(dequantize(values[expert], scale[expert], of_expert, dtype))
+
+    return own
+
+
+def integer_product_forward(rows: Array, *parts: Any) -> tuple[Array, tuple[Any, ...]]:
+    return integer_product(rows, *parts), parts
+
+
+def integer_product_backward(saved: tuple[Any, ...], grad: Array) -> tuple[Array, None, None, None, None]:
+    values, scale, zero, sizes = saved
+    width = values.shape[1] * (2 if values.dtype == jnp.uint8 else 1)
+    own = integer_kernels(values, scale, zero, grad.dtype)
+    return tiled_product(grad, own, width, sizes, 1), None, None, None, None
+
+
+integer_product.defvjp(integer_product_forward, integer_product_backward)
 
 
 class Tiles:
@@ -169,15 +213,23 @@ class Tiles:
         return lax.dynamic_slice_in_dim(x, start, self.rows)
 
 
-def tiled_product(rows: Array, kernel: Array, sizes: Array, axis: int) -> Array:
-    """`grouped_product` by a loop, where `axis` of an expert's kernel is the one of the rows' values."""
+def tiled_product(rows: Array, own: Callable[[Array], Array], width: int, sizes: Array, axis: int) -> Array:
+    """`grouped_product` by a loop, to `width` values.
+
+    Args:
+        rows: (m, in).
+        own: the kernel of an expert.
+        width: out.
+        sizes: (e,), the rows of each expert.
+        axis: of the kernel, the one of the rows' values.
+    """
     tiles = Tiles(rows.shape[0], sizes)
     padded = tiles.pad(rows)
 
     def write(i: Array, out: Array) -> Array:
         expert, start, _ = tiles[i]
-        part = lax.dot_general(tiles.cut(padded, start), kernel[expert].astype(rows.dtype), (((1,), (axis,)), ((), ())))
+        part = lax.dot_general(tiles.cut(padded, start), own(expert).astype(rows.dtype), (((1,), (axis,)), ((), ())))
         return lax.dynamic_update_slice_in_dim(out, part, start, 0)  # the next tile overwrites what is not its own
 
-    out = jnp.zeros((padded.shape[0], kernel.shape[2 - axis]), rows.dtype)
+    out = jnp.zeros((padded.shape[0], width), rows.dtype)
     return lax.fori_loop(0, tiles.count, write, out)[: rows.shape[0]]

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from olmozoo.errors import InputError
-from olmozoo.flax.cache import KVCache, cached_length, padded_left
+from olmozoo.flax.cache import KVCache, WindowCache, cached_length, padded_left
 from olmozoo.flax.layers import at_least_float32
 from olmozoo.flax.sharding import replicated, to_host
 from olmozoo.generation.config import GenerationConfig
@@ -144,20 +144,27 @@ class GenerationMixin:
     def _read_answer(self) -> Any:
         return jax.jit(self._answer, static_argnames="options", donate_argnums=(2, 3))
 
-    def _reader(self, params: Any, mask: Array) -> Callable[..., tuple[Array, KVCache]]:
-        """A function that reads tokens into a cache and gives logits (rows, keep, v) after the last of them."""
+    def _reader(self, params: Any, mask: Array) -> Callable[..., tuple[Array, Any]]:
+        """A function that reads tokens into a cache of either form and gives logits (rows, keep, v) after the last."""
         last = (self.config.position_limit or mask.shape[1]) - 1  # a draft may go past it
         positions = jnp.clip(jnp.cumsum(mask, axis=-1) - 1, 0, last)
 
-        def read(
-            ids: Array | None, cache: KVCache, embeds: Array | None = None, keep: int = 1
-        ) -> tuple[Array, KVCache]:
-            length = (embeds if ids is None else ids).shape[1]
-            position_ids = lax.dynamic_slice_in_dim(positions, cache.length, length, axis=1)
-            output = self(ids, mask, position_ids, params, cache, embeds, logits_to_keep=keep, return_dict=True)
+        def read(ids: Array | None, cache: Any, embeds: Array | None = None, keep: int = 1) -> tuple[Array, Any]:
+            past, length = cached_length(cache), (embeds if ids is None else ids).shape[1]
+            position_ids = lax.dynamic_slice_in_dim(positions, past, length, axis=1)
+            seen = mask if isinstance(cache, KVCache) else mask[:, : past + length]
+            settings = {"logits_to_keep": keep, "use_cache": True, "return_dict": True}
+            output = self(ids, seen, position_ids, params, cache, embeds, **settings)
             return output.logits.astype(at_least_float32(self.dtype)), output.past_key_values
 
         return read
+
+    def _empty_cache(self, batch: int, slots: int, options: DecodeOptions, most: int) -> KVCache:
+        """A cache that keeps what windows see where all that is read into it is at most `most` positions at once."""
+        if options.returns_cache or not any(self.config.windows):
+            return self.init_cache(batch, slots)
+        spare = max(most - 1, options.draft_tokens)
+        return self._on_mesh(WindowCache.create(self.config, batch, slots, self.dtype, spare))
 
     def _prompt(
         self,
@@ -170,26 +177,33 @@ class GenerationMixin:
         values: dict[str, Array],
         options: DecodeOptions,
     ) -> tuple[State, KVCache]:
-        """Read the prompt after `pasts`, over a cache of `mask.shape[1]` slots, and append the first token."""
+        """Read the prompt after `pasts` into a cache of `mask.shape[1]` slots, and append the first token."""
         self.trace_count += 1
         read = self._reader(params, mask)
-        cache = self.init_cache(*mask.shape)
-        if pasts is not None:
-            cache = cache.begin_with(pasts)
         slots = (embeds if ids is None else ids).shape[1]
-        chunk = options.prefill_chunk or slots
+        chunk = min(options.prefill_chunk or slots, slots)
+        cache = self._empty_cache(mask.shape[0], mask.shape[1], options, chunk if chunk < slots else 1)
+        if chunk == slots:
+            logits, pairs = read(ids, pasts, embeds)
+            cache = cache.begin_with(pairs)
+        else:
+            if pasts is not None:
+                cache = cache.begin_with(pasts)
 
-        def read_chunk(i: int, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
-            piece = [
-                None if x is None else lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1) for x in (ids, embeds)
-            ]
-            return read(piece[0], carry[1], piece[1])
+            def read_piece(start: Any, size: int, cache: KVCache) -> tuple[Array, KVCache]:
+                piece = [None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (ids, embeds)]
+                return read(piece[0], cache, piece[1])
 
-        start = jnp.zeros((mask.shape[0], 1, self.config.vocab_size), at_least_float32(self.dtype))
-        several = chunk < slots
-        logits, cache = (
-            lax.fori_loop(0, slots // chunk, read_chunk, (start, cache)) if several else read(ids, cache, embeds)
-        )
+            logits = jnp.zeros((mask.shape[0], 1, self.config.vocab_size), at_least_float32(self.dtype))
+            first = slots % chunk
+            if first:
+                logits, cache = read_piece(0, first, cache)
+            logits, cache = lax.fori_loop(
+                0,
+                slots // chunk,
+                lambda i, carry: read_piece(first + i * chunk, chunk, carry[1]),
+                (logits, cache),
+            )
         if options.rows_per_prompt > 1:
             rows = jnp.repeat(jnp.arange(mask.shape[0]), options.rows_per_prompt)
             logits, cache = logits[rows], cache.reorder(rows)

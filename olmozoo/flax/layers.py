@@ -19,9 +19,7 @@ from jax import Array, lax
 
 from olmozoo.errors import InputError
 from olmozoo.families.rope import Rope
-
-SCORE_BYTES = 1 << 26  # scores of attention that would take more are computed by blocks of a quarter of it
-MIN_ROWS = 8  # queries
+from olmozoo.memory import MIN_ROWS, SCORE_BYTES
 
 ACTIVATIONS = {
     "relu": nn.relu,
@@ -112,7 +110,13 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def causal_mask(
-    attention_mask: Array | None, batch: int, length: int, past: Any, keys: int, window: int | None = None
+    attention_mask: Array | None,
+    batch: int,
+    length: int,
+    past: Any,
+    keys: int,
+    window: int | None = None,
+    end: Any = None,
 ) -> Array:
     """Which keys each query sees: bool (b or 1, 1, s, t).
 
@@ -129,6 +133,8 @@ def causal_mask(
         past: positions in the cache before this call; it may be traced.
         keys: t; past + s, but for a `KVCache` its `max_length`.
         window: how many positions a query sees, padding and its own included; None for all.
+        end: None where key i is that of position i. For a layer of a `WindowCache`, the number of positions cached
+            after this call; key i is then that of the last position before `end` that is i modulo t.
 
     Raises:
         InputError: attention_mask has another shape.
@@ -138,21 +144,28 @@ def causal_mask(
         return whole_mask(attention_mask, length, least, keys)
     query = past + jnp.arange(length)[:, None]
     key = jnp.arange(keys)[None, :]
+    if end is not None:
+        key = end - 1 - (end - 1 - key) % keys  # below 0 where nothing is written yet
     causal = (key <= query)[None, None]
     if window is not None:
         causal &= key > query - window
+    if end is not None:
+        causal &= key >= 0
     if attention_mask is None:
         return causal
     real = jnp.asarray(attention_mask).astype(bool)
-    check_mask(real, batch, least, keys)
-    real = jnp.pad(real, ((0, 0), (0, keys - real.shape[1])))
+    if end is None:
+        check_mask(real, batch, least, keys)
+        real = jnp.pad(real, ((0, 0), (0, keys - real.shape[1])))
+    else:
+        real = real[:, jnp.maximum(key[0], 0)]
     seen = causal & real[:, None, None, :]
     return seen | (~seen.any(-1, keepdims=True) & (key == query))
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["attention_mask", "past"],
+    data_fields=["attention_mask", "past", "end"],
     meta_fields=["batch", "keys", "window", "rows"],
 )
 @dataclass(frozen=True)
@@ -164,6 +177,7 @@ class QueryBlocks:
     batch: int
     keys: int
     window: int | None
+    end: Any
     rows: int
 
     def run(self, attend: Callable[..., Array], query: Array, key: Array, value: Array) -> Array:
@@ -175,12 +189,13 @@ class QueryBlocks:
         count = -(-length // self.rows)
         query = jnp.pad(query, ((0, 0), (0, 0), (0, count * self.rows - length), (0, 0)))
         blocks = query.reshape(batch, heads, count, self.rows, head_dim).transpose(2, 0, 1, 3, 4)
-        width = self.keys if self.window is None else min(self.keys, self.window + self.rows - 1)
+        in_order = self.window is not None and self.end is None
+        width = min(self.keys, self.window + self.rows - 1) if in_order else self.keys
 
         @jax.checkpoint
         def one(start: Array, block: Array) -> Array:
             first = self.past + start
-            mask = causal_mask(self.attention_mask, self.batch, self.rows, first, self.keys, self.window)
+            mask = causal_mask(self.attention_mask, self.batch, self.rows, first, self.keys, self.window, self.end)
             if width == self.keys:
                 return attend(block, key, value, mask)
             begin = jnp.clip(first - self.window + 1, 0, self.keys - width)
@@ -194,22 +209,29 @@ class QueryBlocks:
 
 
 def query_mask(
-    attention_mask: Array | None, batch: int, length: int, past: Any, keys: int, window: int | None, heads: int
+    attention_mask: Array | None,
+    batch: int,
+    length: int,
+    past: Any,
+    keys: int,
+    window: int | None,
+    end: Any,
+    heads: int,
 ) -> Array | QueryBlocks:
     """`causal_mask`, or `QueryBlocks` where the scores of `heads` heads would take more than `SCORE_BYTES`.
 
     In a program that serves any length (`jax.export`), it is the former.
     """
     if not all(isinstance(size, int) for size in (batch, length, keys)):
-        return causal_mask(attention_mask, batch, length, past, keys, window)
+        return causal_mask(attention_mask, batch, length, past, keys, window, end)
     width = keys if window is None else min(keys, 2 * window)
     at_once = SCORE_BYTES // (4 * batch * heads * width)  # queries
     if length <= max(at_once, 1) or (attention_mask is not None and jnp.ndim(attention_mask) == 4):
-        return causal_mask(attention_mask, batch, length, past, keys, window)
-    if attention_mask is not None:
+        return causal_mask(attention_mask, batch, length, past, keys, window, end)
+    if attention_mask is not None and end is None:
         attention_mask = jnp.asarray(attention_mask)
         check_mask(attention_mask, batch, length if isinstance(past, jax.core.Tracer) else int(past) + length, keys)
-    return QueryBlocks(attention_mask, past, batch, keys, window, max(at_once // 4, MIN_ROWS))
+    return QueryBlocks(attention_mask, past, batch, keys, window, end, max(at_once // 4, MIN_ROWS["flax"]))
 
 
 def check_mask(mask: Array, batch: int, least: int, keys: int) -> None:

@@ -1,7 +1,8 @@
 """Linear layers with weights of 8 or 4 bits (see `olmozoo.quantization`).
 
 In the tree of parameters such a layer has the leaves `values`, `scale` and, where it is not symmetric, `zero`, in place
-of `kernel`. The modules are the same: `quantized_dense` intercepts the calls of their `nn.Dense` layers.
+of `kernel`; of experts, each has a first dimension more. The modules are the same: `quantized_dense` intercepts the
+calls of their `nn.Dense` layers.
 
 XLA's CPU would fuse the cast of the integers into the product, which then leaves its fast path. There, a block of rows
 is dequantized at a time, small enough for the cache, and a barrier keeps the two apart.
@@ -94,13 +95,20 @@ def to_leaves(tensor: QuantizedTensor) -> dict[str, Array]:
     return {name: jax.device_put(np.array(part, order="C")) for name, part in parts.items()}
 
 
-def from_leaves(leaves: Mapping[Path, Any], kernel: Path) -> QuantizedTensor | None:
-    """The weight of a layer, by the path that its kernel would have; None where it is not quantized."""
-    values, scale, zero = (leaves.get((*kernel[:-1], name)) for name in ("values", "scale", "zero"))
-    if values is None:
+def from_leaves(leaves: Mapping[Path, Any], kernel: Path, expert: int | None = None) -> QuantizedTensor | None:
+    """The weight of a layer, by the path that its kernel would have; None where it is not quantized.
+
+    Args:
+        leaves: of the tree, by path.
+        kernel: the path.
+        expert: which one, where the layer has the weights of all experts.
+    """
+    parts = [leaves.get((*kernel[:-1], name)) for name in ("values", "scale", "zero")]
+    if parts[0] is None:
         return None
-    bits = 4 if values.dtype == jnp.uint8 else 8
-    return from_columns(np.asarray(values), np.asarray(scale), None if zero is None else np.asarray(zero), bits)
+    bits = 4 if parts[0].dtype == jnp.uint8 else 8
+    values, scale, zero = (None if x is None else np.asarray(x if expert is None else x[expert]) for x in parts)
+    return from_columns(values, scale, zero, bits)
 
 
 def shapes_in_floats(leaves: Mapping[Path, Any]) -> Iterable[tuple[Path, tuple[int, ...]]]:
@@ -111,4 +119,5 @@ def shapes_in_floats(leaves: Mapping[Path, Any]) -> Iterable[tuple[Path, tuple[i
         if path[:-1] not in layers or path[-1] == "bias":
             yield path, shape
         elif path[-1] == "values":
-            yield (*path[:-1], "kernel"), (shape[0] * (2 if leaf.dtype == jnp.uint8 else 1), *shape[1:])
+            *experts, width, out = shape
+            yield (*path[:-1], "kernel"), (*experts, width * (2 if leaf.dtype == jnp.uint8 else 1), out)

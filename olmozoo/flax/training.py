@@ -18,11 +18,12 @@ from jax import Array, lax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from olmozoo.checkpoint.tensors import aligned_copy
 from olmozoo.families.config import ModelConfig
-from olmozoo.families.parameter import Parameter
-from olmozoo.flax.base import from_numpy, oriented, to_numpy
+from olmozoo.families.parameter import Parameter, by_variable
+from olmozoo.flax.base import from_numpy, oriented, stacked
 from olmozoo.flax.losses import target_losses
-from olmozoo.flax.sharding import batch_sharding, from_slices, make_mesh, optimizer_shardings, replicated
+from olmozoo.flax.sharding import batch_sharding, from_slices, make_mesh, optimizer_shardings, replicated, to_host
 from olmozoo.quantization import Quantization, is_quantizable, rounded
 from olmozoo.world import World, mesh_of_run
 
@@ -86,50 +87,69 @@ class TrainStep:
         decays: the weight decay of each.
         config: the run's. With `lora`, the kernels are those of the model plus scaled products of `trained`.
         world: its devices. The compiler splits what is computed over them.
+
+    Attributes:
+        aux_factor: of the load-balancing loss of a mixture of experts; 0 without one.
+        groups: the trained parameters, those of each leaf together.
+        params: the leaves of the groups. One that has some of a layer's experts alone is a copy of their part.
+        frozen: the other leaves, and those that have such parts, by path.
     """
 
     def __init__(
         self, model: Any, trained: Sequence[Parameter], decays: Sequence[float], config: TrainConfig, world: World
     ) -> None:
-        self.model, self.trained, self.config, self.world = model, list(trained), config, world
+        self.model, self.groups, self.config, self.world = model, by_variable(trained), config, world
+        self.aux_factor = getattr(model.config, "router_aux_loss_coef", 0.0)
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable()
         frozen = flatten_dict(model.params)
         self.params: list[Array]
         if config.lora is None:
-            self.params = [frozen.pop(model._leaf(parameter)) for parameter in self.trained]
+            self.params = [_taken(frozen, model._leaf(group[0]), group) for group in self.groups]
         else:
             dtype = np.dtype(model.param_dtype)
-            self.params = [self._on_devices(p, p.initial(config.seed, dtype), None) for p in self.trained]
+            initial = ([p.initial(config.seed, dtype) for p in group] for group in self.groups)
+            self.params = [self._on_devices(*both, None) for both in zip(self.groups, initial, strict=True)]
         self.frozen = frozen
-        self.optimizer = make_optimizer(decays, config)
+        self.starts = np.cumsum([0, *map(len, self.groups)])[:-1]  # of each group in `trained`
+        self.optimizer = make_optimizer([decays[start] for start in self.starts], config)
         split = None if world.mesh is None else optimizer_shardings(self.optimizer, model, self.params)
         self.state = jax.jit(self.optimizer.init, out_shardings=split)(self.params)
         self.grads: list[Array] | None = None
         self._gradients = jax.jit(self._compute)
         self._add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0)
-        self._norms = jax.jit(self._compute_norms)
+        self._norms = jax.jit(self._norms_of)
         self._update = jax.jit(self._apply, donate_argnums=(0, 1))
         self._losses = jax.jit(self._evaluate)
+
+    def _path(self, group: Sequence[Parameter]) -> tuple[str, ...]:
+        """The path of a group's leaf; of an adapter, that of the kernel that it changes."""
+        if self.config.lora is None:
+            path: tuple[str, ...] = self.model._leaf(group[0])
+            return path
+        return (*self.model._variable_path(group[0])[:-2], "kernel")  # without lora_A.weight
 
     def _tree(self, params: Sequence[Array], frozen: Mapping[tuple[str, ...], Array]) -> dict[str, Any]:
         """The tree of the module's parameters."""
         lora = self.config.lora
-        if lora is None:
-            leaves = {self.model._leaf(p): value for p, value in zip(self.trained, params, strict=True)}
-            return unflatten_dict({**frozen, **leaves})
         leaves = dict(frozen)
-        for first, a, b in zip(self.trained[::2], params[::2], params[1::2], strict=True):
-            path = (*first.name.removesuffix(".lora_A.weight").split("."), "kernel")
+        if lora is None:
+            for group, value in zip(self.groups, params, strict=True):
+                path = self.model._leaf(group[0])
+                leaves[path] = leaves[path].at[_indices(group)].set(value) if path in leaves else value
+            return unflatten_dict(leaves)
+        for group, a, b in zip(self.groups[::2], params[::2], params[1::2], strict=True):
+            path = self._path(group)
             leaves[path] = leaves[path] + (lora.alpha / lora.rank) * (a @ b)  # (in, rank) @ (rank, out)
         return unflatten_dict(leaves)
 
-    def _on_devices(self, parameter: Parameter, array: np.ndarray, like: Array | None) -> Array:
-        """Values in the dtype of an array, on its devices; without one, in their own dtype on all devices."""
-        dtype = array.dtype if like is None else like.dtype
+    def _on_devices(self, group: Sequence[Parameter], arrays: Sequence[np.ndarray], like: Array | None) -> Array:
+        """The leaf of a group, in the dtype and on the devices of another; without one, in its own dtype on all."""
+        dtype = arrays[0].dtype if like is None else like.dtype
         if self.world.mesh is None:
-            return from_numpy(parameter, np.asarray(array)).astype(dtype)
-        values = oriented(parameter, array)
+            return _joined(group, arrays).astype(dtype)
+        parts = list(map(oriented, group, arrays))
+        values = parts[0] if group[0].stack is None else np.stack(parts)
         sharding = NamedSharding(self.world.mesh, PartitionSpec()) if like is None else like.sharding
         return from_slices(values.shape, dtype, sharding, lambda part: np.array(values[part], dtype))
 
@@ -147,30 +167,34 @@ class TrainStep:
         targets: Array,
         mask: Array | None,
         divisor: Array,
+        share: Array,
         seed: Array,
-    ) -> tuple[list[Array], Array, Array]:
+    ) -> tuple[list[Array], Array, Array, Array]:
         z_factor, key = self.config.z_factor, jax.random.key(seed)
+        inputs = {"output_router_logits": True} if self.aux_factor else {}
 
-        def loss_of(params: list[Array]) -> tuple[Array, tuple[Array, Array]]:
+        def loss_of(params: list[Array]) -> tuple[Array, tuple[Array, Array, Array]]:
             tree = self._tree(params, frozen)
-            logits = self.model.module.apply(
-                {"params": tree}, ids, mask, use_cache=False, deterministic=False, rngs={"dropout": key}
-            ).logits
-            cross_entropy, z = (rows.sum() for rows in target_losses(logits, targets, z_factor > 0))
-            return (cross_entropy + z_factor * z) / divisor, (cross_entropy, z)
+            output = self.model.module.apply(
+                {"params": tree}, ids, mask, use_cache=False, deterministic=False, rngs={"dropout": key}, **inputs
+            )
+            cross_entropy, z = (rows.sum() for rows in target_losses(output.logits, targets, z_factor > 0))
+            aux = output.aux_loss * share if self.aux_factor else jnp.zeros_like(z)
+            return (cross_entropy + z_factor * z) / divisor + self.aux_factor * aux, (cross_entropy, z, aux)
 
         grads, sums = jax.grad(loss_of, has_aux=True)(params)
         return self._split(grads), *replicated(sums, self.world.mesh)
 
-    def _compute_norms(self, grads: list[Array]) -> Array:
-        norms = jnp.stack([jnp.linalg.norm(grad.reshape(-1)) for grad in grads])
-        return replicated(norms, self.world.mesh)
+    def _norms_of(self, grads: list[Array]) -> Array:
+        rows = (grad.reshape(len(group), -1) for grad, group in zip(grads, self.groups, strict=True))
+        return replicated(jnp.concatenate([jnp.linalg.norm(row, axis=1) for row in rows]), self.world.mesh)
 
     def _apply(
         self, params: list[Array], state: Any, grads: list[Array], rate: Array, scales: Array | None
     ) -> tuple[list[Array], Any]:
         if scales is not None:
-            grads = [grad * scale for grad, scale in zip(grads, scales, strict=True)]
+            parts = jnp.split(scales, self.starts[1:])
+            grads = [g * part.reshape(-1, *[1] * (g.ndim - 1)) for g, part in zip(grads, parts, strict=True)]
         updates, state = self.optimizer.update(grads, state, params)
         return self._split([param - rate * update for param, update in zip(params, updates, strict=True)]), state
 
@@ -179,7 +203,7 @@ class TrainStep:
         logits = self.model.module.apply({"params": tree}, ids, mask, use_cache=False, deterministic=True).logits
         return replicated(target_losses(logits, targets, False)[0], self.world.mesh)
 
-    def gradients(self, batch: Batch, divisor: float, seed: int) -> tuple[Array, Array]:
+    def gradients(self, batch: Batch, divisor: float, seed: int) -> tuple[Array, Array, Array]:
         """Add the gradients of a micro-batch to those of the step.
 
         Args:
@@ -188,14 +212,14 @@ class TrainStep:
             seed: of dropout.
 
         Returns:
-            The sums of the cross-entropy and of the squared log-partition, before the division.
+            The sums of the cross-entropy and of the squared log-partition, before the division; and the load-balancing
+            loss times the micro-batch's share of tokens.
         """
-        divided = np.asarray(divisor, self.params[0].dtype)
-        grads, cross_entropy, z = self._gradients(
-            self.params, self.frozen, *self._arrays(batch), divided, np.uint32(seed)
-        )
+        dtype = self.params[0].dtype
+        numbers = np.asarray(divisor, dtype), np.asarray(batch.share, dtype), np.uint32(seed)
+        grads, cross_entropy, z, aux = self._gradients(self.params, self.frozen, *self._arrays(batch), *numbers)
         self.grads = grads if self.grads is None else self._add(self.grads, grads)
-        return cross_entropy, z
+        return cross_entropy, z, aux
 
     def norms(self) -> np.ndarray:
         """The norm of each parameter's gradient."""
@@ -231,28 +255,26 @@ class TrainStep:
         Adapters are merged into them before.
         """
         lora, kept = self.config.lora, (self.params, self.frozen)
-        params: dict[str, Any] = {p.name: (p, leaf) for p, leaf in zip(self.trained, self.params, strict=True)}
-        frozen = dict(self.frozen)
-
-        def change(parameter: Parameter, values: np.ndarray) -> None:
-            leaf = from_numpy(parameter, values)
-            if parameter.name in params:
-                params[parameter.name] = parameter, leaf
-            else:
-                frozen[self.model._leaf(parameter)] = leaf
-
-        for parameter in filter(is_quantizable, self.model._parameter_table()):
-            module = parameter.name.removesuffix(".weight")
-            _, leaf = params.get(parameter.name) or (parameter, frozen[self.model._leaf(parameter)])
-            weight = to_numpy(parameter, leaf)
-            if f"{module}.lora_A.weight" not in params:
-                change(parameter, rounded(weight, quantization))
-                continue
-            a, b = (params[f"{module}.{name}.weight"] for name in ("lora_A", "lora_B"))
-            pair = to_numpy(*a), to_numpy(*b)
-            change(parameter, rounded(weight, quantization, pair, lora.alpha / lora.rank))
-            change(b[0], np.zeros_like(pair[1]))
-        self.params, self.frozen = [leaf for _, leaf in params.values()], frozen
+        params, frozen = list(self.params), dict(self.frozen)
+        numbers = {self._path(group): n for n, group in enumerate(self.groups)}  # with lora, of B, which is after A
+        for group in by_variable(filter(is_quantizable, self.model._parameter_table())):
+            path = self.model._leaf(group[0])
+            n = numbers.get(path)
+            weights = dict(_named([group], [frozen[path]])) if path in frozen else {}
+            pairs: dict[str, Any] = {}
+            if n is not None and lora is None:
+                weights |= dict(_named([self.groups[n]], [params[n]]))
+            elif n is not None:
+                a, b = ([array for _, array in _named([self.groups[i]], [params[i]])] for i in (n - 1, n))
+                pairs = dict(zip(weights, zip(a, b, strict=True), strict=True))
+                params[n] = jnp.zeros_like(params[n])
+            scale = 1.0 if lora is None else lora.alpha / lora.rank
+            new = {name: rounded(w, quantization, pairs.get(name), scale) for name, w in weights.items()}
+            if path in frozen:
+                frozen[path] = _joined(group, [new[parameter.name] for parameter in group])
+            if n is not None and lora is None:
+                params[n] = _joined(self.groups[n], [new[parameter.name] for parameter in self.groups[n]])
+        self.params, self.frozen = params, frozen
         try:
             yield
         finally:
@@ -268,29 +290,31 @@ class TrainStep:
 
     def values(self) -> Iterator[tuple[str, np.ndarray]]:
         """The trained parameters by name, each gathered by all processes."""
-        for parameter, leaf in zip(self.trained, self.params, strict=True):
-            yield parameter.name, to_numpy(parameter, leaf)
+        return _named(self.groups, self.params)
 
     def moments(self) -> Iterator[tuple[str, np.ndarray]]:
         """The optimizer's running means, by names such as `exp_avg.model.norm.weight`."""
         means = self.state[0]
         kept = {"exp_avg": means.mu, "exp_avg_sq": getattr(means, "nu", None)}
         for moment in self.config.optimizer.moments:
-            for parameter, leaf in zip(self.trained, kept[moment], strict=True):
-                yield f"{moment}.{parameter.name}", to_numpy(parameter, leaf)
+            for name, array in _named(self.groups, kept[moment]):
+                yield f"{moment}.{name}", array
 
     def restore(self, values: Mapping[str, np.ndarray], moments: Mapping[str, np.ndarray], count: int) -> None:
         """Set trained parameters and the optimizer's running means, after `count` of its updates."""
+
+        def leaf(group: Sequence[Parameter], arrays: Mapping[str, np.ndarray], prefix: str, old: Array) -> Array:
+            return self._on_devices(group, [arrays[prefix + p.name] for p in group], old)
+
         self.params = [
-            self._on_devices(parameter, values[parameter.name], old) if parameter.name in values else old
-            for parameter, old in zip(self.trained, self.params, strict=True)
+            leaf(group, values, "", old) if group[0].name in values else old
+            for group, old in zip(self.groups, self.params, strict=True)
         ]
         if moments:
             fields = dict(zip(("exp_avg", "exp_avg_sq"), ("mu", "nu"), strict=True))
             found = {
                 fields[moment]: [
-                    self._on_devices(parameter, moments[f"{moment}.{parameter.name}"], old)
-                    for parameter, old in zip(self.trained, self.params, strict=True)
+                    leaf(group, moments, f"{moment}.", old) for group, old in zip(self.groups, self.params, strict=True)
                 ]
                 for moment in self.config.optimizer.moments
             }
@@ -310,3 +334,30 @@ def make_optimizer(decays: Sequence[float], config: TrainConfig) -> optax.Gradie
         means = optax.scale_by_adam(beta_1, beta_2, settings.eps)
     added = [optax.add_decayed_weights(decay, [d == decay for d in decays]) for decay in sorted(set(decays)) if decay]
     return optax.chain(means, *added)
+
+
+def _indices(group: Sequence[Parameter]) -> np.ndarray:
+    """The indices of experts in the leaf of their layer."""
+    return np.array([parameter.stack[1] for parameter in group if parameter.stack is not None])
+
+
+def _taken(leaves: dict[tuple[str, ...], Array], path: tuple[str, ...], group: Sequence[Parameter]) -> Array:
+    """A leaf, which is taken out of `leaves`; or a copy of the experts of the group, where they are not all of it."""
+    if group[0].stack is None or len(group) == len(leaves[path]):
+        return leaves.pop(path)
+    return leaves[path][_indices(group)]
+
+
+def _joined(group: Sequence[Parameter], arrays: Sequence[np.ndarray]) -> Array:
+    """The leaf of a group, from its parameters as they are in a checkpoint."""
+    parts = [from_numpy(parameter, np.asarray(array)) for parameter, array in zip(group, arrays, strict=True)]
+    return parts[0] if group[0].stack is None else stacked(parts)
+
+
+def _named(groups: Sequence[Sequence[Parameter]], leaves: Sequence[Array]) -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters in leaves, by name, as they are in a checkpoint."""
+    for group, leaf in zip(groups, leaves, strict=True):
+        array = to_host(leaf)
+        for index, parameter in enumerate(group):
+            part = array if parameter.stack is None else array[index]
+            yield parameter.name, aligned_copy(part, transposed=True) if parameter.kind == "linear" else part

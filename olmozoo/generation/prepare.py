@@ -26,7 +26,8 @@ class Layout:
     """How many slots of the cache and of `State.tokens` the parts of a call take.
 
     The cache has the slots of the positions that were cached before, then those of the prompt, of the answer, and of a
-    draft. A compiled loop rounds each part up; the slots that a part does not need are on its left.
+    draft. A compiled loop rounds each part up; the slots that a part does not need are on its left. Windows are of
+    slots: where a model has some, there are none between the positions cached before and the prompt.
 
     Attributes:
         prompt: positions of the prompt, as it was given.
@@ -141,9 +142,7 @@ def prepare(
     layout = _resolve_layout(settings, config, changes, real, cached, ids is not None, compiled)
 
     copies = settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences
-    is_whole = compiled or settings.return_dict_in_generate
-    windows = (None,) * config.num_hidden_layers if is_whole else config.windows
-    _check_memory(settings, config, layout, len(real) * copies, windows)
+    _check_memory(settings, config, layout, len(real) * copies)
     tokens = np.full((len(real) * copies, layout.text_slots + layout.answer_slots), pad, np.int64)
     is_text = np.zeros(tokens.shape, bool)
     is_text[:, layout.text_slots :] = True
@@ -298,9 +297,11 @@ def _resolve_layout(
             stacklevel=5,
         )
     round_up: Callable[[int], int] = bucket if compiled else int
-    prompt_slots = round_up(prompt - cached)
-    if compiled and settings.prefill_chunk_size:
-        prompt_slots = -(-prompt_slots // settings.prefill_chunk_size) * settings.prefill_chunk_size
+    prompt_slots = prompt - cached
+    if not (cached and any(config.windows)):
+        prompt_slots = round_up(prompt_slots)
+        if compiled and settings.prefill_chunk_size:
+            prompt_slots = -(-prompt_slots // settings.prefill_chunk_size) * settings.prefill_chunk_size
     return Layout(
         prompt=prompt,
         cached=cached,
@@ -313,18 +314,18 @@ def _resolve_layout(
     )
 
 
-def _check_memory(
-    settings: GenerationConfig, config: ModelConfig, layout: Layout, rows: int, windows: tuple[int | None, ...]
-) -> None:
+def _check_memory(settings: GenerationConfig, config: ModelConfig, layout: Layout, rows: int) -> None:
     """Refuse a call whose cache and buffers cannot be in the memory of this machine, before any is allocated.
 
-    Of a layer with one of the `windows`, the cache keeps no more than that for sure.
+    Of a layer with a window, a cache that is not returned keeps no more than that for sure.
     """
     if not hasattr(os, "sysconf"):
         return
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     slots = layout.answer_start + layout.answer_slots + layout.draft_slots
-    keys = sum(config.kv_heads_in(layer) * min(slots, window or slots) for layer, window in enumerate(windows))
+    is_whole = settings.return_dict_in_generate and settings.num_beams == 1
+    kept = [slots] * config.num_hidden_layers if is_whole else config.cache_slots(slots, 0)
+    keys = sum(config.kv_heads_in(layer) * count for layer, count in enumerate(kept))
     needed = rows * keys * config.head_dim * 2 * 2  # keys and values, of at least two bytes
     needed += rows * (layout.text_slots + layout.answer_slots) * 9  # tokens, and which of them are text
     needed += rows * layout.answer_slots * config.vocab_size * 8 * settings.output_scores

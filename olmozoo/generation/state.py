@@ -112,6 +112,11 @@ class DecodeOptions:
     draft_ngram: int = 0
     prefill_chunk: int = 0
 
+    @property
+    def returns_cache(self) -> bool:
+        """Whether the call returns its cache, with every position."""
+        return self.logprobs and self.beams == 1
+
 
 class Beams(NamedTuple):
     """The state of beam search; the running beams' tokens are in `State`.

@@ -133,10 +133,8 @@ class WindowCache(KVCache):
     def __init__(
         self, config: ModelConfig, batch_size: int, max_length: int, spare: int, dtype: torch.dtype | None = None
     ) -> None:
-        shapes = [
-            (batch_size, config.kv_heads_in(layer), min(max_length, (window or max_length) + spare), config.head_dim)
-            for layer, window in enumerate(config.windows)
-        ]
+        slots = config.cache_slots(max_length, spare)
+        shapes = [(batch_size, config.kv_heads_in(layer), n, config.head_dim) for layer, n in enumerate(slots)]
         super().__init__(*([torch.empty(shape, dtype=dtype, device="meta") for shape in shapes] for _ in range(2)))
         self.windows, self.limit = config.windows, max_length
         self.firsts = [0] * len(shapes)  # the positions that memory begins with
@@ -170,20 +168,41 @@ class WindowCache(KVCache):
         self.firsts[layer] = self.lengths[layer] - stored
         return both[0], both[1]
 
+    def cached(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer that are kept, the last ones."""
+        end = self.lengths[layer] - self.firsts[layer]
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
 
 class StaticCache(KVCache):
     """A cache whose every use has the same shapes, as `torch.compile` wants: attention sees all of its positions.
 
-    A mask (batch, max_length) says which of them are real, and `positions` where the next keys go.
+    A mask (batch, max_length) says which of them are real, and `positions` where the next keys go. A layer that keeps a
+    window alone has position p in slot `p % slots`.
+
+    Args:
+        cache: the cache whose memory, and what is in it, this one takes over.
     """
 
     def __init__(self, cache: KVCache) -> None:
         super().__init__(cache.keys, cache.values, cache.get_seq_length())
+        self.limit = cache.max_length
         self.positions = torch.tensor([self.lengths[0]])
-        for tensor in (*self.keys, *self.values):
-            tensor[:, :, self.lengths[0] :] = 0  # a weight of 0 times memory that was never written might be NaN
-            # So CUDA graphs use the memory where it is. Not public; see test_a_static_cache_is_at_a_static_address.
-            torch._dynamo.mark_static_address(tensor)
+        for layer in range(len(self.keys)):
+            used = cache.cached(layer)[0].shape[2]
+            first = self.lengths[layer] - used
+            for side in (self.keys, self.values):
+                side[layer][:, :, used:] = 0  # a weight of 0 times memory that was never written might be NaN
+                if first:
+                    side[layer] = side[layer].roll(first, 2)
+                # So CUDA graphs use the memory where it is. Not public; see
+                # test_a_static_cache_is_at_a_static_address.
+                torch._dynamo.mark_static_address(side[layer])
+
+    @property
+    def max_length(self) -> int:
+        """See `KVCache.max_length`; layers with a window have memory for fewer."""
+        return self.limit
 
     def get_seq_length(self, layer: int = 0) -> Tensor:
         """The number of positions before `positions`, a scalar."""
@@ -191,8 +210,9 @@ class StaticCache(KVCache):
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Write key and value (batch, kv_heads, new, head_dim) of a layer at `positions`; return all of the layer."""
-        self.keys[layer].index_copy_(2, self.positions, key.to(self.keys[layer].dtype))
-        self.values[layer].index_copy_(2, self.positions, value.to(self.values[layer].dtype))
+        slots = self.positions % self.keys[layer].shape[2]
+        self.keys[layer].index_copy_(2, slots, key.to(self.keys[layer].dtype))
+        self.values[layer].index_copy_(2, slots, value.to(self.values[layer].dtype))
         return self.keys[layer], self.values[layer]
 
 
@@ -254,6 +274,11 @@ def cached_length(cache: Any) -> int:
     return 0 if cache is None else cache.get_seq_length()
 
 
-def key_count(cache: Any, new: int) -> int:
-    """The number of keys that the queries of a call that adds `new` positions are compared with."""
-    return cache.max_length if isinstance(cache, StaticCache) else cached_length(cache) + new
+def key_slots(cache: Any, new: int, layer: int, window: int | None) -> tuple[int, Any]:
+    """The number of keys that a layer's queries are compared with in a call that adds `new` positions.
+
+    And `end` of `causal_mask`, for a layer with a window.
+    """
+    if not isinstance(cache, StaticCache):
+        return cached_length(cache) + new, None
+    return cache.keys[layer].shape[2], None if window is None else cache.get_seq_length() + new

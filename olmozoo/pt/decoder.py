@@ -12,8 +12,8 @@ from olmozoo.errors import InputError
 from olmozoo.modeling import check_inputs, check_range
 from olmozoo.outputs import BaseModelOutput
 from olmozoo.pt.base import PreTrainedModel
-from olmozoo.pt.cache import cached_length, close_cache, key_count, open_cache
-from olmozoo.pt.layers import as_tensor, causal_mask, concrete, rotary
+from olmozoo.pt.cache import cached_length, close_cache, key_slots, open_cache
+from olmozoo.pt.layers import as_tensor, causal_mask, concrete, query_mask, rotary
 
 
 class Decoder(PreTrainedModel):
@@ -83,10 +83,11 @@ class Decoder(PreTrainedModel):
 
         hidden = self.stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (b, s, c)
         batch, length, _ = hidden.shape
-        masks = {
-            window: causal_mask(attention_mask, batch, length, past, key_count(cache, length), hidden.device, window)
-            for window in dict.fromkeys(self.config.windows)
-        }
+        make_mask, masks = causal_mask if output_attentions else query_mask, {}
+        for layer, window in enumerate(self.config.windows):
+            if window not in masks:
+                keys, end = key_slots(cache, length, layer, window)
+                masks[window] = make_mask(attention_mask, batch, length, past, keys, hidden.device, window, end)
         if position_ids is None and cache_position is not None:
             position_ids = cache_position[None]
         hidden, layer_inputs = self.embed_positions(hidden, position_ids, attention_mask, past, **inputs)

@@ -175,8 +175,7 @@ class GenerationMixin:
         mask = torch.from_numpy(call.mask).to(device)
         padded = compile or not call.mask.all()
         positions = (mask.long().cumsum(-1) - 1).clamp(0, (self.config.position_limit or len(mask[0])) - 1)
-        need_all = compile or call.settings.return_dict_in_generate
-        if need_all or not any(self.config.windows):
+        if options.returns_cache or not any(self.config.windows):
             cache = self.init_cache(len(mask), mask.shape[1])
         else:
             spare = max(SPARE, 1 + options.draft_tokens)

@@ -6,6 +6,8 @@ d head_dim, c hidden size, f MLP width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from olmozoo.errors import InputError
 from olmozoo.families.rope import Rope
+from olmozoo.memory import MASK_BYTES, MIN_ROWS
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -195,6 +199,7 @@ def causal_mask(
     keys: int,
     device: torch.device,
     window: int | None = None,
+    end: int | Tensor | None = None,
 ) -> Tensor | None:
     """Which keys each query sees: bool (b or 1, 1, s, t), or None where that is plain causality.
 
@@ -207,33 +212,122 @@ def causal_mask(
         batch: b.
         length: s.
         past: positions in the cache before this call.
-        keys: t; past + s, but for a `StaticCache` its `max_length`.
+        keys: t; past + s, but for a `StaticCache` all that a layer has memory for.
         device: of the result.
         window: how many positions a query sees, padding and its own included; None for all.
+        end: None where key i is that of position i. For a layer of a `StaticCache` with a window, the number of
+            positions cached after this call; key i is then that of the last position before `end` that is i modulo t,
+            and attention_mask is of all positions.
 
     Raises:
         InputError: attention_mask has another shape.
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask if attention_mask.is_floating_point() else attention_mask.to(torch.bool)
-    if window is not None and not torch.compiler.is_exporting() and keys <= window:  # a graph serves any length
-        window = None
+    if window is not None and end is None and not torch.compiler.is_exporting() and keys <= window:
+        window = None  # not in an exported graph, which serves any length
     if attention_mask is None and window is None and (past == 0 or length == 1):
         return None
     query = past + torch.arange(length, device=device)[:, None]
     key = torch.arange(keys, device=device)[None, :]
+    if end is not None:
+        key = end - 1 - (end - 1 - key) % keys  # below 0 where nothing is written yet
     causal = (key <= query)[None, None]
     if window is not None:
         causal = causal & (key > query - window)
+    if end is not None:
+        causal = causal & (key >= 0)
+        attention_mask = None if attention_mask is None else attention_mask[:, key[0].clamp(min=0)]
     if attention_mask is None:
         return causal
-    if attention_mask.shape != (batch, keys):
-        raise InputError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(batch, keys)}: "
-            f"{past} cached and {length} new positions"
-        )
+    check_mask(attention_mask, batch, past, length, keys)
     seen = causal & attention_mask.to(torch.bool)[:, None, None, :]
     return seen | (~seen.any(-1, keepdim=True) & (key == query))
+
+
+@dataclass(frozen=True)
+class QueryBlocks:
+    """The masks of a long call, made for `rows` queries at a time; the other fields are arguments of `causal_mask`."""
+
+    attention_mask: Tensor | None
+    past: int
+    batch: int
+    keys: int
+    window: int | None
+    rows: int
+
+    def run(self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`attend(query, key, value, mask)` by blocks of queries, in memory linear in s and t (arXiv:2112.05682).
+
+        A block is given the keys up to its last query, in a window those in it alone. The backward pass computes each
+        block again.
+        """
+        absent = self.keys - key.shape[2]  # which a cache of windows no longer has
+        out = []
+        for start in range(0, query.shape[2], self.rows):
+            block = query[:, :, start : start + self.rows]
+            first = self.past + start
+            end = first + block.shape[2]
+            begin = absent if self.window is None else max(absent, first - self.window + 1)
+            near = [x[:, :, begin - absent : end - absent] for x in (key, value)]
+            real = None if self.attention_mask is None else self.attention_mask[:, begin:end]
+            sizes = self.batch, block.shape[2], first - begin, end - begin
+            one = partial(self.attend_to, attend, real, sizes)
+            if torch.is_grad_enabled() and any(x.requires_grad for x in (block, *near)):
+                out.append(checkpoint(one, block, *near, use_reentrant=False))
+            else:
+                out.append(one(block, *near))
+        return torch.cat(out, dim=1)  # (b, s, h * d)
+
+    def attend_to(
+        self,
+        attend: Callable[..., Tensor],
+        real: Tensor | None,
+        sizes: tuple[int, int, int, int],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        """One block; `sizes` are `batch`, `length`, `past` and `keys` of its mask."""
+        return attend(query, key, value, causal_mask(real, *sizes, query.device, self.window))
+
+
+def query_mask(
+    attention_mask: Tensor | None,
+    batch: int,
+    length: int,
+    past: int | Tensor,
+    keys: int,
+    device: torch.device,
+    window: int | None = None,
+    end: int | Tensor | None = None,
+) -> Tensor | QueryBlocks | None:
+    """`causal_mask`, or `QueryBlocks` where that would take more than `MASK_BYTES` and no graph is traced."""
+    rows = 1 if attention_mask is None else batch
+    at_once = (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or end is not None
+        or 4 * rows * length * keys <= MASK_BYTES
+        or (attention_mask is not None and attention_mask.ndim == 4)
+        or (attention_mask is None and past == 0 and (window is None or keys <= window))  # plain causality
+    )
+    if at_once:
+        return causal_mask(attention_mask, batch, length, past, keys, device, window, end)
+    if attention_mask is not None:
+        check_mask(attention_mask, batch, past, length, keys)
+    width = keys if window is None else min(keys, 2 * window)
+    block = max(MASK_BYTES // (16 * rows * width), MIN_ROWS["pt"])
+    return QueryBlocks(attention_mask, int(past), batch, keys, window, block)
+
+
+def check_mask(mask: Tensor, batch: int, past: int | Tensor, length: int, keys: int) -> None:
+    """Check the shape of an attention_mask of two dimensions; see `causal_mask`."""
+    if mask.shape != (batch, keys):
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)}, expected {(batch, keys)}: "
+            f"{past} cached and {length} new positions"
+        )
 
 
 def clip(x: Tensor, limit: float | None) -> Tensor:
@@ -250,7 +344,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | QueryBlocks | None,
     scale: float,
     dropout: float,
     want_weights: bool,
@@ -263,8 +357,12 @@ def attention(
     last columns of the mask are theirs.
 
     Returns:
-        The heads' outputs, side by side, (b, s, h * d); and the weights (b, h, s, t) where they are wanted.
+        The heads' outputs, side by side, (b, s, h * d); and the weights (b, h, s, t) where they are wanted. For
+        `QueryBlocks` these are None.
     """
+    if isinstance(mask, QueryBlocks):
+        options = {"scale": scale, "dropout": dropout, "want_weights": False, "head_mask": head_mask}
+        return mask.run(lambda *args: attention(*args, **options)[0], query, key, value), None
     weights, wide = None, at_least_float32(query.dtype)
     key, value = key.to(query.dtype), value.to(query.dtype)  # a cache may be narrower
     if mask is not None:

@@ -110,6 +110,9 @@ class TrainStep:
         decays: the weight decay of each.
         config: the run's.
         world: its processes. Each one computes its rows of a batch.
+
+    Attributes:
+        aux_factor: of the load-balancing loss of a mixture of experts; 0 without one.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class TrainStep:
     ) -> None:
         self.model, self.names = model, [parameter.name for parameter in trained]
         self.config, self.world = config, world
+        self.aux_factor = getattr(model.config, "router_aux_loss_coef", 0.0)
         self.group = world.mesh.get_group("fsdp") if world.rows > 1 else None  # of those with other rows
         self.part = world.mesh.get_local_rank("fsdp") if world.rows > 1 else 0
         if config.lora is not None:
@@ -147,7 +151,7 @@ class TrainStep:
             name = name.replace(f".{factor}.", f".{factor}.default.")
         return name
 
-    def _outputs(self, batch: Batch) -> Tensor:
+    def _outputs(self, batch: Batch, **options: Any) -> Any:
         device = self.model.device
         mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask).to(device)
         # With scores added, a query may see all keys alike. PyTorch's fused attention has a wrong gradient there: it
@@ -155,10 +159,10 @@ class TrainStep:
         plain = mask is not None and mask.ndim == 4
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "amp_bf16"):
             return self.model(
-                torch.from_numpy(batch.input_ids).to(device), mask, use_cache=False, output_attentions=plain
-            ).logits
+                torch.from_numpy(batch.input_ids).to(device), mask, use_cache=False, output_attentions=plain, **options
+            )
 
-    def gradients(self, batch: Batch, divisor: float, seed: int) -> tuple[Tensor, Tensor]:
+    def gradients(self, batch: Batch, divisor: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Add the gradients of a micro-batch to those of the step.
 
         Args:
@@ -167,19 +171,22 @@ class TrainStep:
             seed: of dropout.
 
         Returns:
-            The sums of the cross-entropy and of the squared log-partition, before the division.
+            The sums of the cross-entropy and of the squared log-partition, before the division; and the load-balancing
+            loss times the micro-batch's share of tokens.
         """
         self.model.train()
         torch.manual_seed(seed + self.part)
         z_factor = self.config.z_factor
-        batch = batch.share(self.part, self.world.rows)
+        batch = batch.rows_for(self.part, self.world.rows)
         targets = torch.from_numpy(batch.targets).to(self.model.device)
-        cross_entropy, z = (rows.sum() for rows in target_losses(self._outputs(batch), targets, z_factor > 0))
-        ((cross_entropy + z_factor * z) / divisor).backward()
-        sums = torch.stack([cross_entropy.detach(), z.detach()])
+        output = self._outputs(batch, **({"output_router_logits": True} if self.aux_factor else {}))
+        cross_entropy, z = (rows.sum() for rows in target_losses(output.logits, targets, z_factor > 0))
+        aux = output.aux_loss * batch.share if self.aux_factor else torch.zeros_like(z)
+        ((cross_entropy + z_factor * z) / divisor + self.aux_factor * aux).backward()
+        sums = torch.stack([each.detach().to(z.dtype) for each in (cross_entropy, z, aux)])
         if self.group is not None:
             dist.all_reduce(sums, group=self.group)
-        return sums[0], sums[1]
+        return sums[0], sums[1], sums[2]
 
     def norms(self) -> np.ndarray:
         """The norm of each parameter's gradient."""
@@ -204,9 +211,9 @@ class TrainStep:
     def evaluate(self, batch: Batch) -> np.ndarray:
         """The summed cross-entropy of each row, (batch,)."""
         self.model.eval()  # `gradients` sets it back
-        part = batch.share(self.part, self.world.rows)
+        part = batch.rows_for(self.part, self.world.rows)
         targets = torch.from_numpy(part.targets).to(self.model.device)
-        losses, _ = target_losses(self._outputs(part), targets, False)
+        losses, _ = target_losses(self._outputs(part).logits, targets, False)
         if self.group is not None:
             parts = [torch.empty_like(losses) for _ in range(self.world.rows)]
             dist.all_gather(parts, losses, group=self.group)
@@ -293,7 +300,9 @@ def add_adapters(model: Any, trained: Sequence[Parameter], config: TrainConfig) 
     settings = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules)
     )
-    peft.inject_adapter_in_model(settings, model)
+    # Into the blocks, which have no config: in a model of this type PEFT looks for the experts of Transformers 5, which
+    # are one tensor.
+    peft.inject_adapter_in_model(settings, model.base_model.stack.layers)
     found = dict(model.named_parameters())
     for parameter in trained:
         path = parameter.name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")

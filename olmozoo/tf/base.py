@@ -21,15 +21,15 @@ from olmozoo.checkpoint.tensors import LazyIntegers, aligned, check_shapes, dtyp
 from olmozoo.checkpoint.writer import save_checkpoint
 from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
-from olmozoo.families.parameter import Parameter
+from olmozoo.families.parameter import Parameter, by_variable
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.modeling import ModelMixin, given_dtype, given_quantization, resized_config, split_options
 from olmozoo.outputs import OUTPUTS, ModelOutput
 from olmozoo.quantization import GROUP_SIZE, Quantization, QuantizedTensor, as_floats
 from olmozoo.tf.cache import KVCache
-from olmozoo.tf.layers import Dense, Tensor, embedding, from_numpy, linear
+from olmozoo.tf.layers import Tensor, WithAdapters, embedding, from_numpy, linear
 from olmozoo.tf.parallel import check_distribution
-from olmozoo.tf.quantization import QuantizedDense, scale_dtype
+from olmozoo.tf.quantization import QuantizedDense, QuantizedExpertDense, scale_dtype
 from olmozoo.typing import Array
 
 LEAVES = {"linear": "kernel", "embedding": "embeddings", "norm": "scale", "bias": "bias"}  # what layers call them
@@ -312,13 +312,14 @@ class PreTrainedModel(ModelMixin, keras.Model):
 
     def _schemes(self) -> dict[str, Any]:
         """How each quantized weight is quantized, and the dtype of its scales, by the parameter's name."""
-        layers = {p.name: layer for p in self._parameter_table() if (layer := self._quantized(p)) is not None}
+        table = [group[0] for group in by_variable(self._parameter_table())]
+        layers = {p.name: layer for p in table if (layer := self._quantized(p)) is not None}
         return {name: [list(astuple(layer.scheme)), layer.scale_dtype] for name, layer in layers.items()}
 
     def _lora(self) -> dict[str, tuple[int, float]]:
         """The rank and alpha of the LoRA adapters, by the name of the parameter that they adapt."""
         found = {}
-        for parameter in self._parameter_table():
+        for parameter, *_ in by_variable(self._parameter_table()):
             layer = self._layer(parameter)
             if parameter.kind == "linear" and getattr(layer, "lora_enabled", False):
                 found[parameter.name] = layer.lora_rank, layer.lora_alpha
@@ -337,20 +338,21 @@ class PreTrainedModel(ModelMixin, keras.Model):
     def enable_lora(
         self, rank: int, lora_alpha: float | None = None, target_names: Iterable[str] | None = None
     ) -> None:
-        """Add LoRA adapters (arXiv:2106.09685) to `Dense` layers of the blocks, and freeze all else.
+        """Add LoRA adapters (arXiv:2106.09685) to linear layers of the blocks, and freeze all else.
 
         Compile the model afterwards. `save("m.keras")` keeps the adapters; `merge_lora` adds them to the kernels.
 
         Args:
             rank: of the adapters.
             lora_alpha: adapters are scaled by lora_alpha / rank; default `rank`.
-            target_names: of layers, such as `("q_proj", "v_proj")`; default every `Dense` of the blocks.
+            target_names: of layers, such as `("q_proj", "v_proj")`; default every linear layer of the blocks, those of
+                experts included.
 
         Raises:
             InputError: there is no layer of such a name.
         """
-        layers = {tuple(self._parameter_path(p)[:-1]): self._layer(p) for p in self._parameter_table()}
-        dense = {path: layer for path, layer in layers.items() if "layers" in path and isinstance(layer, Dense)}
+        layers = {tuple(self._variable_path(p)[:-1]): self._layer(p) for p in self._parameter_table()}
+        dense = {path: layer for path, layer in layers.items() if "layers" in path and isinstance(layer, WithAdapters)}
         names = {path[-1] for path in dense}
         wanted = names if target_names is None else set(target_names)
         if unknown := wanted - names:
@@ -384,7 +386,8 @@ class PreTrainedModel(ModelMixin, keras.Model):
         """
         for parameter, array in items:
             if isinstance(array, QuantizedTensor):
-                self._make_quantized(parameter, array.scheme, scale_dtype(array)).assign(array)
+                layer = self._make_quantized(parameter, array.scheme, scale_dtype(array))
+                layer.assign(array, _expert(parameter))
                 continue
             variable, tensor = self._find(parameter), from_numpy(aligned(array, transposed=parameter.kind == "linear"))
             if parameter.stack is None:
@@ -393,14 +396,22 @@ class PreTrainedModel(ModelMixin, keras.Model):
                 variable.value[parameter.stack[1]].assign(tensor)
 
     def _make_quantized(self, parameter: Parameter, scheme: Quantization, scales: str) -> QuantizedDense:
-        """Replace the layer of a linear weight by one for integers, which keeps its bias."""
-        *path, name, _ = self._parameter_path(parameter)
+        """Replace the layer of a linear weight by one for integers, which keeps its bias.
+
+        An expert's layer is that of all experts, and is replaced once: experts are quantized alike.
+        """
+        *path, name, _ = self._variable_path(parameter)
         old = self._layer(parameter)
-        (out, width), use_bias = parameter.shape, old.bias is not None
+        if isinstance(old, QuantizedExpertDense) and (old.scheme, old.scale_dtype) == (scheme, scales):
+            return old
+        (out, width), use_bias = parameter.shape, getattr(old, "bias", None) is not None
         with global_policy(self.dtype_policy), ExitStack() as scopes:
             for step in (self.name, *path):
                 scopes.enter_context(keras.name_scope(step))
-            layer = QuantizedDense(out, width, scheme, scales, use_bias, name)
+            if parameter.stack is None:
+                layer = QuantizedDense(out, width, scheme, scales, use_bias, name)
+            else:
+                layer = QuantizedExpertDense(self.config.num_experts, out, width, scheme, scales, name)
             layer.build()
         if use_bias:
             layer.bias.assign(old.bias)
@@ -416,7 +427,7 @@ class PreTrainedModel(ModelMixin, keras.Model):
         self.check_parameters()
         for parameter in self._parameter_table():
             layer = self._quantized(parameter)
-            yield parameter, self._read(parameter) if layer is None else layer.tensor()
+            yield parameter, self._read(parameter) if layer is None else layer.tensor(_expert(parameter))
 
     def check_parameters(self) -> None:
         """Check that the layers with variables are those of the parameter table, and that adapters are merged.
@@ -463,7 +474,9 @@ class PreTrainedModel(ModelMixin, keras.Model):
 
     def _integers(self, parameter: Parameter) -> LazyIntegers | None:
         layer = self._quantized(parameter)
-        return None if layer is None else LazyIntegers(layer.scheme, dtype_of(layer.scale_dtype), layer.tensor)
+        if layer is None:
+            return None
+        return LazyIntegers(layer.scheme, dtype_of(layer.scale_dtype), lambda: layer.tensor(_expert(parameter)))
 
     def _find(self, parameter: Parameter) -> keras.Variable:
         """A parameter's variable, under the name that Keras gives the leaf."""
@@ -573,6 +586,11 @@ class PreTrainedModel(ModelMixin, keras.Model):
         for parameter, flag in trainable.items():
             self._layer(parameter).trainable = flag
         return self.get_input_embeddings()
+
+
+def _expert(parameter: Parameter) -> int | None:
+    """The index of an expert in the variable of its layer; None for others."""
+    return None if parameter.stack is None else parameter.stack[1]
 
 
 def is_ids(value: Any) -> bool:

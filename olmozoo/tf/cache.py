@@ -34,8 +34,12 @@ class KVCache(NamedTuple):
     @classmethod
     def create(cls, config: ModelConfig, batch_size: int, max_length: int, dtype: Any = "float32") -> Self:
         """An empty cache for `batch_size` rows of up to `max_length` positions."""
-        layers = range(config.num_hidden_layers)
-        shapes = [(batch_size * config.kv_heads_in(layer), max_length, config.head_dim) for layer in layers]
+        return cls._empty(config, batch_size, [max_length] * config.num_hidden_layers, dtype)
+
+    @classmethod
+    def _empty(cls, config: ModelConfig, batch_size: int, slots: list[int], dtype: Any) -> Self:
+        """An empty cache with so many slots in each layer."""
+        shapes = [(batch_size * config.kv_heads_in(layer), n, config.head_dim) for layer, n in enumerate(slots)]
         keys, values = (tuple(ops.zeros(shape, dtype) for shape in shapes) for _ in range(2))
         return cls(keys, values, tf.constant(0, tf.int32))
 
@@ -61,7 +65,7 @@ class KVCache(NamedTuple):
             tuple(_write_first(*both) for both in zip(memory, side, strict=True))
             for memory, side in zip((self.keys, self.values), zip(*pairs, strict=True), strict=True)
         )
-        return KVCache(keys, values, tf.constant(pairs[0][0].shape[2]))
+        return self._replace(keys=keys, values=values, length=tf.constant(pairs[0][0].shape[2]))
 
     def reorder(self, rows: Tensor, batch: int) -> Self:
         """A cache whose row i is row `rows[i]` of the `batch` of this one."""
@@ -74,8 +78,22 @@ class KVCache(NamedTuple):
         return self._replace(keys=tuple(map(chosen, self.keys)), values=tuple(map(chosen, self.values)))
 
 
-def _write_first(memory: Tensor, new: Tensor) -> Tensor:
-    return ops.slice_update(memory, (0, 0, 0), ops.reshape(new, (memory.shape[0], -1, memory.shape[2])))
+class WindowCache(KVCache):
+    """A cache that keeps, of a layer with a window, the last positions alone: position p is in slot `p % slots`.
+
+    It is the cache of a compiled loop, with an attention mask as wide as `max_length`. A layer with a window has
+    `min(max_length, window + spare)` slots: one call adds at most `spare + 1` positions, and `length` may go back by
+    `spare`.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def create(
+        cls, config: ModelConfig, batch_size: int, max_length: int, dtype: Any = "float32", spare: int = 0
+    ) -> Self:
+        """An empty cache for `batch_size` rows of up to `max_length` positions."""
+        return cls._empty(config, batch_size, config.cache_slots(max_length, spare), dtype)
 
 
 def cached_length(past_key_values: Any) -> Any:
@@ -85,18 +103,22 @@ def cached_length(past_key_values: Any) -> Any:
     return past_key_values.length if isinstance(past_key_values, KVCache) else ops.shape(past_key_values[0][0])[2]
 
 
-def open_cache(past_key_values: Any, layers: int, new: Any) -> tuple[Sequence[Any], Any, Any]:
-    """The cache for one call that adds `new` positions.
+def open_cache(
+    past_key_values: Any, windows: Sequence[int | None], new: Any
+) -> tuple[Sequence[Any], Any, list[Any], Any]:
+    """The cache for one call that adds `new` positions, by a model with so many `windows`, one a layer.
 
     Returns:
-        Each layer's past, as `update` takes it; the number of positions cached; and the number of keys that queries
-        are compared with, which for a `KVCache` is all that there is memory for.
+        Each layer's past, as `update` takes it; the number of positions cached; for each layer the number of keys that
+        queries are compared with, which for a `KVCache` is all that there is memory for; and `end` of `causal_mask` for
+        layers with a window.
 
     Raises:
         InputError: `past_key_values` is no cache, has another number of layers, or has no room.
     """
+    layers = len(windows)
     if past_key_values is None:
-        return [None] * layers, 0, new
+        return [None] * layers, 0, [new] * layers, None
     is_object = isinstance(past_key_values, KVCache)
     if not isinstance(past_key_values, (tuple, list)):
         kind = type(past_key_values).__name__
@@ -106,11 +128,17 @@ def open_cache(past_key_values: Any, layers: int, new: Any) -> tuple[Sequence[An
         raise InputError(f"past_key_values has {found} layers, expected {layers}")
     past = cached_length(past_key_values)
     if not is_object:
-        return [(key, value, None) for key, value in past_key_values], past, past + new
-    room, end = past_key_values.max_length, static(past + new)
-    if end is not None and end > room:
-        raise InputError(f"the cache has room for {room} positions, {end} are needed")
-    return [(*pair, past) for pair in zip(past_key_values.keys, past_key_values.values, strict=True)], past, room
+        return [(key, value, None) for key, value in past_key_values], past, [past + new] * layers, None
+    pairs = list(zip(past_key_values.keys, past_key_values.values, strict=True))
+    rooms = [key.shape[1] for key, _ in pairs]
+    if isinstance(past_key_values, WindowCache):
+        positions = past if static(new) == 1 else past + tf.range(new)
+        starts = [past if w is None else positions % n for w, n in zip(windows, rooms, strict=True)]
+        return [(*pair, start) for pair, start in zip(pairs, starts, strict=True)], past, rooms, past + new
+    end = static(past + new)
+    if end is not None and end > rooms[0]:
+        raise InputError(f"the cache has room for {rooms[0]} positions, {end} are needed")
+    return [(*pair, past) for pair in pairs], past, rooms, None
 
 
 def update(past: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,21 +156,46 @@ def update(past: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _write(memory: Tensor, new: Tensor, start: Tensor) -> Tensor:
-    """Write `new` (batch, kv_heads, new, head_dim) at `start` of one tensor of a `KVCache`; (batch, kv_heads, ...)."""
+    """Write `new` at `start` of one tensor of a `KVCache`, or each position at its own.
+
+    Args:
+        memory: (batch * kv_heads, slots, head_dim).
+        new: (batch, kv_heads, new, head_dim).
+        start: the slot of the first position, or (new,) the slots of all.
+
+    Returns:
+        (batch, kv_heads, slots, head_dim).
+    """
     batch, heads, length, width = ops.shape(new)
     if None not in (memory.shape[0], static(batch)) and memory.shape[0] != static(batch) * heads:
         raise InputError(f"the cache has {memory.shape[0]} rows times heads, expected {static(batch)} times {heads}")
     new = ops.cast(ops.reshape(new, (batch * heads, length, width)), memory.dtype)
-    memory = ops.slice_update(memory, (0, start, 0), new)
+    if len(start.shape) == 0:
+        memory = ops.slice_update(memory, (0, start, 0), new)
+    else:
+
+        def write(i: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+            return i + 1, ops.slice_update(
+                memory, (0, start[i], 0), tf.slice(new, (0, i, 0), (batch * heads, 1, width))
+            )
+
+        _, memory = tf.while_loop(lambda i, _: i < length, write, (tf.constant(0), memory))
     return ops.reshape(memory, (batch, heads, *memory.shape[1:]))
+
+
+def _write_first(memory: Tensor, new: Tensor) -> Tensor:
+    """Write `new` (batch, kv_heads, new, head_dim) as the first positions of a tensor; of too many, the last alone."""
+    slots, count = memory.shape[1], new.shape[2]
+    if count > slots:
+        new = tf.roll(new[:, :, -slots:], count % slots, 2)
+    return ops.slice_update(memory, (0, 0, 0), ops.reshape(new, (memory.shape[0], -1, memory.shape[2])))
 
 
 def close_cache(past_key_values: Any, presents: list[tuple[Tensor, Tensor]], new: Any, use_cache: bool) -> Any:
     """The cache that a call returns: of the kind that it was given; where none was, a tuple of pairs if wanted."""
     if isinstance(past_key_values, KVCache):
-        shape = (-1, *past_key_values.keys[0].shape[1:])
-        keys, values = (tuple(ops.reshape(x, shape) for x in side) for side in zip(*presents, strict=True))
-        return KVCache(keys, values, past_key_values.length + new)
+        keys, values = (tuple(ops.reshape(x, (-1, *x.shape[2:])) for x in side) for side in zip(*presents, strict=True))
+        return past_key_values._replace(keys=keys, values=values, length=past_key_values.length + new)
     return tuple(presents) if use_cache or past_key_values is not None else None
 
 

@@ -5,6 +5,7 @@ Shapes in comments: n tokens (batch times positions), e experts, k of them a tok
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -12,7 +13,16 @@ import tensorflow as tf
 from keras import ops
 
 from olmozoo.families.olmoe import ExpertsConfig
-from olmozoo.tf.layers import ACTIVATIONS, Layer, Tensor, at_least_float32, linear, no_values, static
+from olmozoo.tf.layers import (
+    ACTIVATIONS,
+    Layer,
+    Tensor,
+    WithAdapters,
+    at_least_float32,
+    linear,
+    no_values,
+    static,
+)
 
 MOST_ROWS = 64  # of one product of a tile with an expert
 
@@ -77,8 +87,11 @@ class Experts(Layer):
         return self.down_proj(self.act(self.gate_proj(rows, sizes)) * self.up_proj(rows, sizes), sizes)
 
 
-class ExpertDense(keras.layers.Layer):
-    """A linear layer of each expert, their kernels (e, in, out) stacked in one variable."""
+class ExpertDense(WithAdapters):
+    """A linear layer of each expert, their kernels (e, in, out) stacked in one variable.
+
+    LoRA adapters, (e, in, rank) and (e, rank, out), are those of Keras's `Dense` for each expert.
+    """
 
     def __init__(self, experts: int, units: int, name: str) -> None:
         super().__init__(name=name)
@@ -86,13 +99,46 @@ class ExpertDense(keras.layers.Layer):
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         shape = (self.experts, input_shape[-1], self.units)
-        self.kernel = self.add_weight(name="kernel", shape=shape, initializer=no_values, autocast=False)
+        self._kernel = self.add_weight(name="kernel", shape=shape, initializer=no_values, autocast=False)
+
+    @property
+    def kernel(self) -> Any:
+        """The variable of the kernels; with adapters, the kernels that these make of it."""
+        if not self.lora_enabled:
+            return self._kernel
+        product = tf.matmul(self.lora_kernel_a.value, self.lora_kernel_b.value)
+        return self._kernel + ops.cast(self.lora_alpha / self.lora_rank * product, self._kernel.dtype)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...], *others: Any) -> tuple[int | None, ...]:
         return (*input_shape[:-1], self.units)
 
     def call(self, rows: Tensor, sizes: Tensor) -> Tensor:
-        return grouped_product(rows, tf.convert_to_tensor(self.kernel), sizes)
+        out = grouped_product(rows, tf.convert_to_tensor(self._kernel), sizes)
+        if not self.lora_enabled:
+            return out
+        for factor in (self.lora_kernel_a, self.lora_kernel_b):
+            rows = grouped_product(rows, tf.convert_to_tensor(factor), sizes)
+        return out + self.lora_alpha / self.lora_rank * rows
+
+    def enable_lora(self, rank: int, lora_alpha: float | None = None) -> None:
+        """Add adapters, and freeze the kernels; as the method of Keras's `Dense`."""
+        if self.lora_enabled:
+            raise ValueError("lora is already enabled. This can only be done once per layer.")
+        experts, width, units = self._kernel.shape
+        limit = (6 / width) ** 0.5  # He's uniform values, which Keras's Dense starts from
+        start = keras.initializers.RandomUniform(-limit, limit)
+        self._tracker.unlock()
+        a, b = (
+            self.add_weight(
+                name=f"lora_kernel_{name}", shape=shape, initializer=initial, dtype="float32", autocast=False
+            )
+            for name, shape, initial in (("a", (experts, width, rank), start), ("b", (experts, rank, units), "zeros"))
+        )
+        self.lora_kernel_a, self.lora_kernel_b = a, b
+        self._tracker.lock()
+        self._kernel.trainable = False
+        self.lora_enabled, self.lora_rank = True, rank
+        self.lora_alpha = rank if lora_alpha is None else lora_alpha
 
 
 @tf.custom_gradient
@@ -107,15 +153,34 @@ def grouped_product(rows: Tensor, kernel: Tensor, sizes: Tensor) -> tuple[Tensor
         kernel: (e, in, out), of any dtype.
         sizes: int32 (e,), the rows of each expert; they sum to m.
     """
+    _, width, units = kernel.shape
+
+    def own(expert: Tensor) -> Tensor:
+        return tf.gather(kernel, expert)
 
     def gradient(upstream: Tensor) -> tuple[Tensor, Tensor, None]:
-        return tiled_product(upstream, kernel, sizes, True), kernel_gradient(rows, upstream, kernel, sizes), None
+        of_kernel = kernel_gradient(rows, upstream, kernel, sizes)
+        return tiled_product(upstream, own, width, sizes, True), of_kernel, None
 
-    return tiled_product(rows, kernel, sizes, False), gradient
+    return tiled_product(rows, own, units, sizes, False), gradient
+
+
+def frozen_product(rows: Tensor, own: Callable[[Tensor], Tensor], width: int, units: int, sizes: Tensor) -> Tensor:
+    """`grouped_product` with kernels that do not train; `own` gives that of an expert, (width, units)."""
+
+    @tf.custom_gradient
+    def product(rows: Tensor) -> tuple[Tensor, Any]:
+        out = tiled_product(rows, own, units, sizes, False)
+        return out, lambda upstream: tiled_product(upstream, own, width, sizes, True)
+
+    return product(rows)
 
 
 class Tiles:
     """Runs of rows that have one expert, in the order of the rows; of all rows of an expert, only the last is short.
+
+    What depends on the experts of tokens is gathered: XLA takes where a slice begins for a constant of the program, and
+    would compile it again for all that this depends on.
 
     Args:
         rows: how many there are, m.
@@ -136,8 +201,9 @@ class Tiles:
     def tile(self, i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The expert of tile i, its first row, and which of its rows are the expert's own."""
         expert = ops.sum(ops.cast(self.ends <= i, "int32"))
-        done = (i - self.firsts[expert]) * self.rows
-        return expert, self.starts[expert] + done, tf.range(self.rows) < self.sizes[expert] - done
+        first, start, size = (tf.gather(x, expert) for x in (self.firsts, self.starts, self.sizes))
+        done = (i - first) * self.rows
+        return expert, start + done, tf.range(self.rows) < size - done
 
     def cut(self, x: Tensor, start: Tensor) -> Tensor:
         """The rows of one tile of x (m, ...); after the end of x, its last row.
@@ -155,16 +221,15 @@ class Tiles:
         return tf.gather(ops.reshape(parts, (-1, parts.shape[-1])), slot)
 
 
-def tiled_product(rows: Tensor, kernel: Tensor, sizes: Tensor, transposed: bool) -> Tensor:
-    """`grouped_product` by a loop, with the kernels or with their transposes."""
+def tiled_product(rows: Tensor, own: Callable[[Tensor], Tensor], out: int, sizes: Tensor, transposed: bool) -> Tensor:
+    """`grouped_product` by a loop, with the kernels that `own` gives or with their transposes, to `out` values."""
     tiles = Tiles(ops.shape(rows)[0], sizes)
-    width = kernel.shape[1 if transposed else 2]
-    parts = tf.TensorArray(rows.dtype, tiles.most, element_shape=(tiles.rows, width))
+    parts = tf.TensorArray(rows.dtype, tiles.most, element_shape=(tiles.rows, out))
 
     def write(i: Tensor, parts: Any) -> tuple[Tensor, Any]:
         expert, start, _ = tiles.tile(i)
-        own = ops.cast(tf.gather(kernel, expert), rows.dtype)
-        return i + 1, parts.write(i, tf.matmul(tiles.cut(rows, start), own, transpose_b=transposed))
+        kernel = ops.cast(own(expert), rows.dtype)
+        return i + 1, parts.write(i, tf.matmul(tiles.cut(rows, start), kernel, transpose_b=transposed))
 
     _, parts = tf.while_loop(lambda i, _: i < tiles.count, write, (tf.constant(0), parts))
     return tiles.join(parts.stack())

@@ -15,7 +15,7 @@ from olmozoo.generation.decode import decode_step, propose_draft
 from olmozoo.generation.prepare import finalize, prepare, run
 from olmozoo.generation.state import DecodeOptions, State
 from olmozoo.outputs import GenerateOutput
-from olmozoo.tf.cache import KVCache, cached_length, padded_left
+from olmozoo.tf.cache import KVCache, WindowCache, cached_length, padded_left
 from olmozoo.tf.layers import Tensor, at_least_float32
 
 
@@ -148,18 +148,19 @@ class GenerationMixin:
             )
         return functions[options]
 
-    def _reader(self, mask: Tensor) -> Callable[..., tuple[Tensor, KVCache]]:
-        """A function that reads tokens into a cache and gives logits (rows, keep, v) after the last of them."""
+    def _reader(self, mask: Tensor) -> Callable[..., tuple[Tensor, Any]]:
+        """A function that reads tokens into a cache of either form and gives logits (rows, keep, v) after the last."""
         last = (self.config.position_limit or mask.shape[1]) - 1  # a draft may go past it
         positions = tf.clip_by_value(tf.cumsum(tf.cast(mask, tf.int32), axis=1) - 1, 0, last)
 
-        def read(inputs: dict[str, Tensor], cache: KVCache, keep: int = 1) -> tuple[Tensor, KVCache]:
-            rows, length = next(iter(inputs.values())).shape[:2]
+        def read(inputs: dict[str, Tensor], cache: Any, keep: int = 1) -> tuple[Tensor, Any]:
+            past, (rows, length) = cached_length(cache), next(iter(inputs.values())).shape[:2]
             output = self(
                 **inputs,
-                attention_mask=mask,
-                position_ids=tf.slice(positions, (0, cache.length), (rows, length)),
+                attention_mask=mask if isinstance(cache, KVCache) else mask[:, : past + length],
+                position_ids=tf.slice(positions, (0, past), (rows, length)),
                 past_key_values=cache,
+                use_cache=True,
                 logits_to_keep=keep,
                 output_hidden_states=False,
                 output_attentions=False,
@@ -170,6 +171,13 @@ class GenerationMixin:
 
         return read
 
+    def _empty_cache(self, batch: int, slots: int, options: DecodeOptions, most: int) -> KVCache:
+        """A cache that keeps what windows see where all that is read into it is at most `most` positions at once."""
+        if options.returns_cache or not any(self.config.windows):
+            return self.init_cache(batch, slots)
+        spare = max(most - 1, options.draft_tokens)
+        return WindowCache.create(self.config, batch, slots, self.compute_dtype, spare)
+
     def _prompt(
         self,
         options: DecodeOptions,
@@ -179,28 +187,35 @@ class GenerationMixin:
         state: State,
         values: dict[str, Tensor],
     ) -> tuple[State, KVCache]:
-        """Read the prompt after `pasts`, over a cache of `mask.shape[1]` slots, and append the first token."""
+        """Read the prompt after `pasts` into a cache of `mask.shape[1]` slots, and append the first token."""
         self.trace_count += 1
         read = self._reader(mask)
-        cache = self.init_cache(*mask.shape)
-        if pasts:
-            cache = cache.begin_with(pasts)
         batch, slots = next(iter(inputs.values())).shape[:2]
-        chunk = options.prefill_chunk or slots
+        chunk = min(options.prefill_chunk or slots, slots)
+        cache = self._empty_cache(mask.shape[0], mask.shape[1], options, chunk if chunk < slots else 1)
         if chunk == slots:
-            logits, cache = read(inputs, cache)
+            logits, pairs = read(inputs, pasts or None)
+            cache = cache.begin_with(pairs)
         else:
+            if pasts:
+                cache = cache.begin_with(pasts)
 
-            def read_chunk(i: Tensor, logits: Tensor, cache: KVCache) -> tuple[Tensor, Tensor, KVCache]:
+            def read_piece(start: Any, size: int, cache: KVCache) -> tuple[Tensor, KVCache]:
                 piece = {
-                    name: ops.slice(x, (0, i * chunk, *[0] * len(x.shape[2:])), (batch, chunk, *x.shape[2:]))
+                    name: ops.slice(x, (0, start, *[0] * len(x.shape[2:])), (batch, size, *x.shape[2:]))
                     for name, x in inputs.items()
                 }
-                return i + 1, *read(piece, cache)
+                return read(piece, cache)
 
-            start = ops.zeros((batch, 1, self.config.vocab_size), at_least_float32(self.compute_dtype))
-            count = tf.constant(0)
-            _, logits, cache = tf.while_loop(lambda i, *_: i < slots // chunk, read_chunk, (count, start, cache))
+            logits = ops.zeros((batch, 1, self.config.vocab_size), at_least_float32(self.compute_dtype))
+            first = slots % chunk
+            if first:
+                logits, cache = read_piece(0, first, cache)
+            _, logits, cache = tf.while_loop(
+                lambda i, *_: i < slots // chunk,
+                lambda i, logits, cache: (i + 1, *read_piece(first + i * chunk, chunk, cache)),
+                (tf.constant(0), logits, cache),
+            )
         if options.rows_per_prompt > 1:
             rows = tf.repeat(tf.range(batch), options.rows_per_prompt)
             logits, cache = tf.gather(logits, rows), cache.reorder(rows, batch)

@@ -20,10 +20,9 @@ from keras import ops
 from olmozoo.checkpoint.tensors import aligned_empty, dtype_of
 from olmozoo.errors import InputError
 from olmozoo.families.rope import Rope
+from olmozoo.memory import MIN_ROWS, SCORE_BYTES
 
 Tensor: TypeAlias = tf.Tensor
-SCORE_BYTES = 1 << 26  # scores of attention that would take more are computed by blocks of a quarter of it
-MIN_ROWS = 8  # queries
 
 
 def at_least_float32(dtype: Any) -> str:
@@ -84,11 +83,13 @@ def no_values(shape: tuple[int, ...], dtype: Any = None) -> Tensor:
     return from_numpy(aligned_empty(tuple(shape), dtype_of(keras.backend.standardize_dtype(dtype))))
 
 
-class Dense(keras.layers.Dense):
-    """Keras's own `Dense`, whose LoRA adapters are saved beside its kernel: Keras alone would merge them.
+class WithAdapters(keras.layers.Layer):
+    """A linear layer whose LoRA adapters are saved beside its kernel: Keras alone would merge them.
 
     A file with adapters loads into a layer without them too, merged.
     """
+
+    lora_enabled = use_bias = False
 
     def add_weight(self, *arguments: Any, **options: Any) -> keras.Variable:
         """Keras's own, but for adapters of a layer in float64, which Keras makes in float32."""
@@ -124,6 +125,10 @@ class Dense(keras.layers.Dense):
         """Add the adapters to the kernel, and set them to zero."""
         self._kernel.assign(self.kernel)
         self.lora_kernel_b.assign(ops.zeros_like(self.lora_kernel_b))
+
+
+class Dense(WithAdapters, keras.layers.Dense):
+    """Keras's own `Dense`."""
 
     def quantize(self, mode: str | None = None, type_check: bool = True, config: Any = None) -> None:
         super().quantize(mode, type_check=False, config=config)  # Keras refuses subclasses of its own
@@ -257,7 +262,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_mask(
-    attention_mask: Tensor | None, batch: Any, length: Any, past: Any, keys: Any, window: int | None = None
+    attention_mask: Tensor | None,
+    batch: Any,
+    length: Any,
+    past: Any,
+    keys: Any,
+    window: int | None = None,
+    end: Any = None,
 ) -> Tensor:
     """Which keys each query sees: bool (b or 1, 1, s, t).
 
@@ -274,6 +285,8 @@ def causal_mask(
         past: positions in the cache before this call.
         keys: t; past + s, but for a `KVCache` its `max_length`.
         window: how many positions a query sees, padding and its own included; None for all.
+        end: None where key i is that of position i. For a layer of a `WindowCache`, the number of positions cached
+            after this call; key i is then that of the last position before `end` that is i modulo t.
 
     Raises:
         InputError: attention_mask has another shape.
@@ -282,12 +295,19 @@ def causal_mask(
         return whole_mask(attention_mask, length, past, keys)
     query = past + ops.arange(length, dtype="int32")[:, None]  # whatever floatx is
     key = ops.arange(keys, dtype="int32")[None, :]
+    if end is not None:
+        key = end - 1 - (end - 1 - key) % keys  # below 0 where nothing is written yet
     causal = (key <= query)[None, None]
     if window is not None:
         causal &= key > query - window
+    if end is not None:
+        causal &= key >= 0
     if attention_mask is None:
         return causal
-    real = real_keys(attention_mask, batch, length, past, keys)
+    if end is None:
+        real = real_keys(attention_mask, batch, length, past, keys)
+    else:
+        real = tf.gather(ops.cast(attention_mask, "bool"), ops.maximum(key[0], 0), axis=1)
     seen = causal & real[:, None, None, :]
     return seen | (~ops.any(seen, -1, keepdims=True) & (key == query))
 
@@ -301,6 +321,7 @@ class QueryBlocks:
     batch: Any
     keys: int
     window: int | None
+    end: Any
     rows: int
 
     def run(self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -313,11 +334,12 @@ class QueryBlocks:
         query = tf.pad(query, [[0, 0], [0, 0], [0, count * self.rows - length], [0, 0]])
         blocks = ops.transpose(ops.reshape(query, (batch, heads, count, self.rows, head_dim)), (2, 0, 1, 3, 4))
         starts = tf.range(count) * self.rows
-        width = self.keys if self.window is None else min(self.keys, self.window + self.rows - 1)
+        in_order = self.window is not None and self.end is None
+        width = min(self.keys, self.window + self.rows - 1) if in_order else self.keys
 
         def one(start: Tensor, block: Tensor, key: Tensor, value: Tensor) -> Tensor:
             first = self.past + start
-            mask = causal_mask(self.attention_mask, self.batch, self.rows, first, self.keys, self.window)
+            mask = causal_mask(self.attention_mask, self.batch, self.rows, first, self.keys, self.window, self.end)
             if width < self.keys:
                 begin = tf.clip_by_value(first - self.window + 1, 0, self.keys - width)
                 key, value = (tf.slice(x, [0, 0, begin, 0], [-1, -1, width, -1]) for x in (key, value))
@@ -351,7 +373,14 @@ class QueryBlocks:
 
 
 def query_mask(
-    attention_mask: Tensor | None, batch: Any, length: Any, past: Any, keys: Any, window: int | None, heads: int
+    attention_mask: Tensor | None,
+    batch: Any,
+    length: Any,
+    past: Any,
+    keys: Any,
+    window: int | None,
+    end: Any,
+    heads: int,
 ) -> Tensor | QueryBlocks:
     """`causal_mask`, or `QueryBlocks` where the scores of `heads` heads would take more than `SCORE_BYTES`.
 
@@ -364,14 +393,14 @@ def query_mask(
         or known is None
         or (attention_mask is not None and len(attention_mask.shape) == 4)
     ):
-        return causal_mask(attention_mask, batch, length, past, keys, window)
+        return causal_mask(attention_mask, batch, length, past, keys, window, end)
     width = known if window is None else min(known, 2 * window)
     at_once = SCORE_BYTES // (4 * rows * heads * width)  # queries
     if queries <= max(at_once, 1):
-        return causal_mask(attention_mask, batch, length, past, keys, window)
-    if attention_mask is not None:
+        return causal_mask(attention_mask, batch, length, past, keys, window, end)
+    if attention_mask is not None and end is None:
         attention_mask = real_keys(attention_mask, batch, length, past, keys)
-    return QueryBlocks(attention_mask, past, batch, known, window, max(at_once // 4, MIN_ROWS))
+    return QueryBlocks(attention_mask, past, batch, known, window, end, max(at_once // 4, MIN_ROWS["tf"]))
 
 
 def real_keys(attention_mask: Tensor, batch: Any, length: Any, past: Any, keys: Any) -> Tensor:

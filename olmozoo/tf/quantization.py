@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras import ops
 
 from olmozoo.quantization import Quantization, QuantizedTensor, from_columns, is_packed, to_columns
+from olmozoo.tf.experts import frozen_product
 from olmozoo.tf.layers import Tensor, at_least_float32, no_values
 
 
@@ -31,6 +32,8 @@ class QuantizedDense(keras.layers.Layer):
         bias: (out,), or None.
     """
 
+    stack: tuple[int, ...] = ()  # dimensions of the variables before these
+
     def __init__(
         self, size: int, width: int, scheme: Quantization, scale_dtype: str, use_bias: bool, name: str
     ) -> None:
@@ -42,58 +45,106 @@ class QuantizedDense(keras.layers.Layer):
         packed = is_packed(self.scheme.bits, self.width // groups)
         rows, dtype = (self.width // 2, "uint8") if packed else (self.width, "int8")
         fixed: dict[str, Any] = {"initializer": "zeros", "trainable": False, "autocast": False}
-        self.values = self.add_weight(name="values", shape=(rows, self.size), dtype=dtype, **fixed)
-        self.scale = self.add_weight(name="scale", shape=(groups, self.size), dtype=self.scale_dtype, **fixed)
+        grouped = (*self.stack, groups, self.size)
+        self.values = self.add_weight(name="values", shape=(*self.stack, rows, self.size), dtype=dtype, **fixed)
+        self.scale = self.add_weight(name="scale", shape=grouped, dtype=self.scale_dtype, **fixed)
         self.zero = self.bias = None
         if not self.scheme.symmetric:
-            self.zero = self.add_weight(name="zero", shape=(groups, self.size), dtype="int8", **fixed)
+            self.zero = self.add_weight(name="zero", shape=grouped, dtype="int8", **fixed)
         if self.use_bias:
             self.bias = self.add_weight(name="bias", shape=(self.size,), initializer=no_values)
         self.built = True
 
-    def assign(self, tensor: QuantizedTensor) -> None:
-        """Set the weight."""
-        self.values.assign(to_columns(tensor))
-        self.scale.assign(tensor.scale.T)
-        if self.zero is not None:
-            self.zero.assign(tensor.zero.T)
+    def assign(self, tensor: QuantizedTensor, expert: int | None = None) -> None:
+        """Set the weight, or that of an expert."""
+        zero = None if tensor.zero is None else tensor.zero.T
+        for variable, part in ((self.values, to_columns(tensor)), (self.scale, tensor.scale.T), (self.zero, zero)):
+            if variable is not None:
+                (variable if expert is None else variable.value[expert]).assign(part)
 
-    def tensor(self) -> QuantizedTensor:
-        """The weight in NumPy."""
-        zero = None if self.zero is None else self.zero.numpy()
-        return from_columns(self.values.numpy(), self.scale.numpy(), zero, self.scheme.bits)
+    def tensor(self, expert: int | None = None) -> QuantizedTensor:
+        """The weight in NumPy, or that of an expert."""
+        parts = (part if part is None or expert is None else part[expert] for part in self.parts())
+        values, scale, zero = (None if part is None else part.numpy() for part in parts)
+        return from_columns(values, scale, zero, self.scheme.bits)
 
     @property
     def kernel(self) -> Tensor:
         """The dequantized weight (in, out), in the compute dtype."""
         return self.dequantize(self.compute_dtype)
 
-    def integers(self) -> Tensor:
-        """The weight's integers (groups, in / groups, out), in 8 bits."""
-        values = ops.reshape(tf.convert_to_tensor(self.values), (self.scale.shape[0], -1, self.size))
-        if self.values.dtype == "uint8":
-            halves = tf.bitwise.bitwise_and(values, 15), tf.bitwise.right_shift(values, 4)
-            values = ops.cast(ops.concatenate(halves, 1), "int8") - 8
-        return values
-
     def dequantize(self, dtype: str) -> Tensor:
         """The weight (in, out), computed in at least float32 and rounded to a dtype."""
-        wide = at_least_float32(dtype)
-        values = ops.cast(self.integers(), wide)
-        if self.zero is not None:
-            values -= ops.cast(self.zero, wide)[:, None]
-        values *= ops.cast(self.scale, wide)[:, None]
-        return ops.cast(ops.reshape(values, (self.width, self.size)), dtype)
+        return dequantize(*self.parts(), dtype)
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The values, scales and zero points, as arguments of `dequantize`."""
+        zero = None if self.zero is None else tf.convert_to_tensor(self.zero)
+        return tf.convert_to_tensor(self.values), tf.convert_to_tensor(self.scale), zero
 
     def call(self, x: Tensor) -> Tensor:
-        if self.scale.shape[0] == 1 and self.zero is None:  # a scale for each output: applied there, to fewer values
-            out = ops.matmul(x, ops.cast(self.integers()[0], x.dtype)) * ops.cast(self.scale, x.dtype)[0]
+        values, scale, zero = self.parts()
+        if scale.shape[0] == 1 and zero is None:  # a scale for each output: applied there, to fewer values
+            out = ops.matmul(x, ops.cast(integers(values, 1)[0], x.dtype)) * ops.cast(scale, x.dtype)[0]
         else:
             out = ops.matmul(x, self.dequantize(x.dtype))
         return out if self.bias is None else out + ops.cast(self.bias, out.dtype)
 
-    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    def compute_output_shape(self, input_shape: tuple[int | None, ...], *others: Any) -> tuple[int | None, ...]:
         return (*input_shape[:-1], self.size)
+
+
+class QuantizedExpertDense(QuantizedDense):
+    """`ExpertDense` with weights of integers, which do not train; an expert's are dequantized when it is computed.
+
+    Args:
+        experts: how many.
+        size: out.
+        width: in.
+        scheme: how all weights are quantized.
+        scale_dtype: of the scales.
+        name: of the layer.
+    """
+
+    def __init__(self, experts: int, size: int, width: int, scheme: Quantization, scale_dtype: str, name: str) -> None:
+        super().__init__(size, width, scheme, scale_dtype, False, name)
+        self.stack = (experts,)
+
+    def dequantize(self, dtype: str) -> Tensor:
+        """The weights (experts, in, out), computed in at least float32 and rounded to a dtype."""
+        values, scale, zero = self.parts()
+        zeros = [None] * self.stack[0] if zero is None else tf.unstack(zero)
+        parts = zip(tf.unstack(values), tf.unstack(scale), zeros, strict=True)
+        return tf.stack([dequantize(*part, dtype) for part in parts])
+
+    def call(self, rows: Tensor, sizes: Tensor) -> Tensor:
+        values, scale, zero = self.parts()
+
+        def own(expert: Tensor) -> Tensor:
+            of_expert = None if zero is None else tf.gather(zero, expert)
+            return dequantize(tf.gather(values, expert), tf.gather(scale, expert), of_expert, rows.dtype)
+
+        return frozen_product(rows, own, self.width, self.size, sizes)
+
+
+def integers(values: Tensor, groups: int) -> Tensor:
+    """A weight's integers (groups, in / groups, out) in 8 bits, from the values of `QuantizedDense`."""
+    is_packed = values.dtype == tf.uint8
+    values = ops.reshape(values, (groups, -1, values.shape[-1]))
+    if is_packed:
+        halves = tf.bitwise.bitwise_and(values, 15), tf.bitwise.right_shift(values, 4)
+        values = ops.cast(ops.concatenate(halves, 1), "int8") - 8
+    return values
+
+
+def dequantize(values: Tensor, scale: Tensor, zero: Tensor | None, dtype: Any) -> Tensor:
+    """A weight (in, out), computed in at least float32 and rounded to a dtype; arguments as in `QuantizedDense`."""
+    (groups, out), wide = scale.shape, at_least_float32(dtype)
+    grouped = ops.cast(integers(values, groups), wide)
+    if zero is not None:
+        grouped -= ops.cast(zero, wide)[:, None]
+    grouped *= ops.cast(scale, wide)[:, None]
+    return ops.cast(ops.reshape(grouped, (-1, out)), dtype)
 
 
 def scale_dtype(tensor: QuantizedTensor) -> str:

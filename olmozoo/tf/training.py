@@ -15,7 +15,7 @@ from keras import ops
 from olmozoo.checkpoint.tensors import aligned
 from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
-from olmozoo.families.parameter import Parameter
+from olmozoo.families.parameter import Parameter, by_variable
 from olmozoo.quantization import Quantization, is_quantizable, rounded
 from olmozoo.tf.layers import Tensor, from_numpy
 from olmozoo.tf.losses import target_losses
@@ -105,28 +105,37 @@ class TrainStep:
         decays: the weight decay of each.
         config: the run's. With `lora`, adapters are added to the model.
         world: its devices. Each one computes its rows of a batch.
+
+    Attributes:
+        aux_factor: of the load-balancing loss of a mixture of experts; 0 without one.
+        groups: the trained parameters, those of each variable together.
+        variables: of the groups. One that has some of a layer's experts alone is a copy of their part.
     """
 
     def __init__(
         self, model: Any, trained: Sequence[Parameter], decays: Sequence[float], config: TrainConfig, world: World
     ) -> None:
-        self.model, self.trained, self.config, self.world = model, list(trained), config, world
+        self.model, self.groups, self.config, self.world = model, by_variable(trained), config, world
+        self.aux_factor = getattr(model.config, "router_aux_loss_coef", 0.0)
         if config.lora is not None:
             model.enable_lora(config.lora.rank, config.lora.alpha, config.lora.target_modules)
-        self.variables = [self._variable(parameter) for parameter in self.trained]
+        self.sources = [self._variable(group[0]) for group in self.groups]
+        self.variables = list(map(_trained_part, self.groups, self.sources))
         if config.lora is not None:
-            for parameter, variable in zip(self.trained, self.variables, strict=True):
-                variable.assign(parameter.initial(config.seed, variable.dtype).T)
+            for group, variable in zip(self.groups, self.variables, strict=True):
+                initial = [parameter.initial(config.seed, variable.dtype).T for parameter in group]
+                variable.assign(initial[0] if group[0].stack is None else np.stack(initial))
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable()
-        self.optimizer = make_optimizer(self.variables, decays, config)
+        firsts = np.cumsum([0, *map(len, self.groups)])[:-1]  # of each group in `trained`
+        self.optimizer = make_optimizer(self.variables, [decays[first] for first in firsts], config)
         self.grads: list[Tensor] | None = None
         self.seeds = Seeds()
         model.base_model.seeds = self.seeds
         alone = world.mesh is None  # else functions run on several devices, which XLA does not compile
         gradients, losses = (self._compute, self._evaluate) if alone else (self._compute_all, self._evaluate_all)
         self._gradients = tf.function(gradients, jit_compile=alone, autograph=False)
-        self._norms = tf.function(lambda grads: tf.stack([tf.norm(grad) for grad in grads]), jit_compile=True)
+        self._norms = tf.function(self._norms_of, jit_compile=True, autograph=False)
         self._update = tf.function(self._apply, jit_compile=alone, autograph=False)
         self._losses = tf.function(losses, jit_compile=alone, autograph=False)
 
@@ -138,34 +147,54 @@ class TrainStep:
         return layer.lora_kernel_a if factor == "lora_A" else layer.lora_kernel_b
 
     def _compute(
-        self, ids: Tensor, targets: Tensor, mask: Tensor | None, divisor: Tensor
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        values = [variable.value for variable in self.variables]
+        self, ids: Tensor, targets: Tensor, mask: Tensor | None, divisor: Tensor, share: Tensor
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        values = [variable.value for variable in self.sources]
         z_factor = self.config.z_factor
+        inputs: dict[str, Any] = {"output_router_logits": True} if self.aux_factor else {}
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, training=True).logits
-            cross_entropy, z = (tf.reduce_sum(rows) for rows in target_losses(logits, targets, z_factor > 0))
-            loss = (cross_entropy + z_factor * z) / tf.cast(divisor, cross_entropy.dtype)
-        return [tf.convert_to_tensor(grad) for grad in tape.gradient(loss, values)], cross_entropy, z
+            output = self.model(input_ids=ids, attention_mask=mask, use_cache=False, training=True, **inputs)
+            cross_entropy, z = (tf.reduce_sum(rows) for rows in target_losses(output.logits, targets, z_factor > 0))
+            aux = output.aux_loss * tf.cast(share, output.aux_loss.dtype) if self.aux_factor else tf.zeros_like(z)
+            loss = (cross_entropy + z_factor * z) / tf.cast(divisor, cross_entropy.dtype) + self.aux_factor * aux
+        found = [tf.convert_to_tensor(grad) for grad in tape.gradient(loss, values)]
+        grads = [
+            tf.gather(grad, _indices(group)) if variable is not source else grad
+            for grad, group, variable, source in zip(found, self.groups, self.variables, self.sources, strict=True)
+        ]
+        return grads, cross_entropy, z, aux
 
-    def _compute_all(self, *arguments: Any) -> tuple[list[Tensor], Tensor, Tensor]:
+    def _norms_of(self, grads: list[Tensor]) -> Tensor:
+        rows = (tf.reshape(grad, (len(group), -1)) for grad, group in zip(grads, self.groups, strict=True))
+        return tf.concat([tf.norm(row, axis=1) for row in rows], 0)
+
+    def _compute_all(self, *arguments: Any) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
         """`_compute` on every device, with the sums over them."""
         strategy = self.world.mesh
-        grads, cross_entropy, z = strategy.run(self._compute, arguments)
-        return [strategy.reduce("SUM", grad, None) for grad in grads], *(
-            strategy.reduce("SUM", each, None) for each in (cross_entropy, z)
-        )
+        grads, *sums = strategy.run(self._compute, arguments)
+        cross_entropy, z, aux = (strategy.reduce("SUM", each, None) for each in sums)
+        return [strategy.reduce("SUM", grad, None) for grad in grads], cross_entropy, z, aux
 
     def _apply(self, grads: list[Tensor], rate: Tensor, scales: Tensor | None) -> None:
         if scales is not None:
-            grads = [grad * scale for grad, scale in zip(grads, tf.unstack(scales), strict=True)]
+            parts = tf.split(scales, [len(group) for group in self.groups])
+            grads = [
+                g * tf.reshape(part, (-1, *[1] * (len(g.shape) - 1))) for g, part in zip(grads, parts, strict=True)
+            ]
         self.optimizer.learning_rate.assign(rate)
         if self.world.mesh is None:
             self.optimizer.apply(grads, self.variables)
+            self._write_back()
             return
         rows = self.world.rows  # Keras adds up the gradients of all replicas
         self.world.mesh.run(lambda: self.optimizer.apply([grad / rows for grad in grads], self.variables))
+
+    def _write_back(self) -> None:
+        """Set the experts that are trained in the variables of all of a layer's experts."""
+        for group, variable, source in zip(self.groups, self.variables, self.sources, strict=True):
+            if variable is not source:
+                source.assign(tf.tensor_scatter_nd_update(source.value, _indices(group)[:, None], variable.value))
 
     def _evaluate(self, ids: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, training=False).logits
@@ -186,12 +215,12 @@ class TrainStep:
             if strategy is None:
                 return tf.constant(getattr(batch, name))
             return strategy.experimental_distribute_values_from_function(
-                lambda context: tf.constant(getattr(batch.share(context.replica_id_in_sync_group, parts), name))
+                lambda context: tf.constant(getattr(batch.rows_for(context.replica_id_in_sync_group, parts), name))
             )
 
         return tensor("input_ids"), tensor("targets"), tensor("attention_mask")
 
-    def gradients(self, batch: Batch, divisor: float, seed: int) -> tuple[Tensor, Tensor]:
+    def gradients(self, batch: Batch, divisor: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Add the gradients of a micro-batch to those of the step.
 
         Args:
@@ -200,12 +229,14 @@ class TrainStep:
             seed: of dropout.
 
         Returns:
-            The sums of the cross-entropy and of the squared log-partition, before the division.
+            The sums of the cross-entropy and of the squared log-partition, before the division; and the load-balancing
+            loss times the micro-batch's share of tokens.
         """
         self.seeds.state.assign([seed, 0])
-        grads, cross_entropy, z = self._gradients(*self._tensors(batch), tf.constant(divisor, tf.float64))
+        numbers = tf.constant(divisor, tf.float64), tf.constant(batch.share, tf.float64)
+        grads, cross_entropy, z, aux = self._gradients(*self._tensors(batch), *numbers)
         self.grads = grads if self.grads is None else [a + b for a, b in zip(self.grads, grads, strict=True)]
-        return cross_entropy, z
+        return cross_entropy, z, aux
 
     def norms(self) -> np.ndarray:
         """The norm of each parameter's gradient."""
@@ -229,25 +260,26 @@ class TrainStep:
         Adapters are merged into them before.
         """
         lora = self.config.lora
-        factors = {p.name: (p, v) for p, v in zip(self.trained, self.variables, strict=True)}
+        factors = {group[0].name: n for n, group in enumerate(self.groups)}
         kept: list[tuple[keras.Variable, Tensor]] = []
 
-        def change(parameter: Parameter, variable: keras.Variable, values: np.ndarray) -> None:
+        def change(variable: keras.Variable) -> keras.Variable:
             kept.append((variable, tf.identity(variable.value)))
-            variable.assign(_from_numpy(parameter, values, variable))
+            return variable
 
         try:
-            for parameter in filter(is_quantizable, self.model._parameter_table()):
-                module = parameter.name.removesuffix(".weight")
-                kernel = self.model._layer(parameter)._kernel  # without adapters
-                weight = _to_numpy(parameter, kernel)
-                if f"{module}.lora_A.weight" not in factors:
-                    change(parameter, kernel, rounded(weight, quantization))
-                    continue
-                a, b = (factors[f"{module}.{name}.weight"] for name in ("lora_A", "lora_B"))
-                pair = _to_numpy(*a), _to_numpy(*b)
-                change(parameter, kernel, rounded(weight, quantization, pair, lora.alpha / lora.rank))
-                change(*b, np.zeros_like(pair[1]))
+            for group in by_variable(filter(is_quantizable, self.model._parameter_table())):
+                kernel = self.model._layer(group[0])._kernel  # without adapters
+                weights = dict(_arrays([group], [kernel]))
+                pairs: dict[str, Any] = {}
+                n = factors.get(f"{group[0].name.removesuffix('.weight')}.lora_B.weight")  # which is after A
+                if n is not None:
+                    a, b = ([array for _, array in _arrays([self.groups[i]], [self.variables[i]])] for i in (n - 1, n))
+                    pairs = dict(zip(weights, zip(a, b, strict=True), strict=True))
+                    change(self.variables[n]).assign(tf.zeros_like(self.variables[n]))
+                scale = 1.0 if lora is None else lora.alpha / lora.rank
+                new = [rounded(weight, quantization, pairs.get(name), scale) for name, weight in weights.items()]
+                _assign(change(kernel), group, new)
             yield
         finally:
             for variable, value in kept:
@@ -261,14 +293,13 @@ class TrainStep:
 
     def values(self) -> Iterator[tuple[str, np.ndarray]]:
         """The trained parameters by name."""
-        for parameter, variable in zip(self.trained, self.variables, strict=True):
-            yield parameter.name, _to_numpy(parameter, variable)
+        return _arrays(self.groups, self.variables)
 
     def moments(self) -> Iterator[tuple[str, np.ndarray]]:
         """The optimizer's running means, by names such as `exp_avg.model.norm.weight`."""
         for moment, variables in self._moments().items():
-            for parameter, variable in zip(self.trained, variables, strict=True):
-                yield f"{moment}.{parameter.name}", _to_numpy(parameter, variable)
+            for name, array in _arrays(self.groups, variables):
+                yield f"{moment}.{name}", array
 
     def _moments(self) -> dict[str, list[keras.Variable]]:
         kept = (self.optimizer._momentums, getattr(self.optimizer, "_velocities", None))
@@ -276,14 +307,15 @@ class TrainStep:
 
     def restore(self, values: Mapping[str, np.ndarray], moments: Mapping[str, np.ndarray], count: int) -> None:
         """Set trained parameters and the optimizer's running means, after `count` of its updates."""
-        for parameter, variable in zip(self.trained, self.variables, strict=True):
-            if parameter.name in values:
-                variable.assign(_from_numpy(parameter, values[parameter.name], variable))
+        for group, variable in zip(self.groups, self.variables, strict=True):
+            if group[0].name in values:
+                _assign(variable, group, [values[parameter.name] for parameter in group])
+        self._write_back()
         if moments:
             self.optimizer.iterations.assign(count)
             for moment, variables in self._moments().items():
-                for parameter, variable in zip(self.trained, variables, strict=True):
-                    variable.assign(_from_numpy(parameter, moments[f"{moment}.{parameter.name}"], variable))
+                for group, variable in zip(self.groups, variables, strict=True):
+                    _assign(variable, group, [moments[f"{moment}.{parameter.name}"] for parameter in group])
 
 
 def make_optimizer(
@@ -320,11 +352,31 @@ def make_optimizer(
     return optimizer
 
 
-def _to_numpy(parameter: Parameter, variable: keras.Variable) -> np.ndarray:
-    """A variable as it is in a checkpoint: linear weights are (in, out) here and (out, in) there."""
-    tensor = tf.convert_to_tensor(variable)
-    return (tf.transpose(tensor) if parameter.kind == "linear" else tensor).numpy()
+def _indices(group: Sequence[Parameter]) -> np.ndarray:
+    """The indices of experts in the variable of their layer."""
+    return np.array([parameter.stack[1] for parameter in group if parameter.stack is not None])
 
 
-def _from_numpy(parameter: Parameter, array: np.ndarray, variable: keras.Variable) -> Tensor:
-    return ops.cast(from_numpy(aligned(array, transposed=parameter.kind == "linear")), variable.dtype)
+def _trained_part(group: Sequence[Parameter], source: keras.Variable) -> keras.Variable:
+    """The variable, or a new one for some of the experts that it has."""
+    if group[0].stack is None or len(group) == source.shape[0]:
+        return source
+    return keras.Variable(tf.gather(source.value, _indices(group)), dtype=source.dtype, name=source.name)
+
+
+def _arrays(
+    groups: Sequence[Sequence[Parameter]], variables: Sequence[keras.Variable]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Variables as they are in a checkpoint, by name: linear weights are (in, out) here and (out, in) there."""
+    for group, variable in zip(groups, variables, strict=True):
+        tensor = tf.convert_to_tensor(variable)
+        for index, parameter in enumerate(group):
+            part = tensor if parameter.stack is None else tensor[index]
+            yield parameter.name, (tf.transpose(part) if parameter.kind == "linear" else part).numpy()
+
+
+def _assign(variable: keras.Variable, group: Sequence[Parameter], arrays: Sequence[np.ndarray]) -> None:
+    """Set a variable to the values of its parameters, as they are in a checkpoint."""
+    is_linear = group[0].kind == "linear"
+    parts = [ops.cast(from_numpy(aligned(array, transposed=is_linear)), variable.dtype) for array in arrays]
+    variable.assign(parts[0] if group[0].stack is None else tf.stack(parts))

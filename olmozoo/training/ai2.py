@@ -328,7 +328,7 @@ def open_weights(folder: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
 
     if is_core(folder):
         config = olmo_core.to_config(read_json(folder / "config.json"), folder / "config.json", None)
-        sources, rules = olmo_core.core_sources(folder, config.tie_word_embeddings), olmo_core.RULES
+        sources, rules = olmo_core.core_sources(folder, config), olmo_core.rules(config)
     else:
         model = olmo_native.read_config(folder)
         config, sources = olmo_native.to_config(model, folder), olmo_native.native_sources(folder, model)

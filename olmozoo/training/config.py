@@ -170,7 +170,7 @@ class LoraConfig:
         rank: of the two factors.
         alpha: their product is scaled by alpha / rank.
         dropout: of their input; PyTorch only.
-        target_modules: names of linear layers.
+        target_modules: names of linear layers; `gate_proj`, `up_proj` and `down_proj` are those of every expert.
     """
 
     rank: int = 8
@@ -229,7 +229,7 @@ class TrainConfig:
         early_stopping_factor: stop where the loss is more than this times the least one so far.
         global_train_batch_size: instances in a step, of all devices together; `fsdp` of the mesh divides it.
         device_train_microbatch_size: instances at once on each device of `fsdp`; default all. It does not change the
-            gradient.
+            gradient, but for that of the load-balancing loss of a mixture of experts, which is of each micro-batch.
         loss_divisor: what the summed loss of a step is divided by: "targets", the tokens learned in it, or
             "positions", batch size times length, as AI2's trainer does.
         softmax_auxiliary_loss: whether the z-loss (arXiv:2204.02311) is added.

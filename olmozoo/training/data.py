@@ -7,7 +7,7 @@ The files are raw arrays without a header, as AI2's trainers write and read them
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -35,24 +35,33 @@ class Batch:
         targets: (batch, seq) int32, the token after each position, or -100 where nothing is learned.
         attention_mask: (batch, seq) int32, 0 at tokens that are not seen; None where all are. Or (batch, 1, seq, seq)
             float32, which is added to the scores of attention.
+        share: of a micro-batch, the part of its step's tokens, as the mask counts them, that it has.
     """
 
     indices: Array
     input_ids: Array
     targets: Array
     attention_mask: Array | None = None
+    share: float = 1.0
 
     @property
     def num_targets(self) -> int:
         """The number of tokens that are learned."""
         return int((self.targets != IGNORED).sum())
 
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens that are seen; all where a mask says for each query what it sees."""
+        mask = self.attention_mask
+        return int(mask.sum()) if mask is not None and mask.ndim == 2 else self.input_ids.size
+
     def split(self, size: int) -> Iterator[Batch]:
         """Micro-batches of at most `size` instances, in order."""
         for start in range(0, len(self.indices), size):
-            part = slice(start, start + size)
-            mask = None if self.attention_mask is None else self.attention_mask[part]
-            yield Batch(self.indices[part], self.input_ids[part], self.targets[part], mask)
+            rows = slice(start, start + size)
+            mask = None if self.attention_mask is None else self.attention_mask[rows]
+            part = Batch(self.indices[rows], self.input_ids[rows], self.targets[rows], mask)
+            yield replace(part, share=self.share * part.num_tokens / max(self.num_tokens, 1))
 
     def padded(self, parts: int) -> Batch:
         """The batch with copies of its last row from which nothing is learned, so that `parts` divides its rows."""
@@ -64,9 +73,11 @@ class Batch:
         targets = self.targets[rows]
         targets[count:] = IGNORED
         mask = None if self.attention_mask is None else self.attention_mask[rows]
-        return Batch(self.indices[rows], self.input_ids[rows], targets, mask)
+        return replace(
+            self, indices=self.indices[rows], input_ids=self.input_ids[rows], targets=targets, attention_mask=mask
+        )
 
-    def share(self, part: int, parts: int) -> Batch:
+    def rows_for(self, part: int, parts: int) -> Batch:
         """The rows of one of `parts` devices, in order; see `padded`."""
         whole = self.padded(parts)
         return list(whole.split(len(whole.indices) // parts))[part]

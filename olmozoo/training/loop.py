@@ -317,7 +317,7 @@ class Run:
             step.gradients(part, divisor, _seed(config.seed, progress.step, number))
             for number, part in enumerate(batch.split(config.micro_batch_size * self.world.rows))
         ]
-        cross_entropy, z = (math.fsum(float(pair[i]) for pair in sums) for i in (0, 1))
+        cross_entropy, z, aux = (math.fsum(float(values[i]) for values in sums) for i in range(3))
         loss = cross_entropy / divisor
         norms = step.norms()
         norm = total_norm(norms)
@@ -347,6 +347,7 @@ class Run:
             "loss": loss,
             "loss_per_target": per_target,
             **({"z_loss": config.z_factor * z / divisor} if config.z_factor else {}),
+            **({"aux_loss": aux} if step.aux_factor else {}),
             "grad_norm": norm,
             **({"max_grad_norm": bound} if bound is not None and math.isfinite(bound) else {}),
             "lr": rate,

@@ -11,7 +11,7 @@ import numpy as np
 
 from olmozoo.errors import ConfigError, raise_problems
 from olmozoo.families.config import ModelConfig
-from olmozoo.families.parameter import Parameter
+from olmozoo.families.parameter import Parameter, by_variable
 from olmozoo.training.config import LoraConfig, OptimizerConfig, TrainConfig
 from olmozoo.typing import Array
 
@@ -28,51 +28,39 @@ def trained_parameters(config: TrainConfig, model: ModelConfig) -> list[Paramete
     """The parameters that are trained: those of the table that are not frozen, or the factors of LoRA.
 
     Raises:
-        ConfigError: a pattern of `freeze` fits no parameter, nothing is left to train, there is no target for LoRA, or
-            an expert would be trained.
+        ConfigError: a pattern of `freeze` fits no parameter, nothing is left to train, or there is no target for LoRA.
     """
     table = stored_parameters(model)
     if config.lora is not None:
-        return without_experts(lora_parameters(config.lora, table))
+        return lora_parameters(config.lora, table)
     unknown = [pattern for pattern in config.freeze if not any(fnmatchcase(p.name, pattern) for p in table)]
     raise_problems("freeze fits no parameter of the model", unknown, ConfigError)
     found = [p for p in table if not any(fnmatchcase(p.name, pattern) for pattern in config.freeze)]
     if not found:
         raise ConfigError("freeze leaves no parameter to train")
-    return without_experts(found)
-
-
-def without_experts(trained: list[Parameter]) -> list[Parameter]:
-    """The parameters, once none of them is of an expert, which have one variable together in Keras and Flax.
-
-    Raises:
-        ConfigError: one is.
-    """
-    experts = [parameter.name for parameter in trained if parameter.stack is not None]
-    if experts:
-        raise ConfigError(
-            f"{len(experts)} parameters are of experts, such as {experts[0]}, which olmozoo train does not train: "
-            "freeze '*.experts.*', or choose lora.target_modules in the attention"
-        )
-    return trained
+    return found
 
 
 def lora_parameters(lora: LoraConfig, table: Sequence[Parameter]) -> list[Parameter]:
     """The two factors for each linear layer of a target's name: A (rank, in) and B (out, rank).
 
-    B starts at zero and A normal with the variance of PEFT's initial values, 1 / (3 in).
+    B starts at zero and A normal with the variance of PEFT's initial values, 1 / (3 in). Of experts that have one
+    variable in Keras and Flax, all A come before all B.
     """
     names = {p.name.split(".")[-2] for p in table if p.kind == "linear" and ".layers." in p.name}
     unknown = [f"{name}; there are {', '.join(sorted(names))}" for name in lora.target_modules if name not in names]
     raise_problems("lora.target_modules has no linear layer of the blocks", unknown, ConfigError)
-    found = []
-    for parameter in table:
-        module, _, leaf = parameter.name.rpartition(".")
+    found: list[Parameter] = []
+    for group in by_variable(table):
+        module, _, leaf = group[0].name.rpartition(".")
         if leaf == "weight" and ".layers." in module and module.split(".")[-1] in lora.target_modules:
-            (rows, columns), (out, into) = parameter.shape, parameter.axes
+            (rows, columns), (out, into) = group[0].shape, group[0].axes
             std = math.sqrt(1 / (3 * columns))
-            found.append(Parameter(f"{module}.lora_A.weight", (lora.rank, columns), ("rank", into), "linear", std))
-            found.append(Parameter(f"{module}.lora_B.weight", (rows, lora.rank), (out, "rank"), "linear"))
+            modules = [parameter.name.removesuffix(".weight") for parameter in group]
+            shape, axes = (lora.rank, columns), ("rank", into)
+            found += [Parameter(f"{module}.lora_A.weight", shape, axes, "linear", std) for module in modules]
+            shape, axes = (rows, lora.rank), (out, "rank")
+            found += [Parameter(f"{module}.lora_B.weight", shape, axes, "linear") for module in modules]
     return found
 
 

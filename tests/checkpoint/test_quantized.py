@@ -12,6 +12,7 @@ from olmozoo.checkpoint.convert import convert_checkpoint
 from olmozoo.checkpoint.reader import open_checkpoint
 from olmozoo.quantization import Quantization, QuantizedTensor, pack, quantize
 from tests.helpers.checkpoints import left_padded, random_values, write_checkpoint
+from tests.helpers.configs import CONFIGS
 
 CONFIG = Olmo2Config(
     vocab_size=61,
@@ -171,6 +172,21 @@ def test_conversion_to_integers_and_back(folder, tmp_path, name, size, head):
     expected = quantize(WEIGHT, Quantization.of(name, size)).dequantize(np.float32)
     assert np.array_equal(floats[f"{layer}.weight"], expected)
     assert "quantization_config" not in json.loads((tmp_path / "floats" / "config.json").read_text())
+
+
+def test_experts_that_are_not_quantized_alike_are_refused(tmp_path):
+    config = CONFIGS["olmoe"].replace(num_hidden_layers=1)
+    source = write_checkpoint(tmp_path / "source", config, dtype="float32")
+    convert_checkpoint(source, tmp_path / "q", to="safetensors", quantization="int8")
+    tensors = load_file(tmp_path / "q/model.safetensors")
+    name = "model.layers.0.mlp.experts.3.up_proj.weight"
+    for part in ("packed", "scale", "shape"):
+        del tensors[f"{name}_{part}"]
+    tensors[name] = load_file(source / "model.safetensors")[name]
+    save_file(tensors, tmp_path / "q/model.safetensors")
+    with pytest.raises(InputError, match=r"(?s)in several ways: .*experts.up_proj.weight: floats; int8, a scale a row"):
+        open_merged(Source(tmp_path / "q", None))
+    assert open_merged(Source(tmp_path / "q", None), quantization="none").config.num_experts == 5
 
 
 def test_other_formats_have_floats_alone(folder, tmp_path):

@@ -19,11 +19,13 @@ from tests.helpers.wings import WINGS
 
 yaml = pytest.importorskip("yaml")
 
-from conversion import archives, common, olmo_core, olmo_native, pickles, tensors
-from olmozoo import Olmo2Config, Olmo3Config, OlmoConfig, OPTConfig
+from conversion import archives, common, olmo_core, olmo_native, pickles, sharded, tensors
+from olmozoo import FlexOlmoConfig, Olmo2Config, Olmo3Config, OlmoConfig, OlmoeConfig, OPTConfig
+from olmozoo.checkpoint.files import write_json
 from olmozoo.checkpoint.formats.pytorch import write as write_pickled
 from olmozoo.checkpoint.formats.safetensors import read_tensors as read_safetensors
 from olmozoo.checkpoint.formats.safetensors import write as write_safetensors
+from olmozoo.checkpoint.reader import Checkpoint
 from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError, ConfigError, InputError
 from olmozoo.families.config import ModelConfig, read_json
@@ -155,6 +157,81 @@ def test_an_olmo3_of_olmo_core_that_cannot_be_expressed_is_refused(tmp_path, cha
     data = core_of(tmp_path)
     change(data["model"])
     with pytest.raises(ConfigError, match=message):
+        olmo_core.to_config(data, tmp_path, None)
+
+
+SMALL = {
+    **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 1e5, "rms_norm_eps": 1e-6},
+}
+EXPERTS = {
+    "flex_olmo": FlexOlmoConfig(**SMALL, num_experts=3, num_experts_per_tok=2),
+    "olmoe": OlmoeConfig(**SMALL, num_experts=5, num_experts_per_tok=1, norm_topk_prob=True),
+}
+
+
+@pytest.mark.parametrize("kind", ["dropless", "default"])
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_mixture_of_experts_in_olmo_core_goes_back_and_forth(tmp_path, family, kind):
+    config = EXPERTS[family]
+    data = core_of(tmp_path, config)
+    folder, block = tmp_path / "core", data["model"]["block"]
+    assert (data["model"]["name"], block["name"]) == ("moe", "moe" if family == "olmoe" else "moe_reordered_norm")
+    found = sharded.read_distributed(folder / olmo_core.FOLDER, olmo_core.PREFIX)
+    source = Checkpoint(tmp_path / "canonical")
+    count, inner, hidden = config.num_experts, config.intermediate_size, config.hidden_size
+    layer = "blocks.1.feed_forward_moe."
+    assert np.array_equal(found[f"{layer}router.weight"].read(), source["model.layers.1.mlp.gate.weight"].reshape(-1))
+    for name, ours in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+        whole = found[f"{layer}experts.mlp.{name}"].read().reshape(count, inner, hidden)
+        for expert in range(count):
+            weight = source[f"model.layers.1.mlp.experts.{expert}.{ours}.weight"]
+            assert np.array_equal(whole[expert], weight.T if name == "w2" else weight)
+    if kind == "default":  # each expert of w1 and w3 is transposed
+        block["feed_forward_moe"]["name"] = "default"
+        write_json(folder / "config.json", data)
+        for layer, name in ((layer, name) for layer in range(2) for name in ("w1", "w3")):
+            key = f"blocks.{layer}.feed_forward_moe.experts.mlp.{name}"
+            found[key] = olmo_core.transposed_blocks(found[key], count)
+            assert found[key].shape == (count * hidden, inner)
+        arrays = {name: np.array(tensor.read()) for name, tensor in found.items()}
+        shutil.rmtree(folder / olmo_core.FOLDER)
+        changed = [LazyTensor(name, x.dtype, x.shape, lambda x=x: x) for name, x in arrays.items()]
+        sharded.write_distributed(folder / olmo_core.FOLDER, changed, "model")
+    olmo_core.main(folder, tmp_path / "again")
+    (tmp_path / "again/generation_config.json").unlink()  # which the first folder has not
+    assert tree(tmp_path / "again") == tree(tmp_path / "canonical")
+
+
+def test_any_rows_of_transposed_blocks():
+    blocks = np.arange(3 * 4 * 5).reshape(3 * 4, 5)
+    tensor = LazyTensor("x", blocks.dtype, blocks.shape, lambda: blocks)
+    expected = np.concatenate([blocks[i : i + 4].T for i in (0, 4, 8)])
+    found = olmo_core.transposed_blocks(tensor, 3)
+    assert found.shape == (15, 4)
+    assert all(np.array_equal(found.rows(i, j), expected[i:j]) for i in range(15) for j in range(i + 1, 16))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("feed_forward_moe.name", "v2"),
+        ("feed_forward_moe.shared_mlp", {"hidden_size": 4}),
+        ("feed_forward_moe.num_experts", 0),
+        ("feed_forward_moe.router.gating_function", "sigmoid"),
+        ("feed_forward_moe.router.normalize_expert_weights", 2.0),
+        ("feed_forward_moe.router.bias_gamma", 1e-4),
+        ("feed_forward", {"hidden_size": 4}),
+    ],
+)
+def test_experts_of_olmo_core_that_cannot_be_expressed_are_refused(tmp_path, path, value):
+    data = core_of(tmp_path, EXPERTS["flex_olmo"])
+    *parents, field = path.split(".")
+    section = data["model"]["block"]
+    for parent in parents:
+        section = section[parent]
+    section[field] = value
+    with pytest.raises(ConfigError, match=rf"model\.block\.{path}"):
         olmo_core.to_config(data, tmp_path, None)
 
 
@@ -391,6 +468,7 @@ def test_olmo_core_configs_before_version_3_say_attention():
         (OlmoConfig(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (OlmoConfig(rope_theta=10000.5), "rope_theta is 10000.5"),
         (OlmoConfig(extra={"head_dim": 64}), "head_dim is 64"),
+        (EXPERTS["olmoe"].replace(clip_qkv=1.0), "clip_qkv is 1.0|model_type is 'olmoe'"),
         (OLMO3.replace(sliding_rope_theta=1e4), "sliding_rope_theta is 10000|model_type is 'olmo3'"),
         (OLMO3.replace(rope_scaling={**YARN, "attention_factor": 2.0}), "rope_scaling is .*|model_type is 'olmo3'"),
     ],

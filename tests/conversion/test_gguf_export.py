@@ -11,7 +11,7 @@ from tests.helpers.conversions import run_program
 gguf = pytest.importorskip("gguf")
 
 from conversion import gguf_export
-from olmozoo import Olmo2Config, Olmo3Config, OlmoConfig, OPTConfig
+from olmozoo import FlexOlmoConfig, Olmo2Config, Olmo3Config, OlmoConfig, OlmoeConfig, OPTConfig
 from olmozoo.checkpoint.reader import Checkpoint
 from olmozoo.errors import CheckpointError, ConfigError
 from olmozoo.families.config import read_json
@@ -39,6 +39,7 @@ CONFIGS = {
         rope_scaling={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8, "beta_fast": 30.0},
     ),
 }
+OLMOE = OlmoeConfig(**SHAPE | {"num_key_value_heads": 4}, num_experts=3, num_experts_per_tok=2, rms_norm_eps=1e-4)
 TEXT = "the quick brown fox jumps over the lazy dog, in 2048 steps; don't stop"
 
 
@@ -131,6 +132,37 @@ def test_windows_and_yarn_of_an_olmo3(tmp_path):
     assert not [key for key in found if key.endswith("attn_factor")]  # which llama.cpp would multiply its own by
 
 
+def test_the_experts_of_a_layer_are_one_tensor(tmp_path):
+    write_checkpoint(tmp_path / "src", OLMOE, dtype="bfloat16")
+    gguf_export.main(tmp_path / "src", tmp_path / "x.gguf")
+    expected = {
+        "general.architecture": "olmoe",
+        "olmoe.feed_forward_length": 96,
+        "olmoe.expert_count": 3,
+        "olmoe.expert_used_count": 2,
+        "olmoe.attention.head_count_kv": 4,
+        "olmoe.attention.layer_norm_rms_epsilon": pytest.approx(1e-4),
+    }
+    found = fields(tmp_path / "x.gguf")
+    assert {key: found.get(key) for key in expected} == expected
+    found, source = gguf_export.read_back(tmp_path / "x.gguf"), Checkpoint(tmp_path / "src")
+    assert len(found) == 3 + 2 * 12
+    for name in ("gate", "up", "down"):
+        tensor = found[f"blk.1.ffn_{name}_exps.weight"]
+        assert tensor.shape == ((3, 64, 96) if name == "down" else (3, 96, 64))
+        assert tensor.dtype.name == "bfloat16"
+        for expert in range(3):
+            assert np.array_equal(
+                tensor.read()[expert], source[f"model.layers.1.mlp.experts.{expert}.{name}_proj.weight"]
+            )
+    router = found["blk.1.ffn_gate_inp.weight"]
+    assert (router.shape, router.dtype.name) == ((3, 64), "float32")
+    names = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj"}
+    for name, canonical in names.items():
+        array = found[f"blk.0.{name}.weight"].read()
+        assert np.array_equal(array, source[f"model.layers.0.{canonical}.weight"].astype(array.dtype))
+
+
 def test_the_chat_template_comes_along_from_wherever_it_is(tmp_path):
     folder = write_checkpoint(tmp_path / "model", CONFIGS["olmo2"], dtype="bfloat16")
     train_tokenizer(folder, TEXT)
@@ -182,8 +214,12 @@ def test_how_text_is_split(tmp_path, rule, expected):
     [
         (
             OPTConfig(vocab_size=40, hidden_size=16, num_attention_heads=2, ffn_dim=32),
-            "model_type is 'opt', expected 'olmo', 'olmo2' or 'olmo3'",
+            "model_type is 'opt', expected 'olmo', 'olmo2', 'olmo3' or 'olmoe'",
         ),
+        (FlexOlmoConfig(**SHAPE), "model_type is 'flex_olmo'"),
+        (OLMOE.replace(norm_topk_prob=True), "norm_topk_prob is True"),
+        (OLMOE.replace(clip_qkv=1.0), "clip_qkv is 1.0"),
+        (OLMOE.replace(num_key_value_heads=2), "num_key_value_heads is 2"),
         (CONFIGS["olmo"].replace(attention_bias=True), "attention_bias is True"),
         (CONFIGS["olmo"].replace(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (CONFIGS["olmo2"].replace(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling is"),
@@ -252,13 +288,13 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src", "x.gguf"]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, "olmoe"])
 def test_llama_cpp_generates_the_same_tokens(tmp_path, name):
     llama_cpp = pytest.importorskip("llama_cpp")
     pytest.importorskip("torch")
     from olmozoo.backends import load
 
-    write_checkpoint(tmp_path / "src", CONFIGS[name], dtype="float32")
+    write_checkpoint(tmp_path / "src", {**CONFIGS, "olmoe": OLMOE}[name], dtype="float32")
     train_tokenizer(tmp_path / "src", TEXT)
     gguf_export.main(tmp_path / "src", tmp_path / "x.gguf")
     llama = llama_cpp.Llama(str(tmp_path / "x.gguf"), n_ctx=64, n_threads=1, logits_all=True, verbose=False)

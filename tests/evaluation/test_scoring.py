@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from olmozoo import CheckpointError, InputError, OlmoConfig, OPTConfig, Tokenizer
+from olmozoo import CheckpointError, InputError, OlmoConfig, OlmoeConfig, OPTConfig, Tokenizer
 from olmozoo.backends import load
 from olmozoo.evaluation.scoring import (
     MultipleChoice,
@@ -32,6 +32,9 @@ CONFIGS = {
     "olmo": OlmoConfig(**SIZES, intermediate_size=36, eos_token_id=0, max_position_embeddings=48),
     "opt": OPTConfig(
         **SIZES, ffn_dim=36, word_embed_proj_dim=40, bos_token_id=0, eos_token_id=0, max_position_embeddings=48
+    ),
+    "olmoe": OlmoeConfig(
+        **SIZES, intermediate_size=24, eos_token_id=0, max_position_embeddings=48, num_experts=4, num_experts_per_tok=2
     ),
 }
 QUESTIONS = [

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from olmozoo import Olmo2Config, OlmoConfig, OPTConfig
+from olmozoo import Olmo2Config, OlmoConfig, OlmoeConfig, OPTConfig
 from tests.helpers.checkpoints import left_padded, random_values
 
 pytest.importorskip("keras", reason="olmozoo[tf] is not installed")
@@ -29,6 +29,7 @@ CONFIGS = {
     "Olmo": OlmoConfig(**ROTARY, clip_qkv=2.0, tie_word_embeddings=True),
     "OPT": OPTConfig(**COMMON, ffn_dim=24, max_position_embeddings=64, dropout=0.0, eos_token_id=None),
 }
+OLMOE = OlmoeConfig(**ROTARY, num_experts=3, num_experts_per_tok=2)
 HEADS = {
     "Model": None,
     "ForCausalLM": "causal_lm",

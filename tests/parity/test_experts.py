@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from olmozoo.backends import load
+from olmozoo.verify.compare import verify
 from tests.helpers.checkpoints import left_padded, write_checkpoint
 from tests.helpers.configs import BOUND, CONFIGS, GRADIENT_BOUND, OTHERS, REFERENCE
-from tests.helpers.wings import WINGS, call, gradients, needs, scope
+from tests.helpers.wings import PRESENT, WINGS, call, gradients, needs, scope, several
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "olmoe"
 ROUTER = {"output_router_logits": True}
@@ -178,6 +179,13 @@ def test_a_checkpoint_with_the_names_of_transformers_5_is_read(folder, tmp_path,
     assert np.abs(found - expected).max() <= BOUND
 
 
+@several
+def test_verify_agrees(folder):
+    report = verify(folder, backends=PRESENT, dtype="float64")
+    assert report.ok
+    assert [row.name for row in report.rows][:4] == ["embeddings", "layer 1", "layer 2", "logits"]
+
+
 @needs("flax")
 def test_stacks_in_flax_are_one_leaf_and_tiles_give_the_product_of_each_row(folder):
     import jax
@@ -208,7 +216,9 @@ def test_stacks_in_flax_are_one_leaf_and_tiles_give_the_product_of_each_row(fold
             totals = np.zeros_like(kernel)
             np.add.at(totals, expert, rows[:, :, None] * weights[:, None])
             np.testing.assert_allclose(grads[1], totals, atol=1e-11)
-            np.testing.assert_allclose(tiled_product(weights, kernel, given, 1), grads[0], atol=1e-12)
+            np.testing.assert_allclose(
+                tiled_product(weights, lambda expert: kernel[expert], 6, given, 1), grads[0], atol=1e-12
+            )
 
 
 @needs("tf")
@@ -237,3 +247,29 @@ def test_tiles_in_keras_give_the_product_of_each_row(compiled):
         totals = np.zeros_like(kernel)
         np.add.at(totals, expert, rows[:, :, None] * weights[:, None])
         np.testing.assert_allclose(of_kernel, totals, atol=1e-11)
+
+
+@needs("tf")
+def test_a_program_of_tiles_is_not_compiled_for_each_batch():
+    """XLA takes where a slice begins for a constant: of a tensor that depends on the data, it would compile it anew."""
+    import tensorflow as tf
+
+    from olmozoo.tf.experts import grouped_product
+
+    @tf.function(autograph=False)
+    def run(rows, kernel, sizes):
+        with tf.GradientTape() as tape:
+            tape.watch((rows, kernel))
+            total = tf.reduce_sum(grouped_product(rows, kernel, sizes))
+        return tape.gradient(total, (rows, kernel))
+
+    shapes = ((70, 6), tf.float32), ((4, 6, 3), tf.float32), ((4,), tf.int32)
+    graph = run.get_concrete_function(*(tf.TensorSpec(*shape) for shape in shapes)).graph.as_graph_def()
+    slices = 0
+    for nodes in (graph.node, *(function.node_def for function in graph.library.function)):
+        kinds = {node.name: node.op for node in nodes}
+        for node in nodes:
+            if node.op in ("Slice", "StridedSlice"):
+                assert kinds[node.input[1].split(":")[0]] == "Const", node
+                slices += 1
+    assert slices

@@ -15,7 +15,7 @@ from tests.helpers.configs import BOUND, CONFIGS, OTHERS, REFERENCE
 from tests.helpers.wings import WINGS, several
 
 QUANTIZATIONS = {"int8": {"quantization": "int8"}, "int4": {"quantization": "int4", "group_size": 4}}
-SMALL = {name: CONFIGS[name].replace(num_hidden_layers=1) for name in ("olmo2", "opt-projected-post-norm")}
+SMALL = {name: CONFIGS[name].replace(num_hidden_layers=1) for name in ("olmo2", "opt-projected-post-norm", "olmoe")}
 EXACT = {"output_hidden_states": True}
 
 
@@ -90,6 +90,29 @@ def test_a_live_model_keeps_its_integers_in_another_framework(quantized):
             made = convert(backend.model, to=wing)
             assert integers(made).keys() == integers(backend.model).keys()
             assert all(np.array_equal(v.values, integers(backend.model)[k].values) for k, v in integers(made).items())
+
+
+@pytest.mark.parametrize("wing", WINGS)
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_of_experts_integers_are_all_that_is_held(tmp_path, name, wing):
+    config = SMALL["olmoe"]
+    write_checkpoint(tmp_path, config, dtype="float32")
+    model = load(tmp_path, wing, **QUANTIZATIONS[name]).model
+    if wing == "pt":
+        held = {path: x for path, x in (*model.named_parameters(), *model.named_buffers()) if ".experts." in path}
+    elif wing == "tf":
+        held = {v.path: v.numpy() for v in model.weights if "/experts/" in v.path}
+    else:
+        from flax.traverse_util import flatten_dict
+
+        held = {path: x for path, x in flatten_dict(model.params).items() if "experts" in path}
+    weights = 3 * config.num_experts * config.hidden_size * config.intermediate_size
+    rows = config.num_experts * (2 * config.intermediate_size + config.hidden_size)
+    expected = weights + 4 * rows if name == "int8" else weights / 2 + weights  # a scale of 4 bytes for 4 values
+    # In PyTorch, rows of 4 bits end at a word: those of 36 values have 2 bytes more.
+    assert expected <= sum(x.nbytes for x in held.values()) <= 1.02 * expected
+    gate = next(p for p in config.parameters() if p.name.endswith("mlp.gate.weight"))
+    assert dict(model.read_parameters())[gate].dtype == np.float32  # the router is in floats
 
 
 @pytest.mark.parametrize("wing", WINGS)

@@ -5,43 +5,39 @@ import importlib
 import numpy as np
 import pytest
 
-from olmozoo.backends import BACKENDS
 from tests.helpers.checkpoints import left_padded
 from tests.helpers.configs import CONFIGS
-from tests.helpers.wings import model_class
+from tests.helpers.wings import WINGS, model_class, scope
 
-WINGS = [pytest.param(wing, marks=getattr(pytest.mark, wing)) for wing in ("tf", "flax")]
 NAMES = ["olmo2", "olmo-bias", "opt-projected-post-norm", *(name for name in CONFIGS if name.startswith("olmo3"))]
 
 
 @pytest.fixture(params=WINGS)
 def wing(request):
-    pytest.importorskip(BACKENDS[request.param].framework)
     return request.param
 
 
 def by_blocks(monkeypatch, wing, rows):
     """Make attention run by blocks of so many queries."""
     layers = importlib.import_module(f"olmozoo.{wing}.layers")
-    monkeypatch.setattr(layers, "SCORE_BYTES", 1)
-    monkeypatch.setattr(layers, "MIN_ROWS", rows)
+    monkeypatch.setattr(layers, "MASK_BYTES" if wing == "pt" else "SCORE_BYTES", 1)
+    monkeypatch.setattr(layers, "MIN_ROWS", {wing: rows})
     used = []
     run = layers.QueryBlocks.run
     monkeypatch.setattr(layers.QueryBlocks, "run", lambda self, *args: used.append(self.rows) or run(self, *args))
     return used
 
 
-def scope(wing):
-    import contextlib
-
-    if wing != "flax":
-        return contextlib.nullcontext()
-    import jax
-
-    return jax.enable_x64(True)
+def values(x):
+    return np.asarray(x.detach() if hasattr(x, "detach") else x)
 
 
 def loss_and_gradients(wing, model, ids, mask, labels):
+    if wing == "pt":
+        model.zero_grad()
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        return loss.item(), {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
     if wing == "tf":
         import tensorflow as tf
 
@@ -75,10 +71,10 @@ def test_logits_and_gradients_are_those_of_attention_at_once(wing, name, monkeyp
     with scope(wing):
         model = model_class(wing, config.name, "ForCausalLM")(config, seed=1, dtype="float64")
         expected = loss_and_gradients(wing, model, ids, mask, labels)
-        logits = np.asarray(model(input_ids=ids, attention_mask=mask).logits)
+        logits = values(model(input_ids=ids, attention_mask=mask).logits)
         used = by_blocks(monkeypatch, wing, rows=3)
         found = loss_and_gradients(wing, model, ids, mask, labels)
-        again = np.asarray(model(input_ids=ids, attention_mask=mask).logits)
+        again = values(model(input_ids=ids, attention_mask=mask).logits)
     assert set(used) == {3}
     assert abs(found[0] - expected[0]) < 1e-12
     assert np.abs((again - logits)[mask == 1]).max() < 1e-12
@@ -95,9 +91,13 @@ def test_a_cached_and_chunked_prompt_gives_the_same_tokens(wing, name, monkeypat
         expected = np.asarray(model._generate(ids, mask, max_new_tokens=9).sequences)
         used = by_blocks(monkeypatch, wing, rows=3)
         model = model_class(wing, config.name, "ForCausalLM")(config, seed=1, dtype="float64")
-        found = np.asarray(model._generate(ids, mask, max_new_tokens=9).sequences)
+        found = [
+            np.asarray(model._generate(ids, mask, max_new_tokens=9, prefill_chunk_size=chunk).sequences)
+            for chunk in (None, 7)
+        ]
     assert used
-    assert np.array_equal(found, expected)
+    assert np.array_equal(found[0], expected)
+    assert np.array_equal(found[1], expected)
 
 
 def test_weights_and_masks_of_four_dimensions_are_computed_at_once(wing, monkeypatch):
@@ -112,4 +112,4 @@ def test_weights_and_masks_of_four_dimensions_are_computed_at_once(wing, monkeyp
         again = model(input_ids=ids, attention_mask=whole)
     assert used == []
     assert output.attentions[0].shape[-2:] == (ids.shape[1], ids.shape[1])
-    assert np.abs((np.asarray(output.logits) - np.asarray(again.logits))[mask == 1]).max() < 1e-12
+    assert np.abs((values(output.logits) - values(again.logits))[mask == 1]).max() < 1e-12

@@ -1,5 +1,6 @@
 """Attention in sliding windows: the numbers of Transformers, and every way to the same text gives them."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -9,9 +10,10 @@ import pytest
 
 from olmozoo.backends import load
 from olmozoo.families.config import ModelConfig
+from olmozoo.generation.state import DecodeOptions
 from tests.helpers.checkpoints import left_padded, write_checkpoint
 from tests.helpers.configs import BOUND, CONFIGS, REFERENCE
-from tests.helpers.wings import WINGS
+from tests.helpers.wings import WINGS, model_class, scope
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "olmo3"  # written, and answered, by Transformers 5.23
 ENDLESS = {"eos_token_id": None, "pad_token_id": 1}
@@ -121,34 +123,134 @@ def test_a_mask_of_four_dimensions_is_the_answer_itself(folder, wing):
     assert np.abs(whole[1] - plain[1]).max() > 1e-3
 
 
+PIECES = (5, 1, 1, 3, -2, 1, 3, -1, 4, 1)  # positions that a call reads; a negative number is of positions dropped
+
+
+def in_pieces(wing, model, cache, ids, mask):
+    """Float64 logits of `PIECES`, over a cache of the compiled loop."""
+    found = np.zeros((*ids.shape, model.config.vocab_size))
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    if wing == "flax":
+        import jax
+
+        call = jax.jit(lambda ids, positions, cache: model(ids, mask, positions, past_key_values=cache))
+    else:
+
+        def call(ids, positions, cache):
+            return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+
+    start = 0
+    for piece in PIECES:
+        if piece < 0:
+            start += piece
+            length = cache.length + piece
+            cache = cache.replace(length=length) if wing == "flax" else cache._replace(length=length)
+            continue
+        seen = slice(start, start + piece)
+        output = call(ids[:, seen], positions[:, seen].astype(np.int32), cache)
+        cache, found[:, seen] = output.past_key_values, np.asarray(output.logits)
+        start += piece
+    assert start == ids.shape[1]
+    return found, cache
+
+
+@pytest.mark.parametrize("window", [1, WINDOW, 30])
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("wing", [wing for wing in WINGS if wing.values[0] != "pt"])
+def test_a_ring_gives_the_numbers_of_the_uncached_forward(folder, wing, window, blocks, monkeypatch):
+    """Token by token and several at once, beyond its end and back again, under padding."""
+    module, layers = (importlib.import_module(f"olmozoo.{wing}.{name}") for name in ("cache", "layers"))
+    with scope(wing):
+        model = model_class(wing, "Olmo3", "ForCausalLM").from_pretrained(folder, sliding_window=window)
+        ids, mask = left_padded(model.config, length=sum(PIECES))
+        expected = np.asarray(model(input_ids=ids, attention_mask=mask).logits)
+        if blocks:
+            monkeypatch.setattr(layers, "SCORE_BYTES", 1)
+            monkeypatch.setattr(layers, "MIN_ROWS", {wing: 2})
+        cache = module.WindowCache.create(model.config, len(ids), ids.shape[1], "float64", spare=4)
+        found, kept = in_pieces(wing, model, cache, ids, mask)
+    ring = min(ids.shape[1], window + 4)
+    assert [key.shape[-2] for key in kept.keys] == [ring, ids.shape[1], ring]
+    assert np.abs(found - expected)[mask == 1].max() <= BOUND
+
+
+@pytest.mark.parametrize("wing", [wing for wing in WINGS if wing.values[0] != "pt"])
+def test_the_compiled_loop_keeps_windows_alone(folder, greedy, wing, monkeypatch):
+    generation = importlib.import_module(f"olmozoo.{wing}.generation")
+    slots, answer = [], generation.GenerationMixin._answer
+
+    def watched(self, *arguments, **options):
+        cache = next(argument for argument in arguments if hasattr(argument, "keys") and hasattr(argument, "length"))
+        slots.append([key.shape[-2] for key in cache.keys])
+        return answer(self, *arguments, **options)
+
+    monkeypatch.setattr(generation.GenerationMixin, "_answer", watched)
+    backend = load(folder, wing, "float64")
+    ids, mask, expected = greedy
+    start = [x[:, :9] for x in (ids, mask)]
+    with scope(wing):
+        past = backend.model(*start, position_ids=np.maximum(start[1].cumsum(1) - 1, 0), use_cache=True).past_key_values
+    for settings, kept, whole in (
+        ({}, WINDOW, 128),
+        ({"prefill_chunk_size": 3}, WINDOW + 2, 130),  # 64 rounded up to chunks, and 64
+        ({"prefill_chunk_size": 5, "prompt_lookup_num_tokens": 6}, WINDOW + 6, 135),
+        ({"past_key_values": past}, WINDOW, 132),  # with nothing between the 9 and the 4 positions
+        ({"past_key_values": past, "prefill_chunk_size": 3}, WINDOW + 2, 132),
+        ({"return_dict_in_generate": True}, 128, 128),
+    ):
+        with scope(wing):
+            found = np.asarray(backend.model._generate(ids, mask, max_new_tokens=NEW, **settings).sequences)
+        assert np.array_equal(found, expected), settings
+        assert slots[-1] == [kept, whole, kept], settings
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_beams_over_windows_are_those_over_whole_caches(folder, greedy, wing, monkeypatch):
+    backend = load(folder, wing, "float64")
+    ids, mask, _ = greedy
+    found = backend.generate(ids, mask, max_new_tokens=NEW, num_beams=3)
+    monkeypatch.setattr(DecodeOptions, "returns_cache", True)
+    whole = load(folder, wing, "float64").generate(ids, mask, max_new_tokens=NEW, num_beams=3)
+    assert np.array_equal(found, whole)
+
+
 @pytest.mark.pt
 @pytest.mark.parametrize("spare", [1, 3])
 def test_a_cache_of_windows_gives_the_same_tokens_and_keeps_few(folder, greedy, monkeypatch, spare):
     torch = pytest.importorskip("torch")
     from olmozoo.pt import generation
 
-    caches = []
+    caches, statics = [], []
 
     class Watched(generation.WindowCache):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             caches.append(self)
 
+    class WatchedStatic(generation.StaticCache):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            statics.append(self)
+
     monkeypatch.setattr(generation, "SPARE", spare)
     monkeypatch.setattr(generation, "WindowCache", Watched)
+    monkeypatch.setattr(generation, "StaticCache", WatchedStatic)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # the same numbers, sooner
     backend = load(folder, "pt", "float64")
     ids, mask, expected = greedy
-    beams = np.asarray(
-        backend.model._generate(ids, mask, max_new_tokens=NEW, num_beams=3, return_dict_in_generate=True).sequences
-    )
+    whole = backend.model._generate(ids, mask, max_new_tokens=NEW, return_dict_in_generate=True)
     assert not caches
-    for settings in ({}, {"prefill_chunk_size": 3}, {"prefill_chunk_size": 5, "prompt_lookup_num_tokens": 6}):
+    assert np.array_equal(np.asarray(whole.sequences), expected)
+    lookup = {"prefill_chunk_size": 5, "prompt_lookup_num_tokens": 6}
+    for settings in ({}, {"prefill_chunk_size": 3}, lookup, {"compile": True}, {"compile": True, **lookup}):
         assert np.array_equal(backend.generate(ids, mask, max_new_tokens=NEW, **settings), expected), settings
         kept = WINDOW + max(spare, 1 + settings.get("prompt_lookup_num_tokens", 0))
-        full = caches[-1].max_length
+        cache = statics[-1] if "compile" in settings else caches[-1]
+        full = cache.max_length
         assert full >= expected.shape[1] - 1 > kept
-        assert [key.shape[2] for key in caches[-1].keys] == [kept, full, kept]
-    assert np.array_equal(backend.generate(ids, mask, max_new_tokens=NEW, num_beams=3), beams)
+        assert [key.shape[2] for key in cache.keys] == [kept, full, kept]
     start = [torch.from_numpy(x[:, :9]) for x in (ids, mask, np.maximum(mask.cumsum(1) - 1, 0))]
     past = backend.model(*start, use_cache=True).past_key_values
-    assert np.array_equal(backend.generate(ids, mask, max_new_tokens=NEW, past_key_values=past), expected)
+    for compile in (False, True):
+        found = backend.generate(ids, mask, max_new_tokens=NEW, past_key_values=past, compile=compile)
+        assert np.array_equal(found, expected)

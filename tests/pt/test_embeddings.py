@@ -2,14 +2,14 @@
 
 import pytest
 
-from tests.helpers.configs import SMALL_OLMO, SMALL_OLMO2, SMALL_OPT
+from tests.helpers.configs import SMALL_OLMO, SMALL_OLMO2, SMALL_OLMOE, SMALL_OPT
 
 torch = pytest.importorskip("torch")
 
 from olmozoo import pt
 
 
-@pytest.mark.parametrize("config", [SMALL_OLMO2, SMALL_OLMO, SMALL_OPT], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [SMALL_OLMO2, SMALL_OLMO, SMALL_OPT, SMALL_OLMOE], ids=lambda config: config.name)
 def test_resizing_the_vocabulary_keeps_rows_and_moves_head_config_and_tie(config, batch):
     model = pt.AutoModelForCausalLM.from_config(config, seed=1).eval()
     ids, mask = batch

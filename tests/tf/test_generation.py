@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from olmozoo.generation.prepare import prepare
+from tests.helpers.configs import SMALL_OLMO3
 from tests.helpers.keras_models import (
-    BIASED_OLMO2,
     IDS,
     MASK,
     greedy,
@@ -63,15 +63,21 @@ def test_generate_left_padded_and_ending(model):
         assert (ended[row, stop + 1 :] == 1).all()
 
 
-def test_generate_writes_the_cache_in_place(model):
-    call = prepare(model.generation_config, BIASED_OLMO2, {}, input_ids=IDS[:1], attention_mask=MASK[:1], compiled=True)
+@pytest.mark.parametrize("windows", [False, True])
+def test_generate_writes_the_cache_in_place(model, windows):
+    if windows:
+        model = zoo.TFOlmo3ForCausalLM(SMALL_OLMO3, seed=1, dtype="float64")
+    options = {"input_ids": IDS[:1], "attention_mask": MASK[:1], "compiled": True}
+    call = prepare(model.generation_config, model.config, {}, **options)
     values, state = tf.nest.map_structure(lambda x: from_numpy(x, "float64"), (call.values, call.state))
-    arguments = (tf.constant(call.mask), state, model.init_cache(*call.mask.shape), values, tf.constant(20))
+    cache = model._empty_cache(*call.mask.shape, call.options, 1)
+    arguments = (tf.constant(call.mask), state, cache, values, tf.constant(20))
     answer = model._compiled_decoding(call.options)[1]
     program = answer.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
     loops = [part for part in program.split("\n\n") if "while_body" in part.split("\n")[0] and " dot(" in part]
     assert len(loops) == 1
-    assert "f64[2,128,8]" in loops[0]
+    for memory in cache.keys:
+        assert f"f64[{','.join(map(str, memory.shape))}]" in loops[0]
     assert not [line for line in loops[0].split("\n") if " copy(" in line and "f64[" in line]
 
 

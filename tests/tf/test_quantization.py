@@ -35,9 +35,10 @@ def test_quantizing_makes_the_kernels_integers_and_keeps_them(family, tmp_path):
     np.testing.assert_array_equal(again(INPUTS).logits.numpy()[REAL], after)
 
 
+@pytest.mark.parametrize("family", ["olmo-bias", "olmoe"])
 @pytest.mark.parametrize("quantization", [{"quantization": "int8"}, {"quantization": "int4", "group_size": 4}])
-def test_integers_of_the_core_survive_a_keras_file(quantization, tmp_path):
-    write_checkpoint(tmp_path / "model", CONFIGS["olmo-bias"].replace(num_hidden_layers=1), dtype="float32")
+def test_integers_of_the_core_survive_a_keras_file(quantization, family, tmp_path):
+    write_checkpoint(tmp_path / "model", CONFIGS[family].replace(num_hidden_layers=1), dtype="float32")
     model = zoo.TFAutoModelForCausalLM.from_pretrained(tmp_path / "model", **quantization)
     inputs = dict(zip(("input_ids", "attention_mask"), left_padded(model.config), strict=True))
     layer = model.model.blocks[0].self_attn.q_proj

@@ -13,12 +13,12 @@ import pytest
 from olmozoo import InputError
 from tests.helpers.keras_models import (
     BIASED_OLMO2,
-    CONFIGS,
     FAMILIES,
     IDS,
     INPUTS,
     LABELS,
     MASK,
+    OLMOE,
     ONE_EACH,
     REAL,
     dataset,
@@ -284,10 +284,13 @@ np.savez(sys.argv[2], logits=logits, trainable=trainable, loss=loss, weights=[v.
 """
 
 
-@pytest.mark.parametrize("how", ["lora", "frozen", "all frozen but norms"])
+@pytest.mark.parametrize("how", ["lora", "lora of experts", "frozen", "all frozen but norms"])
 def test_lora_survives_a_keras_file(how, tmp_path):
-    model = make("OPT")
-    if how == "lora":
+    model = make("Olmoe", config=OLMOE) if how == "lora of experts" else make("OPT")
+    if how == "lora of experts":
+        model.enable_lora(2, lora_alpha=3, target_names=["q_proj", "gate_proj", "down_proj"])
+        assert model.model.blocks[0].mlp.experts.down_proj.lora_kernel_b.shape == (3, 2, 16)
+    elif how == "lora":
         model.enable_lora(2, lora_alpha=3)
     elif how == "frozen":
         model.model.stack.blocks[0].trainable = False
@@ -305,13 +308,13 @@ def test_lora_survives_a_keras_file(how, tmp_path):
     np.testing.assert_allclose(found["logits"], model(**INPUTS).logits, atol=1e-5)
     assert found["trainable"].tolist() == sorted(v.path for v in model.trainable_variables)
     folder = tmp_path / "folder"
-    CONFIGS["OPT"].save_pretrained(folder)
+    model.config.save_pretrained(folder)
     shutil.copy(tmp_path / "m.keras", folder / "model.keras")
-    if how == "lora":  # read without Keras, and as weights into a model without adapters: merged
-        merged = zoo.TFOPTForCausalLM.from_pretrained(folder)
+    if how.startswith("lora"):  # read without Keras, and as weights into a model without adapters: merged
+        merged = type(model).from_pretrained(folder)
         same_logits(merged(**INPUTS), model(**INPUTS), atol=1e-4)
         model.save_weights(tmp_path / "m.weights.h5")
-        plain = make("OPT")
+        plain = type(model)(model.config, seed=1)
         plain.load_weights(tmp_path / "m.weights.h5")
         same_logits(plain(**INPUTS), model(**INPUTS), atol=1e-4)
         with pytest.raises(InputError, match=r"save 'model\.keras'"):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import yaml
 
-from olmozoo import ConfigError, OlmozooError
+from olmozoo import ConfigError, InputError, OlmozooError
 from olmozoo.training import TrainConfig, load_config, loop
+from olmozoo.training.summary import check_mesh
 from tests.helpers.checkpoints import TEXT_CONFIG, write_checkpoint, write_text_checkpoint
+from tests.helpers.configs import CONFIGS
 from tests.helpers.wings import needs
 
 pytest.importorskip("omegaconf")
@@ -261,6 +263,13 @@ def test_paths_that_are_not_here_are_taken_from_beside_the_config(here, tmp_path
 def test_a_config_is_made_in_python_too():
     with pytest.raises(ConfigError, match="save_folder is not set"):
         loop.train(TrainConfig())
+
+
+def test_experts_are_trained_on_one_device():
+    config = TrainConfig(global_train_batch_size=4)
+    check_mesh(config, CONFIGS["olmoe"], {}, "flax")
+    with pytest.raises(InputError, match="a model of type olmoe has experts, which are trained on one device"):
+        check_mesh(config, CONFIGS["olmoe"], {"fsdp": 2}, "flax")
 
 
 def test_a_tilde_is_the_folder_of_the_user(here, tmp_path, monkeypatch):

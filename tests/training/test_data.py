@@ -1,5 +1,7 @@
 """Instances, their order, their targets, and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -67,6 +69,20 @@ def test_tokens_equal_to_the_pad_token_are_neither_seen_nor_learned(files):
     np.testing.assert_array_equal(batch.targets[0, :-1], expected)
 
 
+def test_micro_batches_share_the_tokens_that_are_seen(files):
+    folder, arrays, _ = files
+    batch = opened(folder, pad_token_id=int(arrays[0][11])).batch(np.arange(5))
+    parts = list(batch.split(2))
+    assert [len(part.indices) for part in parts] == [2, 2, 1]
+    seen = [part.attention_mask.sum() for part in parts]
+    assert min(seen) < 16
+    np.testing.assert_allclose([part.share for part in parts], np.array(seen) / sum(seen))
+    halves = [part.share for part in next(opened(folder).batch(np.arange(8)).split(4)).split(2)]
+    assert halves == [0.25, 0.25]
+    nothing = dataclasses.replace(batch, attention_mask=np.zeros_like(batch.attention_mask))
+    assert [part.share for part in nothing.split(3)] == [0, 0]
+
+
 def test_scores_are_added_where_a_pad_token_is_first(files):
     folder, arrays, _ = files
     data = opened(folder, pad_token_id=int(arrays[0][8]), leading_pads_see_all=True)
@@ -119,7 +135,7 @@ def test_micro_batches_are_the_batch(files):
 def test_shares_are_the_batch_and_rows_of_which_nothing_is_learned(files, parts):
     folder, arrays, _ = files
     batch = opened(folder, pad_token_id=int(arrays[0][0])).batch(np.array([3, 0, 12, 1, 9]))
-    shares = [batch.share(part, parts) for part in range(parts)]
+    shares = [batch.rows_for(part, parts) for part in range(parts)]
     assert {len(share.indices) for share in shares} == {-(-5 // parts)}
     for name in ("indices", "input_ids", "targets", "attention_mask"):
         found = np.concatenate([getattr(share, name) for share in shares])

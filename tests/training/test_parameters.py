@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from olmozoo import ConfigError
+from olmozoo.families.parameter import by_variable
 from olmozoo.training.config import LoraConfig, OptimizerConfig, TrainConfig
 from olmozoo.training.parameters import Clipping, trained_parameters, weight_decays
 from tests.helpers.configs import CONFIGS
@@ -77,6 +78,20 @@ def test_what_is_frozen():
         trained_parameters(config(freeze=["model.embed*", "wte"]), CONFIGS["olmo2"])
     with pytest.raises(ConfigError, match="no parameter to train"):
         trained_parameters(config(freeze=["*"]), CONFIGS["olmo2"])
+
+
+def test_adapters_of_experts_are_grouped_by_their_variables():
+    chosen = LoraConfig(rank=3, target_modules=["o_proj", "up_proj"])
+    found = by_variable(trained_parameters(config(lora=chosen), CONFIGS["olmoe"]))
+    stem = "model.layers.1."
+    expected = [
+        *([f"{stem}self_attn.o_proj.lora_{factor}.weight"] for factor in "AB"),
+        *([f"{stem}mlp.experts.{expert}.up_proj.lora_{factor}.weight" for expert in range(5)] for factor in "AB"),
+    ]
+    assert [[parameter.name for parameter in group] for group in found][4:] == expected
+    assert [group[0].shape for group in found][6:] == [(3, 40), (36, 3)]
+    frozen = trained_parameters(config(freeze=["*.experts.[!1].*", "*_proj.weight"]), CONFIGS["olmoe"])
+    assert not [parameter for parameter in frozen if parameter.stack]
 
 
 def test_the_factors_of_adapters():

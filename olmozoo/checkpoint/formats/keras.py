@@ -28,7 +28,7 @@ from olmozoo.typing import Array
 FILE = "model.keras"
 WEIGHTS_FILE = "model.weights.h5"
 TRANSFORMERS_FILE = "tf_model.h5"
-LORA = ("/vars/lora_a", "/vars/lora_b", "/vars/lora_scale")  # see `olmozoo.tf.layers.Dense`
+LORA = ("/vars/lora_a", "/vars/lora_b", "/vars/lora_scale")  # see `olmozoo.tf.layers.WithAdapters`
 # Transformers 4's OPT in TensorFlow has a head tied to this, whatever its config says.
 TF_HEAD = "model.decoder.embed_tokens.weight"
 
@@ -119,7 +119,7 @@ class H5:
         return tensor
 
     def merged(self, name: str) -> LazyTensor:
-        """A dataset, with the LoRA adapters added that lie beside a kernel (in, out)."""
+        """A dataset, with the LoRA adapters added that lie beside a kernel (in, out) or (experts, in, out)."""
         kernel, group = self.tensor(name), name.removesuffix("/vars/0")
         if group == name or group + LORA[0] not in self.datasets:
             return kernel
@@ -127,9 +127,9 @@ class H5:
         if missing := [part for part in beside if part not in self.datasets]:
             raise CheckpointError(f"{missing[0]} is not there, {beside[0]} is")
         a, b, scale = map(self.tensor, beside)
-        if len(kernel.shape) != 2 or (a.shape[:1], b.shape, scale.shape) != (
-            kernel.shape[:1],
-            (*a.shape[1:], kernel.shape[1]),
+        if len(kernel.shape) < 2 or (a.shape[:-1], b.shape, scale.shape) != (
+            kernel.shape[:-1],
+            (*kernel.shape[:-2], *a.shape[-1:], kernel.shape[-1]),
             (),
         ):
             raise CheckpointError(f"adapters of {list(a.shape)} and {list(b.shape)} do not fit {list(kernel.shape)}")
