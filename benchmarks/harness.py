@@ -28,6 +28,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "RESULTS.md"
+LIMITS = HERE / "limits.md"  # written by hand: the last section of the results
 INTRODUCTION = """# Results
 
 `make bench` writes this file; `make bench FULL=--full` measures more. Each section says what it was measured on and
@@ -384,7 +385,7 @@ def with_section(results: str, name: str, section: str) -> str:
     """The text of the results with a section replaced, or added in the order of `SECTIONS`."""
     found = {part.split("\n", 1)[0]: f"## {part.rstrip()}\n" for part in re.split(r"^## ", results, flags=re.M)[1:]}
     found[name] = section
-    return "\n".join([INTRODUCTION, *(found[known] for known in SECTIONS if known in found)])
+    return "\n".join([INTRODUCTION, *(found[known] for known in SECTIONS if known in found), LIMITS.read_text()])
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

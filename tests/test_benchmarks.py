@@ -89,7 +89,10 @@ def test_a_section_is_written_among_the_others(harness):
         text = harness.with_section(text, name, f"## {name}\n\nfirst\n")
     text = harness.with_section(text, "Decoding", "## Decoding\n\nsecond\n\n### of it\n")
     parts = text.split("\n## ")
-    assert [part.split("\n")[0] for part in parts] == ["# Results", "Decoding", "Training", "Loading"]
+    assert [part.split("\n")[0] for part in parts] == [
+        *("# Results", "Decoding", "Training", "Loading"),
+        "What is not reached, and why",
+    ]
     assert parts[1] == "Decoding\n\nsecond\n\n### of it\n"
     assert parts[3] == "Loading\n\nfirst\n"
 
