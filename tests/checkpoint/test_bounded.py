@@ -111,4 +111,7 @@ def test_an_interrupt_ends_the_process(tmp_path):
         process.send_signal(signal.SIGINT)
         assert b"KeyboardInterrupt" in process.stderr.read()
         assert process.wait() != 0
-    assert not Path(f"/proc/{found[0]}").exists()
+    status = Path(f"/proc/{found[0]}/status")  # it is killed, and what is left of it is gone a moment later
+    while status.exists() and "State:\tZ" not in status.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.01)
