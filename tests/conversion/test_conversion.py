@@ -254,7 +254,7 @@ def test_pytorchs_own_reader_loads_the_distributed_checkpoint(tmp_path):
 
     olmo_core.main(CORE, tmp_path / "canonical")
     olmo_core.main(tmp_path / "canonical", tmp_path / "core", reverse=True)
-    sources = olmo_core.core_sources(CORE, tied=False)
+    sources = olmo_core.core_sources(CORE, ModelConfig.from_pretrained(tmp_path / "canonical"))
     state = {"model": {name: torch.zeros(source.shape) for name, source in sources.items()}}
     dcp.load(state, checkpoint_id=str(tmp_path / "core/model_and_optim"), no_dist=True)
     for name, source in sources.items():
@@ -267,7 +267,8 @@ def test_the_distributed_checkpoint_is_described_as_pytorch_describes_one(tmp_pa
 
     olmo_core.main(CORE, tmp_path / "canonical")
     olmo_core.main(tmp_path / "canonical", tmp_path / "core", reverse=True)
-    state = {"model": {n: torch.tensor(s.read()) for n, s in olmo_core.core_sources(CORE, tied=False).items()}}
+    sources = olmo_core.core_sources(CORE, ModelConfig.from_pretrained(tmp_path / "canonical"))
+    state = {"model": {name: torch.tensor(source.read()) for name, source in sources.items()}}
     dcp.save(state, checkpoint_id=str(tmp_path / "theirs"), no_dist=True)
     theirs = dcp.FileSystemReader(tmp_path / "theirs").read_metadata()
     ours = dcp.FileSystemReader(tmp_path / "core/model_and_optim").read_metadata()
