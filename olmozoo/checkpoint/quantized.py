@@ -65,6 +65,9 @@ def join(tensors: Mapping[str, LazyTensor], problems: list[str]) -> Tensors:
             left.pop(part, None)
     dtype = widest(tensor.dtype for tensor in left.values() if tensor.dtype.kind not in "iu")
     for parts in found:
+        if parts.weight in left:
+            problems.append(f"{parts.names[0]} is a part of {parts.weight}, which is there in another form too")
+            continue
         try:
             left[parts.weight] = parts.make(dtype)
         except CheckpointError as error:
@@ -94,7 +97,9 @@ def _packed(name: str, tensors: Mapping[str, LazyTensor]) -> _Parts | None:
     def make(dtype: np.dtype[Any]) -> LazyTensor:
         words, scale = tensors[name], _part(tensors, f"{weight}_scale", name)
         given = _part(tensors, f"{weight}_shape", name)
-        if given.shape != (2,) or len(words.shape) != 2 or words.dtype != np.int32:
+        if given.shape != (2,) or given.dtype.kind not in "iu":
+            raise CheckpointError(f"{given.name} is {CODES[given.dtype]} {list(given.shape)}, expected two integers")
+        if len(words.shape) != 2 or words.dtype != np.int32:
             raise CheckpointError(f"{name} is {CODES[words.dtype]} {list(words.shape)}, expected words of a matrix")
         out, width = (int(size) for size in given.read())
         bits = next((bits for bits in (4, 8) if (out, _words(width, bits)) == words.shape), None)
@@ -139,6 +144,8 @@ def _one_byte(name: str, tensors: Mapping[str, LazyTensor]) -> _Parts | None:
         if order is not None and order.read().any():
             raise CheckpointError(f"{module}.weight_format is {order.read()}, expected 0: rows one after another")
         largest = tensors[scb]  # of each row
+        if len(largest.shape) != 1:
+            raise CheckpointError(f"{scb} is {list(largest.shape)}, expected a value for each row of {name}")
         scale = dataclasses.replace(
             largest, shape=(*largest.shape, 1), read=lambda: largest.read().astype(np.float32)[:, None] / 127
         )
@@ -178,24 +185,32 @@ def _bitsandbytes_4bit(name: str, tensors: Mapping[str, LazyTensor]) -> _Parts |
             state = json.loads(tensors[name].read().tobytes())
             shape, block = tuple(int(size) for size in state["shape"]), int(state["blocksize"])
             offset, nested_block = float(state.get("nested_offset", 0.0)), int(state.get("nested_blocksize", 1))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{name} is no state of bitsandbytes: {error!r}") from error
         size = math.prod(shape)
-        fits = size > 0 and block > 0 and math.prod(nibbles.shape) == -(-size // 2)
-        if not fits or math.prod(absmax.shape) != -(-size // block) or table.shape != (16,) or nested_block < 1:
+        fits = len(shape) == 2 and min(*shape, block, nested_block) > 0 and math.prod(nibbles.shape) == -(-size // 2)
+        if not fits or math.prod(absmax.shape) != -(-size // block) or table.shape != (16,):
             raise CheckpointError(f"{weight} in {kind} does not fit its shape {list(shape)} and blocks of {block}")
+        if nibbles.dtype.itemsize != 1:
+            raise CheckpointError(f"{weight} in {kind} is {CODES[nibbles.dtype]}, expected two values a byte")
+        block = min(block, size)  # a block that says more has no more
         nested = None
         if absmax.dtype == np.uint8:
             nested = [_part(tensors, f"{weight}.nested_{part}", name) for part in ("absmax", "quant_map")]
-            if math.prod(nested[0].shape) != -(-math.prod(absmax.shape) // nested_block) or nested[1].shape != (256,):
+            count = math.prod(absmax.shape)
+            if math.prod(nested[0].shape) != -(-count // nested_block) or nested[1].shape != (256,):
                 raise CheckpointError(f"{weight}.nested_absmax does not fit blocks of {nested_block}")
+            nested_block = min(nested_block, count)
+        for part in (table, *(nested or [absmax])):
+            if part.dtype.kind in "iu":
+                raise CheckpointError(f"{part.name} is {CODES[part.dtype]}, expected floats")
 
         def exact() -> Array:
             largest = absmax.read().reshape(-1)
             if nested is not None:
                 scales = np.repeat(nested[0].read().reshape(-1), nested_block)[: len(largest)]
                 largest = nested[1].read()[largest] * scales + np.float32(offset)
-            pairs = nibbles.read().reshape(-1)
+            pairs = nibbles.read().reshape(-1).view(np.uint8)
             indices = np.stack([pairs >> 4, pairs & 15], -1).reshape(-1)[:size]
             values: Array = table.read()[indices] * np.repeat(largest, block)[:size]
             return np.asarray(values, np.float32).reshape(shape)
@@ -236,7 +251,10 @@ def _integers(
         scales = np.broadcast_to(np.reshape(scale.read(), (rows, groups)), full).astype(kept)
         zeros = None
         if zero is not None:
-            zeros = np.broadcast_to(np.reshape(zero.read(), (-1, groups)), full).astype(np.int8)
+            given, most = zero.read(), 1 << (bits - 1)
+            if not ((given >= -most) & (given < most) & (given == np.rint(given))).all():
+                raise CheckpointError(f"{zero.name} has values that are no integers of {bits} bits")
+            zeros = np.broadcast_to(np.reshape(given, (-1, groups)), full).astype(np.int8)
         return QuantizedTensor(values(), scales, zeros if zeros is not None and zeros.any() else None, bits)
 
     scheme = Quantization(bits, None if groups == 1 else shape[1] // groups, zero is None)

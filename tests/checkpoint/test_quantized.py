@@ -37,7 +37,7 @@ def store(folder, parts, settings=None):
     """Store a layer as these parts, in place of its weight."""
     tensors = load_file(folder / "model.safetensors")
     del tensors[f"{LAYER}.weight"]
-    tensors |= {f"{LAYER}.{name}": np.ascontiguousarray(array) for name, array in parts.items()}
+    tensors |= {f"{LAYER}.{name}": np.array(array, order="C") for name, array in parts.items()}
     save_file(tensors, folder / "model.safetensors")
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": settings or {}}))
@@ -136,6 +136,8 @@ def test_nf4_is_read_as_floats(folder):
         ({"weight_scale": np.ones((7, 1), np.float32)}, r"weight_scale is \[7, 1\]"),
         ({"weight_scale": np.ones((64, 1), np.int32)}, "weight_scale"),
         ({"weight_zero_point": np.zeros((64, 3), np.int32)}, r"weight_zero_point is \[64, 3\], expected \[8, 4\]"),
+        ({"weight_shape": np.array([np.nan, 128])}, r"weight_shape is F64 \[2\], expected two integers"),
+        ({"weight": WEIGHT}, "weight_packed is a part of .*weight, which is there in another form too"),
         ({"other": np.zeros(3, np.int32)}, "other has dtype I32, expected one of F64"),
     ],
 )
@@ -144,6 +146,72 @@ def test_parts_that_do_not_fit_are_named(folder, change, named):
     store(folder, parts)
     with pytest.raises(CheckpointError, match=named):
         open_checkpoint(folder)
+
+
+def test_zero_points_outside_the_integers_are_refused(folder):
+    four, eight = tensor(4, 32), tensor(8, 32)
+    for parts, zero in [
+        (packed(four), np.full((64, 4), 9, np.int8)),
+        ({"weight": eight.values, "weight_scale": eight.scale}, np.full((64, 4), 300, np.int64)),
+        ({"weight": eight.values, "weight_scale": eight.scale}, np.full((64, 4), 0.5, np.float32)),
+        ({"weight": eight.values, "weight_scale": eight.scale}, np.full((64, 4), np.nan, np.float32)),
+    ]:
+        write_checkpoint(folder, CONFIG, dtype="float32")
+        store(folder, parts | {"weight_zero_point": zero})
+        found = open_checkpoint(folder).checkpoint.tensors[f"{LAYER}.weight"]
+        with pytest.raises(CheckpointError, match="weight_zero_point has values that are no integers of"):
+            found.read()
+
+
+def test_a_scale_for_all_rows_of_bitsandbytes_is_refused(folder):
+    store(folder, {"weight": tensor(8, None).values, "SCB": np.array(1, np.float32)})
+    with pytest.raises(CheckpointError, match=r"SCB is \[\], expected a value for each row"):
+        open_checkpoint(folder)
+
+
+def nf4(state, **parts):
+    """The parts of a weight of zeros in 4 bits, with changes to its state and to its parts."""
+    good = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [64, 128]}
+    state = state if isinstance(state, bytes) else json.dumps(good | state).encode()
+    tensors = {
+        "": np.zeros((4096, 1), np.uint8),
+        ".absmax": np.ones(128, np.float32),
+        ".quant_map": np.linspace(-1, 1, 16, dtype=np.float32),
+        ".quant_state.bitsandbytes__nf4": np.frombuffer(state, np.uint8),
+    }
+    return {f"weight{name}": array for name, array in (tensors | parts).items()}
+
+
+@pytest.mark.parametrize(
+    ("parts", "named"),
+    [
+        (nf4(b"[" * 100_000), "nf4 is no state of bitsandbytes: RecursionError"),
+        (nf4({"blocksize": float("inf")}), "nf4 is no state of bitsandbytes: OverflowError"),
+        (nf4({"nested_offset": 10**400}), "nf4 is no state of bitsandbytes: OverflowError"),
+        (nf4({"shape": [-64, -128]}), r"does not fit its shape \[-64, -128\]"),
+        (nf4({"shape": [1] * 70 + [64, 128]}), "does not fit its shape"),
+        (nf4({}, **{"": np.zeros((4096, 1), np.float32)}), "weight in nf4 is F32, expected two values a byte"),
+        (nf4({}, **{".absmax": np.ones(128, np.int16)}), "absmax is I16, expected floats"),
+    ],
+    ids=["deep", "infinite", "offset", "negative", "dimensions", "float", "absmax"],
+)
+def test_states_of_bitsandbytes_that_do_not_fit_are_refused(folder, parts, named):
+    store(folder, parts)
+    with pytest.raises(CheckpointError, match=named):
+        open_checkpoint(folder)
+
+
+def test_blocks_larger_than_a_weight_ask_for_no_memory(folder):
+    nested = {
+        ".absmax": np.zeros(1, np.uint8),
+        ".nested_absmax": np.ones(1, np.float32),
+        ".nested_quant_map": np.full(256, 3, np.float32),
+    }
+    state = {"blocksize": 2**62, "nested_blocksize": 2**62}
+    for parts, expected in [({".absmax": np.full(1, 2, np.float32)}, -2), (nested, -3)]:
+        write_checkpoint(folder, CONFIG, dtype="float32")
+        store(folder, nf4(state, **parts))
+        assert (open_checkpoint(folder).checkpoint[f"{LAYER}.weight"] == expected).all()
 
 
 def test_another_number_of_bits_is_refused_and_floats_are_given(folder):
