@@ -44,7 +44,7 @@ from olmozoo.checkpoint.formats import FORMATS, pytorch, safetensors
 from olmozoo.checkpoint.reader import read_unchanged
 from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import CheckpointError, ConfigError, InputError, raise_problems
-from olmozoo.families.config import ModelConfig, is_number, read_json
+from olmozoo.families.config import ModelConfig, is_number, read_json, read_yaml
 from olmozoo.families.olmo import OlmoConfig
 from olmozoo.families.olmo2 import Olmo2Config
 from olmozoo.foreign import is_ai2_config
@@ -172,13 +172,7 @@ def read_config(src: Path) -> dict[str, Any]:
     if is_hf_olmo(src):
         file = src / HF_CONFIG
         return checked_config({"model": read_json(file)}, file)
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{file} is not there") from error
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{file} is not readable YAML: {error}") from error
-    return checked_config(data, file)
+    return checked_config(read_yaml(file, yaml.safe_load), file)
 
 
 def checked_config(data: Any, file: Path) -> dict[str, Any]:

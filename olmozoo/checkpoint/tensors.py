@@ -153,12 +153,17 @@ class MappedFile:
     """A file that is opened once, and whose bytes are mapped: a file that later replaces it is never seen.
 
     Raises:
-        OSError: it cannot be opened.
+        CheckpointError: it cannot be opened, or is a pipe or a device, which may never end.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.stream = path.open("rb")
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is not a regular file")
+        try:
+            self.stream = path.open("rb")
+        except (OSError, ValueError) as error:  # ValueError: a path with a null character
+            raise CheckpointError(f"{path} cannot be opened: {error}") from error
         self.size = os.fstat(self.stream.fileno()).st_size
 
     def __del__(self) -> None:

@@ -7,13 +7,16 @@ parameter counts and test checkpoints all come from it.
 from __future__ import annotations
 
 import dataclasses
+import io
+import itertools
 import json
 import math
 import os
+import re
 import stat
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -29,6 +32,7 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 MOST = 2**31 - 1
 MOST_LAYERS, MOST_LABELS, MOST_HEAD_DIM = 10_000, 1_000_000, 1 << 16
 MOST_JSON = 1 << 26  # bytes of a JSON file; the largest, a tokenizer.json, has some 30 MB
+MOST_YAML = 1 << 20  # bytes of a YAML file, which PyYAML takes its time over
 MOST_DEPTH = 100  # levels of a JSON file; what copies and compares values takes a few calls for each
 SETTABLE = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "problem_type", "id2label", "label2id")
 CALL_DEFAULTS = ("output_attentions", "output_hidden_states", "return_dict")  # a config.json may set them for each call
@@ -407,6 +411,36 @@ def is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an int beyond any float
         return False
+
+
+def read_yaml(path: Path, load: Callable[[Any], Any]) -> Any:
+    """What a YAML file holds.
+
+    Args:
+        path: the file.
+        load: reads an open file.
+
+    Raises:
+        ConfigError: the file is absent, is not YAML, is larger than `MOST_YAML`, or is nested deeper than `MOST_DEPTH`.
+    """
+    if path.exists() and not path.is_file():  # a pipe or a device may never end
+        raise ConfigError(f"{path} is not a regular file")
+    try:
+        if (size := path.stat().st_size) > MOST_YAML:
+            raise ConfigError(f"{path} has {size:,} bytes, expected at most {MOST_YAML:,}")
+        text = path.read_text(encoding="utf-8")
+        # Open brackets take PyYAML time by the square of their number.
+        depth = itertools.accumulate((1 if mark in "[{" else -1 for mark in re.findall(r"[\[\]{}]", text)), initial=0)
+        if max(depth) > MOST_DEPTH:
+            raise ConfigError(f"{path} is nested deeper than {MOST_DEPTH} levels")
+        return load(io.StringIO(text))
+    except ConfigError:
+        raise
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no file {path}: expected a YAML file") from error
+    except Exception as error:  # PyYAML raises almost anything for values that do not fit their tags
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
+        raise ConfigError(f"{path} is not readable YAML: {reason}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

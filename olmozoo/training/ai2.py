@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from olmozoo.checkpoint.tensors import LazyTensor
-from olmozoo.errors import CheckpointError, ConfigError, raise_problems
-from olmozoo.families.config import ModelConfig, read_json
-from olmozoo.training.state import Progress, Saved
+from olmozoo.errors import CheckpointError, ConfigError, OlmozooError, raise_problems
+from olmozoo.families.config import ModelConfig, is_number, read_json
+from olmozoo.training.state import MOST, Progress, Saved, check
 
 if TYPE_CHECKING:
     from olmozoo.training.config import TrainConfig
@@ -97,6 +98,11 @@ REFUSED_DATA: dict[str, tuple[Any, ...]] = {
     "generate_doc_lengths": (None, False),
     "custom_dataset": (None,),
 }
+COUNTS = (
+    *("global_train_batch_size", "device_train_microbatch_size", "save_interval", "save_interval_unsharded"),
+    "eval_subset_num_batches",
+)
+KINDS = {dict: "fields of its own", list: "a list", str: "text", int: "an integer", float: "a number"}
 OUR_FIELDS = ("backend", "device", "lora", "freeze", "sample_prompt", "sample_tokens", "tensorboard")
 
 
@@ -111,6 +117,7 @@ def translate(data: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
     Raises:
         ConfigError: something is set that is not built here; every problem is named.
     """
+    raise_problems(f"{where} has fields that are wrong", _wrong_kinds(data), ConfigError)
     problems: list[str] = []
     notes: list[str] = []
 
@@ -243,6 +250,44 @@ def translate(data: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
     return ours, notes
 
 
+def _wrong_kinds(data: dict[str, Any]) -> list[str]:
+    """What is wrong with the kinds of the values that the translation computes with."""
+    problems: list[str] = []
+
+    def of(kind: type, value: Any, name: str) -> Any:
+        """The value, or an empty one where there is none or one of another kind."""
+        fits = is_number(value) if kind is float else type(value) is kind
+        if value is not None and not fits:
+            problems.append(f"{name} is {reprlib.repr(value)}, expected {KINDS[kind]}")
+        return value if fits else kind()
+
+    def check_data(data: dict[str, Any], name: str) -> None:
+        sets = {f"{name}.datasets.{label}": paths for label, paths in of(dict, data.get("datasets"), name).items()}
+        for key, paths in {f"{name}.paths": data.get("paths"), **sets}.items():
+            for n, path in enumerate(of(list, paths, key)):
+                of(str, path, f"{key}[{n}]")
+
+    for name in ("model", "scheduler", "data", "wandb"):
+        of(dict, data.get(name), name)
+    tokenizer = data.get("tokenizer")
+    if isinstance(tokenizer, dict):
+        of(str, tokenizer.get("identifier"), "tokenizer.identifier")
+    of(float, of(dict, data.get("optimizer"), "optimizer").get("learning_rate"), "optimizer.learning_rate")
+    check_data(of(dict, data.get("data"), "data"), "data")
+    for n, entry in enumerate(of(list, data.get("evaluators"), "evaluators")):
+        name = f"evaluators[{n}]"
+        evaluator = of(dict, entry, name)
+        of(int, evaluator.get("subset_num_batches"), f"{name}.subset_num_batches")
+        check_data(of(dict, evaluator.get("data"), f"{name}.data"), f"{name}.data")
+    for name in COUNTS:
+        of(int, data.get(name), name)
+    if data.get("global_train_batch_size", 1) is None:
+        problems.append("global_train_batch_size is None, expected an integer")
+    if data.get("eval_subset_num_batches", 1) is None:
+        problems.append("eval_subset_num_batches is None, expected an integer")
+    return problems
+
+
 def _data(data: dict[str, Any], problems: list[str], prefix: str) -> dict[str, Any]:
     found = {**DATA, **data}
     problems += [
@@ -371,23 +416,32 @@ def open_state(folder: Path, model: ModelConfig, config: TrainConfig) -> Saved:
 
     saved = Saved(Progress())
     if not config.reset_trainer_state:
-        trainer = need("train.pt")
-        step = trainer.get("global_step")
-        seen = trainer.get("global_train_examples_seen")  # of older versions, as global_data_step
-        if seen is None:
-            seen = trainer.get("global_data_step", step or 0) * config.global_train_batch_size
-        numbers = {
-            "step": step,
-            "epoch": trainer.get("epoch") or 0,
-            "examples": trainer.get("global_train_examples_seen_this_epoch", seen),
-            "tokens": trainer.get("global_train_tokens_seen", seen * (config.max_sequence_length or 0)),
-        }
-        for field, value in numbers.items():
-            if not isinstance(value, int):
-                raise CheckpointError(f"{folder / 'train.pt'}: {field} is {value!r}, expected an integer")
-            setattr(saved.progress, field, value)
+        trainer, file = need("train.pt"), folder / "train.pt"
+
+        def count(name: str, default: int | None = None) -> int:
+            value = trainer.get(name)
+            value = default if value is None else value
+            if type(value) is not int or not 0 <= value < MOST:
+                raise CheckpointError(f"{file}: {name} is {reprlib.repr(value)}, expected an integer from 0 on")
+            return value
+
+        progress, step = saved.progress, count("global_step")
+        steps = count("global_data_step", step)  # of older versions
+        seen = count("global_train_examples_seen", steps * config.global_train_batch_size)
+        progress.step, progress.epoch = step, count("epoch", 0)
+        progress.examples = count("global_train_examples_seen_this_epoch", seen)
+        progress.tokens = count("global_train_tokens_seen", seen * (config.max_sequence_length or 0))
     if not config.reset_optimizer_state:
-        _open_optimizer(folder, need("optim.pt"), model, config, saved)
+        file = folder / "optim.pt"
+        try:
+            _open_optimizer(folder, need("optim.pt"), model, config, saved)
+        except OlmozooError as error:
+            if file.name in str(error):
+                raise
+            raise CheckpointError(f"{file}: {error}") from error
+        except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(f"{file} has a state or param_groups that no optimizer has: {error!r}") from error
+        check(saved.progress, saved.settings, file)
     return saved
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from olmozoo.errors import ConfigError, MissingBackendError, raise_problems
+from olmozoo.families.config import read_yaml
 from olmozoo.quantization import GROUP_SIZE, NAMES
 from olmozoo.training.schedules import SCHEDULES
 from olmozoo.typing import StrPath
@@ -379,13 +380,7 @@ def _read(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
     except ImportError as error:
         raise MissingBackendError("training needs the omegaconf package: pip install 'olmozoo[training]'") from error
     _register_resolvers(file.parent)
-    try:
-        loaded: Any = OmegaConf.load(file)
-    except FileNotFoundError as error:
-        raise ConfigError(f"there is no file {file}: expected the YAML file of a run") from error
-    except (OSError, ValueError, YAMLError, RecursionError, OmegaConfBaseException) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ConfigError(f"{file} cannot be read as YAML: {reason}") from error
+    loaded = read_yaml(file, OmegaConf.load)
     if not OmegaConf.is_dict(loaded):
         raise ConfigError(f"{file} has no fields at its top level, expected lines such as save_folder: runs/first")
     for override in overrides:
@@ -413,7 +408,10 @@ def _one_line(error: object) -> str:
 def _beside(path: str, folder: Path) -> str:
     """A path, with the user's folder for `~`; where it is not there and is in `folder`, that one."""
     path, other = os.path.expanduser(path), folder / path
-    return str(other) if path and not Path(path).exists() and other.exists() else path
+    try:
+        return str(other) if path and not Path(path).exists() and other.exists() else path
+    except OSError as error:
+        raise ConfigError(f"{path[:80]} cannot be a path: {error.strerror}") from error
 
 
 def _find_paths(config: TrainConfig, folder: Path) -> None:
@@ -511,7 +509,7 @@ def _converts(value: Any, kind: Any) -> bool:
         return False
     try:
         nodes[kind](value)
-    except ValidationError:
+    except (ValidationError, OverflowError):  # of an integer beyond any float
         return False
     return True
 

@@ -12,7 +12,7 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,7 @@ class Run:
         self.tokenizer_files = outputs.tokenizer_files(config, start)
         self.evaluators = evaluators.open_evaluators(config, start.model, data, self.tokenizer)
         self.trained = trained_parameters(config, start.model)
+        _check_moments(config, start, self.trained)
         self.asked: str | None = None  # why this process wants to stop
         self.stopped: str | None = None  # and why all of them do
         self.metrics: Any = None  # in the first process
@@ -192,14 +193,6 @@ class Run:
         if saved:
             self.clipping.means = saved.clip_means
             values = outputs.adapter_values(start.adapter, self.trained) if start.adapter else {}
-            missing = [
-                f"{m}.{p.name}"
-                for m in config.optimizer.moments
-                for p in self.trained
-                if saved.moments and f"{m}.{p.name}" not in saved.moments
-            ]
-            if missing:
-                raise InputError(f"the state of the optimizer has no {missing[0]}: set reset_optimizer_state to true")
             self.step.restore(values, state.as_arrays(saved.moments), self.progress.updates)
             saved.moments = {}
 
@@ -457,6 +450,13 @@ def _check_resumed(config: TrainConfig, start: Start, data: TrainingData) -> Non
         )
 
 
+def _check_moments(config: TrainConfig, start: Start, trained: Sequence[Parameter]) -> None:
+    """Check the running means of what a run goes on from; see `state.check_moments`."""
+    if start.saved is not None:
+        clips = config.max_grad_norm_ratio is not None
+        state.check_moments(start.saved, trained, config.optimizer.moments, clips)
+
+
 @dataclass(frozen=True)
 class DryRun:
     """What a run would do.
@@ -500,4 +500,5 @@ def dry_run(config: TrainConfig) -> DryRun:
     tokenizer = outputs.open_tokenizer(config, start)
     evaluators.open_evaluators(config, start.model, data, tokenizer)
     trained = trained_parameters(config, start.model)
+    _check_moments(config, start, trained)
     return DryRun(start, data, found, progress, last_step(found, data, progress), tokenizer, trained)

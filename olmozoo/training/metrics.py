@@ -107,6 +107,8 @@ class Metrics:
             self.run.finish()
         if plot:
             with contextlib.suppress(OSError):
+                if (self.folder / PLOT).is_symlink():  # nothing is written where it leads to
+                    (self.folder / PLOT).unlink()
                 draw(self.file, self.folder / PLOT)
 
     def _write(self, numbers: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from olmozoo.backends import Backend
 from olmozoo.checkpoint.atomic import locked
 from olmozoo.checkpoint.convert import convert_checkpoint, settings_files, write_settings
-from olmozoo.checkpoint.files import GENERATION_CONFIG, write_json
+from olmozoo.checkpoint.files import GENERATION_CONFIG, remove, write_json
 from olmozoo.checkpoint.formats import safetensors
 from olmozoo.checkpoint.tensors import LazyTensor
 from olmozoo.errors import HubError, InputError, OlmozooError, raise_problems
@@ -136,6 +136,7 @@ def prepare_folder(config: TrainConfig) -> None:
     state.remove_abandoned(folder)
     file = folder / CONFIG
     temporary = folder / f".{CONFIG}.new"
+    remove(temporary)  # a link may be there
     temporary.write_text(config.to_yaml(), encoding="utf-8")
     temporary.replace(file)
 

@@ -429,3 +429,68 @@ def test_a_number_of_an_older_version_is_in_batches(formulas, tmp_path):
     found, _ = run_yaml(tmp_path / "config.yaml", tmp_path / "run", "pt")
     assert found.indices == [[5, *lines[1]["indices"]]]
     assert found.steps[0]["tokens"] == 2 * 6 * 18
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((name, value) for name in ("optimizer", "scheduler", "data", "wandb") for value in (True, [1], "x")),
+        *(("global_train_batch_size", value) for value in (None, "x", [1])),
+        *(("save_interval", "x"), ("eval_subset_num_batches", {}), ("evaluators", [1]), ("evaluators", "x")),
+        *(("tokenizer", {"identifier": 1}), ("data", {"paths": True}), ("optimizer", {"learning_rate": 10**400})),
+    ],
+)
+def test_fields_of_wrong_kinds_are_named(field, value):
+    data = yaml.safe_load((FIXTURES / RECORDED[1] / "config.yaml").read_text())
+    with pytest.raises(ConfigError, match=field):
+        ai2.translate({**data, field: value}, "config.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["!!int ''", "!!bool x", "!!timestamp x", ":".join(["1"] * 3000) + ".5", "[" * 100_000, "x" * (1 << 20)],
+    ids=["int", "bool", "timestamp", "float", "deep", "large"],
+)
+def test_yaml_that_cannot_be_is_refused(tmp_path, text):
+    from conversion import olmo_native
+
+    (tmp_path / "config.yaml").write_text(f"a: {text}\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        load_config(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        olmo_native.read_config(tmp_path)
+
+
+def test_states_of_wrong_kinds_are_refused(monkeypatch):
+    """Each entry of train.pt and of optim.pt, in its place values of other kinds."""
+    from conversion import archives
+
+    folder = FIXTURES / RECORDED[1] / "initial-unsharded"
+    config, _ = load_config(FIXTURES / RECORDED[1] / "config.yaml", ["--save_folder=x", "--reset_trainer_state=false"])
+    config.reset_optimizer_state = config.reset_trainer_state = False
+    model, _ = ai2.open_weights(folder)
+    good = {name: archives.read_archive(folder / name) for name in ("train.pt", "optim.pt")}
+    assert ai2.open_state(folder, model, config).progress.updates == 6
+
+    def refused(file, content):
+        with monkeypatch.context() as patched:
+            patched.setattr(archives, "read_archive", lambda path: {**good, file: content}[path.name])
+            try:
+                ai2.open_state(folder, model, config)
+            except CheckpointError as error:
+                assert file in str(error)  # noqa: PT017
+
+    odd = (None, True, -1, 10**400, float("nan"), "x" * 1000, [0] * 1000, {}, {"a": 1})
+    for value in odd:
+        for name in ("global_step", "global_train_examples_seen", "epoch", "global_train_tokens_seen"):
+            refused("train.pt", {**good["train.pt"], name: value})
+        optim = good["optim.pt"]
+        for name in optim:
+            refused("optim.pt", {**optim, name: value})
+        for name in optim["param_groups"][0]:
+            groups = [{**optim["param_groups"][0], name: value}, *optim["param_groups"][1:]]
+            refused("optim.pt", {**optim, "param_groups": groups})
+        first = next(iter(optim["state"]))
+        for name in optim["state"][first]:
+            states = {**optim["state"], first: {**optim["state"][first], name: value}}
+            refused("optim.pt", {**optim, "state": states})

@@ -177,10 +177,10 @@ def test_a_mistake_is_named_before_anything_is_written(here, mistake, message):
     ("file", "message"),
     [
         ("nowhere.yaml", "there is no file nowhere.yaml"),
-        ("broken.yaml", "broken.yaml cannot be read as YAML"),
+        ("broken.yaml", "broken.yaml is not readable YAML"),
         ("list.yaml", "list.yaml has no fields at its top level"),
         ("empty.yaml", "save_folder is not set"),
-        ("model", "model cannot be read as YAML: Is a directory"),
+        ("model", "model is not a regular file"),
     ],
 )
 def test_a_bad_file_is_named(here, file, message):
