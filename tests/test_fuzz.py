@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from olmozoo import (
     CheckpointError,
@@ -39,7 +40,9 @@ from olmozoo.checkpoint.matching import load_weights
 from olmozoo.checkpoint.reader import Checkpoint
 from olmozoo.families.config import ModelConfig
 from olmozoo.generation.config import GenerationConfig
+from olmozoo.training import state
 from olmozoo.training.sources import Record, find_files, parse, read_batches
+from olmozoo.training.state import Progress
 from olmozoo.training.templates import TULU_TEMPLATE, Encoder
 from tests.helpers.checkpoints import train_tokenizer, write_checkpoint
 from tests.helpers.conversions import FIXTURES, Attack
@@ -312,6 +315,91 @@ def test_indexes_that_are_not_json(tmp_path_factory, data):
     (target / "model.safetensors.index.json").write_bytes(data)
     with ours():
         Checkpoint(target)
+
+
+# -- quantized folders and training state -----------------------------------------------------------------------------
+
+QUANTIZED = "model.layers.0.mlp.down_proj.weight"  # (24, 20)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """Folders of compressed-tensors and of bitsandbytes, with their tensors."""
+    root = tmp_path_factory.mktemp("quantized")
+    write_checkpoint(root / "floats", CONFIG, dtype="float32")
+    convert_checkpoint(root / "floats", root / "packed", to="safetensors", quantization="int4", group_size=4)
+    write_checkpoint(root / "nf4", CONFIG, dtype="float32")
+    tensors = load_file(root / "nf4" / "model.safetensors") | {
+        QUANTIZED: np.zeros((240, 1), np.uint8),
+        f"{QUANTIZED}.absmax": np.ones(8, np.uint8),
+        f"{QUANTIZED}.quant_map": np.linspace(-1, 1, 16, dtype=np.float32),
+        f"{QUANTIZED}.nested_absmax": np.ones(1, np.float32),
+        f"{QUANTIZED}.nested_quant_map": np.linspace(-1, 1, 256, dtype=np.float32),
+        f"{QUANTIZED}.quant_state.bitsandbytes__nf4": state_of({}),
+    }
+    save_file(tensors, root / "nf4" / "model.safetensors")
+    load(root / "nf4")
+    return {name: (root / name, load_file(root / name / "model.safetensors")) for name in ("packed", "nf4")}
+
+
+def state_of(changes) -> np.ndarray:
+    good = {"blocksize": 64, "shape": [24, 20], "nested_blocksize": 256, "nested_offset": 0.5}
+    return np.frombuffer(changes if isinstance(changes, bytes) else dump(good | changes), np.uint8)
+
+
+parts = st.builds(
+    lambda dtype, shape, fill: np.full(shape, fill).astype(dtype),
+    st.sampled_from(["f4", "f8", "f2", "i1", "i2", "i4", "i8", "u1"]),
+    st.lists(st.sampled_from([0, 1, 2, 3, 5, 8, 16, 20, 24, 240, 256]), max_size=3).map(tuple),
+    st.sampled_from([0, 1, -1, 24, 300, 2**40, 2**62, float("nan"), float("inf")]),
+)
+sizes = st.sampled_from([2**33, 10**12, 2**62, -24, 24, 20]) | numbers
+states = st.dictionaries(
+    st.sampled_from(["blocksize", "shape", "nested_blocksize", "nested_offset"]),
+    sizes | st.lists(sizes, max_size=3) | values,
+    min_size=1,
+).map(state_of)
+
+
+@settings(fuzz, max_examples=EXAMPLES or 150)
+@given(st.data())
+def test_parts_of_quantized_weights(quantized, data):
+    folder, tensors = quantized[data.draw(st.sampled_from(["packed", "nf4"]))]
+    changed = dict(tensors)
+    for name in data.draw(st.lists(st.sampled_from([n for n in tensors if n.startswith(QUANTIZED)]), max_size=2)):
+        kinds = states | deep.map(state_of) if "quant_state" in name else parts | st.none()
+        changed[name] = data.draw(kinds)
+    save_file({name: array for name, array in changed.items() if array is not None}, folder / "model.safetensors")
+    with ours(), np.errstate(all="ignore"):
+        for tensor in Checkpoint(folder).tensors.values():
+            with contextlib.suppress(OlmozooError):
+                tensor.read().sum()
+
+
+@settings(fuzz, max_examples=EXAMPLES or 100)
+@given(
+    st.dictionaries(st.sampled_from([*vars(Progress()), "optimizer", "run", "format"]), values, min_size=1), st.data()
+)
+def test_states_of_runs(tmp_path_factory, changes, data):
+    target = tmp_path_factory.getbasetemp() / "state" / "training"
+    target.mkdir(exist_ok=True, parents=True)
+    settings = data.draw(st.just({}) | st.dictionaries(st.sampled_from(["betas", "eps", "weight_decay"]), values))
+    good = {"format": 1, "step": 3, "optimizer": settings, "run": {}}
+    (target / "state.json").write_bytes(dump(good | changes))
+    save_file({"exp_avg.a": np.ones(3, np.float32)}, target / "optimizer.safetensors")
+    with ours():
+        progress = state.load(target.parent).progress
+        assert all(type(n) is int and n >= 0 for n in (progress.step, progress.epoch, progress.tokens))
+
+
+@fuzz
+@given(st.lists(st.binary(max_size=30) | values.map(dump) | deep, max_size=4))
+def test_lines_of_metrics(tmp_path_factory, lines):
+    file = tmp_path_factory.getbasetemp() / "metrics.jsonl"
+    file.write_bytes(b"\n".join([*lines, b'{"step": 1, "x": 2.5}', b""]))
+    state.trim_lines(file, 2, state.step_of_json)
+    assert file.read_text().endswith('{"step": 1, "x": 2.5}\n')
+    assert all(state.step_of_json(line) <= 2 for line in file.read_text().splitlines())
 
 
 # -- configs ----------------------------------------------------------------------------------------------------------
