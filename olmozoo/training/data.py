@@ -175,6 +175,9 @@ class TokenFiles:
 def _open(path: Path, dtype: str, length: int, problems: list[str]) -> Array:
     """The rows of a file, mapped; what is wrong with it goes to `problems`."""
     none: Array = np.empty((0, length), dtype)
+    if path.exists() and not path.is_file():  # a pipe or a device may never end
+        problems.append(f"{path} is not a regular file")
+        return none
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:

@@ -99,7 +99,7 @@ def read_manifest(folder: StrPath) -> Manifest:
             raise CheckpointError(f"{path} has no field {field.name}")
         value = data[field.name]
         kinds = _TYPES[field.name]
-        if type(value) not in kinds or (kinds == (int,) and value < 0):
+        if type(value) not in kinds or (kinds == (int,) and not 0 <= value < 1 << 62):
             expected = "a number from 0 on" if kinds == (int,) else " or ".join(kind.__name__ for kind in kinds)
             raise CheckpointError(f"{path}: {field.name} is {repr(value)[:60]}, expected {expected}")
     manifest = Manifest(**{field.name: data[field.name] for field in fields(Manifest)})

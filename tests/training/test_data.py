@@ -1,6 +1,7 @@
 """Instances, their order, their targets, and what is refused."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -220,3 +221,9 @@ def test_an_id_outside_of_the_vocabulary_is_found_where_it_is(tmp_path):
     data = TokenFiles([tmp_path / "ids.npy"], [None], "uint16", LENGTH, vocab_size=300)
     with pytest.raises(InputError, match=r"instance 701 has the id 300 at 5"):
         data.batch(np.array([701]))
+
+
+def test_a_pipe_is_no_file_of_tokens(tmp_path):
+    os.mkfifo(tmp_path / "ids.npy")
+    with pytest.raises(InputError, match=r"ids\.npy is not a regular file"):
+        TokenFiles([tmp_path / "ids.npy"], [None], "uint16", 4, vocab_size=9)
