@@ -189,7 +189,7 @@ def check(progress: Progress, settings: Mapping[str, Any], file: Path) -> None:
     for name in ("step", "epoch", "examples", "tokens", "updates", "bolted_on", "targets"):
         value = getattr(progress, name)
         fits = (type(value) is int and 0 <= value < MOST) or (value is None and name == "bolted_on")
-        expect(name, value, fits, "a whole number from 0 on")
+        expect(name, value, fits, "an integer from 0 on")
     bound, loss = progress.bound, progress.least_loss
     expect("bound", bound, bound in (None, math.inf) or (is_number(bound) and bound > 0), "a number above 0")
     expect("least_loss", loss, loss is None or is_number(loss), "a number")
