@@ -109,3 +109,8 @@ class Parameter:
 def by_variable(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
     """Parameters in their order, those of experts that have one variable in Keras and Flax together."""
     return [list(group) for _, group in groupby(parameters, lambda p: p.name if p.stack is None else p.stack[0])]
+
+
+def stack_indices(group: Iterable[Parameter]) -> np.ndarray[Any, Any]:
+    """The indices of parameters of experts in the variable of their stack."""
+    return np.array([parameter.stack[1] for parameter in group if parameter.stack is not None])

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from olmozoo.checkpoint.tensors import aligned_copy
 from olmozoo.families.config import ModelConfig
-from olmozoo.families.parameter import Parameter, by_variable
+from olmozoo.families.parameter import Parameter, by_variable, stack_indices
 from olmozoo.flax.base import from_numpy, oriented, stacked
 from olmozoo.flax.losses import target_losses
 from olmozoo.flax.sharding import batch_sharding, from_slices, make_mesh, optimizer_shardings, replicated, to_host
@@ -136,7 +136,7 @@ class TrainStep:
         if lora is None:
             for group, value in zip(self.groups, params, strict=True):
                 path = self.model._leaf(group[0])
-                leaves[path] = leaves[path].at[_indices(group)].set(value) if path in leaves else value
+                leaves[path] = leaves[path].at[stack_indices(group)].set(value) if path in leaves else value
             return unflatten_dict(leaves)
         for group, a, b in zip(self.groups[::2], params[::2], params[1::2], strict=True):
             path = self._path(group)
@@ -336,16 +336,11 @@ def make_optimizer(decays: Sequence[float], config: TrainConfig) -> optax.Gradie
     return optax.chain(means, *added)
 
 
-def _indices(group: Sequence[Parameter]) -> np.ndarray:
-    """The indices of experts in the leaf of their layer."""
-    return np.array([parameter.stack[1] for parameter in group if parameter.stack is not None])
-
-
 def _taken(leaves: dict[tuple[str, ...], Array], path: tuple[str, ...], group: Sequence[Parameter]) -> Array:
     """A leaf, which is taken out of `leaves`; or a copy of the experts of the group, where they are not all of it."""
     if group[0].stack is None or len(group) == len(leaves[path]):
         return leaves.pop(path)
-    return leaves[path][_indices(group)]
+    return leaves[path][stack_indices(group)]
 
 
 def _joined(group: Sequence[Parameter], arrays: Sequence[np.ndarray]) -> Array:

@@ -15,7 +15,7 @@ from keras import ops
 from olmozoo.checkpoint.tensors import aligned
 from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
-from olmozoo.families.parameter import Parameter, by_variable
+from olmozoo.families.parameter import Parameter, by_variable, stack_indices
 from olmozoo.quantization import Quantization, is_quantizable, rounded
 from olmozoo.tf.layers import Tensor, from_numpy
 from olmozoo.tf.losses import target_losses
@@ -160,7 +160,7 @@ class TrainStep:
             loss = (cross_entropy + z_factor * z) / tf.cast(divisor, cross_entropy.dtype) + self.aux_factor * aux
         found = [tf.convert_to_tensor(grad) for grad in tape.gradient(loss, values)]
         grads = [
-            tf.gather(grad, _indices(group)) if variable is not source else grad
+            tf.gather(grad, stack_indices(group)) if variable is not source else grad
             for grad, group, variable, source in zip(found, self.groups, self.variables, self.sources, strict=True)
         ]
         return grads, cross_entropy, z, aux
@@ -194,7 +194,7 @@ class TrainStep:
         """Set the experts that are trained in the variables of all of a layer's experts."""
         for group, variable, source in zip(self.groups, self.variables, self.sources, strict=True):
             if variable is not source:
-                source.assign(tf.tensor_scatter_nd_update(source.value, _indices(group)[:, None], variable.value))
+                source.assign(tf.tensor_scatter_nd_update(source.value, stack_indices(group)[:, None], variable.value))
 
     def _evaluate(self, ids: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, training=False).logits
@@ -352,16 +352,11 @@ def make_optimizer(
     return optimizer
 
 
-def _indices(group: Sequence[Parameter]) -> np.ndarray:
-    """The indices of experts in the variable of their layer."""
-    return np.array([parameter.stack[1] for parameter in group if parameter.stack is not None])
-
-
 def _trained_part(group: Sequence[Parameter], source: keras.Variable) -> keras.Variable:
     """The variable, or a new one for some of the experts that it has."""
     if group[0].stack is None or len(group) == source.shape[0]:
         return source
-    return keras.Variable(tf.gather(source.value, _indices(group)), dtype=source.dtype, name=source.name)
+    return keras.Variable(tf.gather(source.value, stack_indices(group)), dtype=source.dtype, name=source.name)
 
 
 def _arrays(
