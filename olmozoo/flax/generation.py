@@ -27,7 +27,7 @@ class GenerationMixin:
 
     Attributes:
         trace_count: how often a part of the decoding loop has been traced, and so compiled: two parts for each (batch,
-            prompt, answer) shape, lengths being rounded up to `olmozoo.generation.BUCKET`, for each set of rules (not
+            prompt, answer) shape, lengths being padded as `olmozoo.generation.prepare.bucket` says, for each set of rules (not
             for their numbers), each dtype of the parameters, and for ids and embeddings.
     """
 

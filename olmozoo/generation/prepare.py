@@ -19,6 +19,7 @@ from olmozoo.outputs import GenerateOutput
 from olmozoo.typing import Array
 
 BUCKET = 64  # compiled loops pad prompts and answers to multiples of this, so that one program serves many lengths
+SHORT = (16, 32)  # a short prompt is padded to one of these instead: the padding is read as the prompt is
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ class Call:
 
 
 def bucket(length: int) -> int:
-    """The next multiple of `BUCKET`."""
-    return -(-length // BUCKET) * BUCKET
+    """How long what is read is with its padding: one of `SHORT` if that is enough, or a multiple of `BUCKET`."""
+    return next((short for short in SHORT if 0 < length <= short), -(-length // BUCKET) * BUCKET)
 
 
 def prepare(
@@ -129,7 +130,7 @@ def prepare(
         cached: positions in the cache that was given.
         tokenizer: an `olmozoo.Tokenizer`, for stop strings.
         streamer: whether there is one.
-        compiled: whether lengths are rounded up to `BUCKET`.
+        compiled: whether lengths are rounded up, by `bucket` and to `BUCKET`.
 
     Raises:
         InputError: a setting is unknown, wrong or conflicts with another; ids or shapes do not fit; or the call needs
@@ -297,6 +298,7 @@ def _resolve_layout(
             stacklevel=5,
         )
     round_up: Callable[[int], int] = bucket if compiled else int
+    answer_slots = -(-int(max_new) // BUCKET) * BUCKET if compiled else int(max_new)
     prompt_slots = prompt - cached
     if not (cached and any(config.windows)):
         prompt_slots = round_up(prompt_slots)
@@ -308,9 +310,9 @@ def _resolve_layout(
         max_new=int(max_new),
         past_slots=round_up(cached),
         prompt_slots=prompt_slots,
-        answer_slots=round_up(int(max_new)),
+        answer_slots=answer_slots,
         text_slots=round_up(prompt) if has_ids else 0,
-        draft_slots=min(settings.prompt_lookup_num_tokens or 0, round_up(int(max_new))),  # a longer draft is no use
+        draft_slots=min(settings.prompt_lookup_num_tokens or 0, answer_slots),  # a longer draft is no use
     )
 
 

@@ -63,7 +63,7 @@ class GenerationMixin:
             tokenizer: an `olmozoo.Tokenizer`, which `stop_strings` need.
             streamer: gets the prompt and then each step's tokens (rows,) by `put`, then a call of `end`.
             compile: run steps after the prompt through `torch.compile`, with CUDA graphs on a GPU. The first call for a
-                batch size and a length (rounded up to `olmozoo.generation.BUCKET`) compiles.
+                batch size and a length (rounded up by `olmozoo.generation.prepare.bucket`) compiles.
             **settings: single settings of `GenerationConfig`, such as `max_new_tokens`; None switches a setting off.
 
         Returns:

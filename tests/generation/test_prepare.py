@@ -128,6 +128,18 @@ def test_lengths_are_bounded_by_positions_or_by_memory(monkeypatch):
     assert found.mask.shape == (1, 1 + 9 + 9)
 
 
+def test_prompts_of_compiled_loops_are_padded_to_a_few_lengths_and_no_further_than_needed():
+    config = config_of("olmo2").replace(max_position_embeddings=256)
+    settings = {"attention_mask": None, "compiled": True}
+    for length, slots in ((1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64), (65, 128)):
+        ids = np.full((2, length), 5)
+        layout = prepare(GenerationConfig(), config, {"max_new_tokens": length}, input_ids=ids, **settings).layout
+        assert (layout.past_slots, layout.prompt_slots, layout.text_slots) == (0, slots, slots)
+        assert layout.answer_slots == max(64, slots)
+    layout = prepare(GenerationConfig(), config, {"max_new_tokens": 3}, input_ids=ids, **settings, cached=60).layout
+    assert (layout.past_slots, layout.prompt_slots, layout.text_slots) == (64, 16, 128)
+
+
 def test_a_rule_is_one_setting_and_one_class(monkeypatch):
     class OnlyEven:
         @classmethod
