@@ -27,8 +27,8 @@ class GenerationMixin:
 
     Attributes:
         trace_count: how often a part of the decoding loop has been traced, and so compiled: two parts for each (batch,
-            prompt, answer) shape, lengths being padded as `olmozoo.generation.prepare.bucket` says, for each set of rules (not
-            for their numbers), each dtype of the parameters, and for ids and embeddings.
+            prompt, answer) shape, lengths being padded as `olmozoo.generation.prepare.bucket` says, for each set of
+            rules (not for their numbers), each dtype of the parameters, and for ids and embeddings.
     """
 
     trace_count = 0

@@ -24,8 +24,8 @@ class GenerationMixin:
 
     Attributes:
         trace_count: how often a part of the decoding loop has been traced, and so compiled: two parts for each (batch,
-            prompt, answer) shape, lengths being padded as `olmozoo.generation.prepare.bucket` says, for each set of rules (not
-            for their numbers), and for ids and embeddings.
+            prompt, answer) shape, lengths being padded as `olmozoo.generation.prepare.bucket` says, for each set of
+            rules (not for their numbers), and for ids and embeddings.
     """
 
     trace_count = 0

@@ -1,7 +1,12 @@
-"""Linear layers with weights of 8 or 4 bits (see `olmozoo.quantization`), which are dequantized for each call."""
+"""Linear layers with weights of 8 or 4 bits (see `olmozoo.quantization`), which are dequantized for each call.
+
+XLA would dequantize all weights at once, those of a loop before it, and keep them as floats. In its programs a block of
+a weight is therefore dequantized at a time, small enough for the cache.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
@@ -12,6 +17,8 @@ from keras import ops
 from olmozoo.quantization import Quantization, QuantizedTensor, from_columns, is_packed, to_columns
 from olmozoo.tf.experts import frozen_product
 from olmozoo.tf.layers import Tensor, at_least_float32, no_values
+
+BLOCK = 128  # rows of a weight that are dequantized at a time, where a group has more
 
 
 class QuantizedDense(keras.layers.Layer):
@@ -84,7 +91,15 @@ class QuantizedDense(keras.layers.Layer):
 
     def call(self, x: Tensor) -> Tensor:
         values, scale, zero = self.parts()
-        if scale.shape[0] == 1 and zero is None:  # a scale for each output: applied there, to fewer values
+        if None not in x.shape and not tf.executing_eagerly():
+
+            @tf.custom_gradient
+            def product(x: Tensor) -> tuple[Tensor, Any]:
+                out = multiply(x, values, scale, zero)
+                return out, lambda upstream: tf.tensordot(upstream, self.dequantize(x.dtype), [[-1], [1]])
+
+            out = product(x)
+        elif scale.shape[0] == 1 and zero is None:  # a scale for each output: applied there, to fewer values
             out = ops.matmul(x, ops.cast(integers(values, 1)[0], x.dtype)) * ops.cast(scale, x.dtype)[0]
         else:
             out = ops.matmul(x, self.dequantize(x.dtype))
@@ -125,6 +140,44 @@ class QuantizedExpertDense(QuantizedDense):
             return dequantize(tf.gather(values, expert), tf.gather(scale, expert), of_expert, rows.dtype)
 
         return frozen_product(rows, own, self.width, self.size, sizes)
+
+
+def multiply(x: Tensor, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """`x W` for x (..., in) and a weight W (in, out) of integers, block by block, computed in at least float32.
+
+    Args:
+        x: the input; its shape is known.
+        values, scale, zero: as in `QuantizedDense`.
+    """
+    wide, is_packed, (groups, out) = at_least_float32(x.dtype), values.dtype == tf.uint8, scale.shape
+    count, size = math.prod(x.shape[:-1]), x.shape[-1] // groups
+    halves = 2 if size % 2 == 0 else 1  # of what is multiplied at a time
+    block = next(rows for rows in range(min(size // halves, BLOCK // 2), 0, -1) if size // halves % rows == 0)
+    per_group = size // halves // block
+    # Packed values have the halves of a group in the same bytes; of others, halves of a block are neighbours.
+    split, order = ((halves, per_group), (1, 3, 2, 0, 4)) if is_packed else ((per_group, halves), (1, 2, 3, 0, 4))
+    inputs = tf.transpose(tf.reshape(tf.cast(x, wide), (count, groups, *split, block)), order)
+    inputs = tf.reshape(inputs, (groups * per_group, halves, count, block))
+    values = tf.reshape(values, (groups * per_group, 1 if is_packed else halves, block, out))
+    shifts, scale = tf.constant([0, 4], "uint8")[:, None, None], tf.cast(scale, wide)
+
+    def add_block(i: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        integers, offset = values[i], tf.constant(8 if is_packed else 0, wide)
+        if is_packed:
+            integers = tf.bitwise.bitwise_and(tf.bitwise.right_shift(integers, shifts), 15)
+        if zero is not None:
+            offset += tf.cast(zero[i // per_group], wide)
+        weight = tf.cast(integers, wide) - offset  # (halves, block, out)
+        if count == 1:  # XLA would compute the weight within the product of a vector, slowly, but not within a batch
+            product = tf.reduce_sum(inputs[i] @ weight, 0)
+        else:
+            product = tf.add_n([inputs[i, half] @ weight[half] for half in range(halves)])
+        return i + 1, total + product * scale[i // per_group]
+
+    blocks = groups * per_group
+    start = tf.constant(0), tf.zeros((count, out), wide)
+    total = tf.while_loop(lambda i, _: i < blocks, add_block, start)[1]
+    return tf.cast(tf.reshape(total, (*x.shape[:-1], out)), x.dtype)
 
 
 def integers(values: Tensor, groups: int) -> Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from olmozoo import InputError
+from olmozoo.quantization import Quantization, QuantizedTensor
 from tests.helpers.checkpoints import left_padded, write_checkpoint
 from tests.helpers.configs import CONFIGS
 from tests.helpers.keras_models import (
@@ -16,6 +17,7 @@ from tests.helpers.keras_models import (
 keras = pytest.importorskip("keras", reason="olmozoo[tf] is not installed")
 tf = pytest.importorskip("tensorflow", reason="olmozoo[tf] is not installed")
 zoo = pytest.importorskip("olmozoo.tf", reason="olmozoo[tf] is not installed")
+module = pytest.importorskip("olmozoo.tf.quantization", reason="olmozoo[tf] is not installed")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,3 +53,40 @@ def test_integers_of_the_core_survive_a_keras_file(quantization, family, tmp_pat
     np.testing.assert_array_equal(again(inputs).logits.numpy(), model(inputs).logits.numpy())
     shapes = {name: array.shape for name, array in zoo.canonical_state(again).items()}
     assert shapes == {p.name: p.shape for p in model.config.parameters("causal_lm")}
+
+
+@pytest.mark.parametrize(
+    ("bits", "width", "group", "is_symmetric"),
+    [
+        (8, 310, None, True),  # blocks of 31
+        (8, 21, 7, False),  # groups that have no halves
+        (4, 48, 24, False),  # two values in a byte
+        (4, 320, 160, True),  # two blocks in a group
+        (4, 45, 9, True),  # a value in a byte
+    ],
+)
+def test_programs_multiply_block_by_block(bits, width, group, is_symmetric):
+    stream, scheme = np.random.default_rng(0), Quantization(bits, group, is_symmetric)
+    shape, most = (5, scheme.groups(width)), 2 ** (bits - 1)
+    values = stream.integers(-most, most, (5, width)).astype("int8")
+    zero = None if is_symmetric else stream.integers(-most, most, shape).astype("int8")
+    tensor = QuantizedTensor(values, stream.uniform(0.5, 1.5, shape).astype("float32"), zero, bits)
+    layer = module.QuantizedDense(5, width, scheme, "float32", False, "layer")
+    layer.dtype_policy = keras.DTypePolicy("float64")
+    layer.build()
+    layer.assign(tensor)
+    weight = tensor.dequantize(np.float64)
+
+    @tf.function(jit_compile=True, autograph=False)
+    def compute(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            out = layer(x)
+        return out, tape.gradient(out, x, out)
+
+    for rows in ((1, 1), (2, 3)):  # a vector is multiplied in another way
+        x = stream.normal(size=(*rows, width))
+        out, gradient = compute(tf.constant(x))
+        np.testing.assert_allclose(out, x @ weight.T, rtol=0, atol=1e-12 * abs(x @ weight.T).max())
+        np.testing.assert_allclose(gradient, x @ weight.T @ weight, rtol=1e-10)
+        np.testing.assert_allclose(out, layer(x), rtol=0, atol=1e-12 * abs(x @ weight.T).max())
