@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,10 +35,10 @@ def main() -> None:
     parser.add_argument("--preset", default="olmo2-1b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch", default="1,8,32", help="rows of decoding, with commas")
-    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--train", default="4x1024", help="instances and length of a training step")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     import torch
 
@@ -68,7 +69,7 @@ def seconds(work: Callable[[], Any], device: Any, rounds: int, warm: int = 2) ->
     """The seconds of each round, after some that compile and record graphs."""
     import torch
 
-    found = []
+    found: list[float] = []
     for number in range(warm + rounds):
         start = time.perf_counter()
         work()
@@ -107,18 +108,33 @@ def generation(config: Any, device: Any, bandwidth: float, peak: float, options:
     from olmozoo.pt import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(config, seed=0).to(device, torch.bfloat16).eval()
-    weights = 2 * sum(parameter.numel() for parameter in model.parameters())
     stream = np.random.default_rng(0)
     rows = []
-    for batch in map(int, options.batch.split(",")):
+
+    def decode(kind: str, model: Any, batch: int, compiled: bool) -> None:
         ids = torch.from_numpy(stream.integers(5, config.vocab_size, (batch, 16))).to(device)
+        settings = {"max_new_tokens": options.new, "eos_token_id": [], "compile": compiled}
+        found = seconds(lambda: model.generate(ids, **settings), device, options.rounds)
+        speeds = [batch * options.new / taken for taken in found]
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+        share = statistics.median(speeds) / batch * weights / bandwidth
+        way = (
+            "one compiled step" + (" in a CUDA graph" if device.type == "cuda" else "") if compiled else "step by step"
+        )
+        rows.append([f"{kind}{batch} rows, {way}", spread(speeds), f"{share:.0%}"])
+        print(*rows[-1], file=sys.stderr)
+
+    for batch in map(int, options.batch.split(",")):
         for compiled in (False, True):
-            settings = {"max_new_tokens": options.new, "eos_token_id": [], "compile": compiled}
-            found = seconds(lambda ids=ids, settings=settings: model.generate(ids, **settings), device, options.rounds)
-            speeds = [batch * options.new / taken for taken in found]
-            share = statistics.median(speeds) / batch * weights / bandwidth
-            title = "one compiled step" + (" in a CUDA graph" if device.type == "cuda" else "")
-            rows.append([f"{batch} rows, {title if compiled else 'step by step'}", spread(speeds), f"{share:.0%}"])
+            decode("", model, batch, compiled)
+    with tempfile.TemporaryDirectory() as made:
+        model.save_pretrained(made)
+        for name in ("int8", "int4"):
+            small = AutoModelForCausalLM.from_pretrained(
+                made, dtype=torch.bfloat16, quantization=name, group_size=32 if options.tiny else 128
+            ).to(device)
+            decode(f"{name}, ", small, 1, True)
+            del small
     decoding = table(["decoding", "tokens/s", "of the bandwidth"], rows)
     ids = torch.from_numpy(stream.integers(5, config.vocab_size, (1, options.prompt))).to(device)
     with torch.inference_mode():

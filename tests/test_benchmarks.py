@@ -77,6 +77,7 @@ def test_the_gpu_part_on_the_cpu():
     assert [row[0] for row in rows(text)] == [
         *("decoding", "1 rows, step by step", "1 rows, one compiled step"),
         *("2 rows, step by step", "2 rows, one compiled step"),
+        *("int8, 1 rows, one compiled step", "int4, 1 rows, one compiled step"),
         *("prompt", "16 tokens", "training", "2 x 16, amp_bf16"),
     ]
     if not torch.cuda.is_available():

@@ -21,6 +21,8 @@ from olmozoo.pt.cache import KVCache, StaticCache, TupleCache, WindowCache, cach
 from olmozoo.pt.layers import at_least_float32
 from olmozoo.pt.parallel import Pace, root_mesh
 
+PROGRAMS = 256  # of `torch.compile`, in a process
+
 
 def without_gradients(method: Callable[..., Any]) -> Callable[..., Any]:
     """The method in inference mode, or for a model that is split over a mesh without gradients alone.
@@ -269,13 +271,15 @@ class GenerationMixin:
 
         def read(ids: Tensor, start: int, end: int, embeds: Tensor | None = None, keep: int = 1) -> Tensor:
             cache.positions = torch.arange(start, end, device=mask.device)
-            output = step(
-                ids,
-                attention_mask=mask,
-                position_ids=positions[:, start:end].contiguous(),
-                past_key_values=cache,
-                logits_to_keep=keep,
-            )
+            # PyTorch counts the programs of all models of a class together, and 8 would be the most.
+            with torch._dynamo.config.patch(recompile_limit=PROGRAMS):
+                output = step(
+                    ids,
+                    attention_mask=mask,
+                    position_ids=positions[:, start:end].contiguous(),
+                    past_key_values=cache,
+                    logits_to_keep=keep,
+                )
             return output.logits.to(at_least_float32(self.dtype), copy=True)
 
         return read, cache

@@ -8,7 +8,7 @@ from tests.helpers.configs import SMALL_OLMO, SMALL_OLMO2, SMALL_OLMO3, SMALL_OP
 torch = pytest.importorskip("torch")
 
 from olmozoo import pt
-from olmozoo.pt.cache import StaticCache
+from olmozoo.pt.cache import KVCache, StaticCache
 
 
 def test_what_cache_goes_in_comes_out(model, batch):
@@ -43,8 +43,12 @@ def test_a_narrower_cache_serves_and_one_of_another_shape_is_named(config, batch
 
 
 def test_a_static_cache_is_at_a_static_address():
-    cache = StaticCache(pt.Olmo2ForCausalLM(SMALL_OLMO2).init_cache(2, 8))
+    cache = StaticCache(KVCache([torch.randn(2, 1, 8, 4) for _ in range(2)], torch.randn(2, 2, 1, 8, 4), length=8))
     assert all(hasattr(tensor, "_dynamo_static_input_type") for tensor in (*cache.keys, *cache.values))
+    old, places = cache.keys[1].clone(), [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)]
+    cache.reorder(torch.tensor([1, 1]))
+    assert torch.equal(cache.keys[1], old[[1, 1]])
+    assert [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)] == places
 
 
 def test_a_cache_of_transformers_serves(model, batch):
