@@ -131,9 +131,8 @@ def plan(
     gradients = stored * sum(place.local_size for place in chosen)
     state = MOMENTS[optimizer] * gradients
     if optimizer != "sgd":  # PyTorch counts steps for each parameter (lionw for none), optax once
-        # Experts that a mesh splits are one parameter for all of a layer.
-        split = mesh is not None and mesh.get("experts", 1) > 1
-        stored_as = by_variable(place.parameter for place in chosen) if split else chosen
+        stacked = any(place.owner is not None for place in chosen)  # then a layer's experts are one parameter
+        stored_as = by_variable(place.parameter for place in chosen) if stacked else chosen
         state += COUNTER * (1 if backend == "flax" else len(stored_as) if optimizer == "adamw" else 0)
     if gathered:
         gathered += SIZES[dtype] * max(map(shape.whole, range(config.num_hidden_layers)))

@@ -38,7 +38,8 @@ class Placement:
         parameter: the entry of the parameter table.
         split: for each dimension of the shape on disk, the axes of the mesh that split it, the first one first.
         mesh: the number of devices along each axis of the mesh.
-        owner: the coordinate along `experts` of the devices that have the parameter; None where all have it.
+        owner: of an expert that is stored with the others of its layer, the coordinate along `experts` of the devices
+            that have it; None for all else.
     """
 
     parameter: Parameter
@@ -92,7 +93,7 @@ def layout(
         mesh: devices by axis of the mesh; an axis that is left out has one device.
         style: "flax" splits the dimensions that `rules` name, evenly. "pt" splits by `rules` what is on other axes than
             `fsdp`, and then the first dimension of every parameter on `fsdp`, as FSDP2 does; the last parts may be
-            smaller. On an axis `experts` it splits experts as "flax" does.
+            smaller. On axes `tensor` and `experts` it splits experts as "flax" does.
         rules: axis of the mesh by logical axis; default `RULES`.
 
     Raises:
@@ -106,11 +107,12 @@ def layout(
     placements: dict[str, Placement] = {}
     problems: dict[str, None] = {}
     experts = getattr(config, "num_experts", 0)
+    stacks = "experts" in given or (style == "pt" and "tensor" in given)
     if "experts" in given and not experts:
         problems[f"the model has no experts, for experts = {given['experts']}"] = None
     for parameter in table.values():
         split: list[tuple[str, ...]] = []
-        expert = parameter.stack[1] if parameter.stack is not None and "experts" in given else None
+        expert = parameter.stack[1] if parameter.stack is not None and stacks else None
         by_fsdp2 = style == "pt" and expert is None
         for size, logical in zip(parameter.shape, parameter.axes, strict=True):
             axis = used.get(logical)

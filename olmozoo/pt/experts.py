@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from olmozoo.errors import InputError
 from olmozoo.families.olmoe import ExpertsConfig
 from olmozoo.pt.layers import GatedMLP, Linear, at_least_float32, linear
 
@@ -23,7 +24,7 @@ class SparseMLP(nn.Module):
     `torch.export`) has no shapes that depend on values: there every expert is computed on all tokens.
 
     Attributes:
-        experts: a module for each; on a mesh with a dimension `experts`, `SplitExperts`.
+        experts: a module for each; on a mesh with a dimension `tensor` or `experts`, `SplitExperts`.
     """
 
     def __init__(self, config: ExpertsConfig) -> None:
@@ -114,20 +115,29 @@ class Stack(nn.Module):
 
 
 class SplitExperts(nn.Module):
-    """The experts of a layer on a mesh, of which each rank has some.
+    """The experts of a layer on a mesh, of which each rank has some, or a part of each, or both.
 
     Weights are DTensors (e, out, in), of which the dimension `experts` of the mesh splits the first, and `tensor` that
-    of the MLP. Every rank has all tokens of its rows and computes its part of the outputs; the parts are added up.
+    of the MLP. Every rank has all tokens of its rows and computes its part of the outputs; the parts are added up, once
+    for all experts.
 
     Args:
         experts: as they are on one device; their values are copied.
+
+    Raises:
+        InputError: some of them are frozen, and others are not.
     """
 
     def __init__(self, experts: nn.ModuleList) -> None:
         super().__init__()
         for name in ("gate_proj", "up_proj", "down_proj"):
             weights = [getattr(expert, name).weight for expert in experts]
-            setattr(self, name, Stack(torch.stack([w.detach() for w in weights]), weights[0].requires_grad))
+            if (trained := sum(w.requires_grad for w in weights)) not in (0, len(weights)):
+                raise InputError(
+                    f"{trained} of the {len(weights)} experts of a layer are trained, expected all or none on a mesh "
+                    "with tensor or experts, where they are one parameter"
+                )
+            setattr(self, name, Stack(torch.stack([w.detach() for w in weights]), trained > 0))
         self.act = experts[0].act
 
     def own(self) -> list[Callable[[Tensor], Tensor]]:
@@ -143,7 +153,8 @@ class SplitExperts(nn.Module):
     def first(self) -> int:
         """The first expert of this rank."""
         weight = self.gate_proj.weight
-        return int(weight.device_mesh.get_local_rank("experts")) * len(weight.to_local())
+        mesh = weight.device_mesh
+        return mesh.get_local_rank("experts") * len(weight.to_local()) if "experts" in mesh.mesh_dim_names else 0
 
     def enter(self, x: Tensor) -> Tensor:
         """A tensor that all ranks have, whose gradient is the sum of theirs."""

@@ -6,8 +6,8 @@
 Along `tensor`, modules keep their code and their parameters become DTensors: a linear with split outputs returns the
 local ones, one with split inputs sums its outputs over the devices, and everything else has whole parameters. The norms
 of OLMo 2 over all heads at once stay over all heads: their parts exchange the sum of squares, and nothing is gathered.
-Along `experts`, each rank has some of a layer's experts, stacked in one parameter (see `olmozoo.pt.experts`), and a
-copy of all else. Along `fsdp`, each block is a unit of `fully_shard`.
+Along `experts`, each rank has some of a layer's experts and a copy of all else. Along both, the experts of a layer are
+stacked in one parameter (see `olmozoo.pt.experts`). Along `fsdp`, each block is a unit of `fully_shard`.
 """
 
 from __future__ import annotations

@@ -128,10 +128,10 @@ class TrainStep:
     def __init__(
         self, model: Any, trained: Sequence[Parameter], decays: Sequence[float], config: TrainConfig, world: World
     ) -> None:
-        self.model, self.names = model, [parameter.name for parameter in trained]
+        self.model, self.config, self.world = model, config, world
+        self.names = [parameter.name for parameter in trained]
         # Of an expert that has one parameter with others of its layer, its index there.
-        self.experts = [p.stack[1] if p.stack and "experts" in world.sizes else None for p in trained]
-        self.config, self.world = config, world
+        self.experts = [p.stack[1] if p.stack and self._is_stacked(p) else None for p in trained]
         self.aux_factor = getattr(model.config, "router_aux_loss_coef", 0.0)
         self.group = world.mesh.get_group("fsdp") if world.rows > 1 else None  # of those with other rows
         self.part = world.mesh.get_local_rank("fsdp") if world.rows > 1 else 0
@@ -144,7 +144,7 @@ class TrainStep:
             if count < len(found[path]):
                 raise InputError(
                     f"{count} of the {len(found[path])} experts of {path} are trained, expected all or none in PyTorch "
-                    "on a mesh with experts, where they are one parameter"
+                    "on a mesh with tensor or experts, where they are one parameter"
                 )
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -165,10 +165,13 @@ class TrainStep:
         else:
             self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(beta_1, beta_2), eps=settings.eps, fused=True)
 
+    def _is_stacked(self, parameter: Parameter) -> bool:
+        return self.world.mesh is not None and self.model._stack(parameter) is not None
+
     def _path(self, parameter: Parameter) -> str:
         """The name of a parameter in the module; PEFT calls its adapters by one more name."""
         name = parameter.name
-        if parameter.stack is not None and "experts" in self.world.sizes:
+        if parameter.stack is not None and self._is_stacked(parameter):
             return parameter.stack[0]
         for factor in ("lora_A", "lora_B"):
             name = name.replace(f".{factor}.", f".{factor}.default.")

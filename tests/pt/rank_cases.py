@@ -192,6 +192,12 @@ def foreign(folder):
     return {"tokens": tokens.shape[1], "saved": (folder / "foreign" / "model.safetensors").exists()}
 
 
+def partly_frozen(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "olmoe")
+    model.model.layers[1].mlp.experts[2].requires_grad_(False)
+    return parallelize(model, init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("experts",)))
+
+
 def refused(folder, mesh):
     messages = []
     for function in (
@@ -205,6 +211,7 @@ def refused(folder, mesh):
             folder / "config_alone",
             device_mesh=init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("experts",)),
         ),
+        partial(partly_frozen, folder),
     ):
         try:
             function()

@@ -129,8 +129,9 @@ def test_a_model_split_by_fully_shard_alone(two):
 
 
 def test_what_does_not_fit_is_refused(two):
-    axis, divide, resize, dense = two[0]["refused"]
+    axis, divide, resize, dense, frozen = two[0]["refused"]
     assert "the mesh has an axis 'dp', expected fsdp, tensor" in axis
     assert "kv_heads is 1, which tensor = 2 does not divide" in divide
     assert "call resize_token_embeddings before parallelize" in resize
     assert "the model has no experts, for experts = 2" in dense
+    assert "5 of the 6 experts of a layer are trained, expected all or none" in frozen
