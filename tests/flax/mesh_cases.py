@@ -117,9 +117,9 @@ def bytes_read(folder, family, **sizes):
     return {"read": counted.nbytes, "all": sum(x.nbytes for x in jax.tree.leaves(model.params)), "held": held}
 
 
-def planned(folder):
+def planned(family, name):
     """The bytes of a training step's arguments on a device by XLA, and by the plan."""
-    config, mesh, tx = FAMILIES["olmo2"], mesh_of("both"), optax.adamw(1e-3)
+    config, mesh, tx = FAMILIES[family], mesh_of(name), optax.adamw(1e-3)
     model = FlaxAutoModelForCausalLM.from_config(config, mesh=mesh, _do_init=False)
     shardings = optimizer_shardings(tx, model)
 
@@ -138,10 +138,11 @@ def planned(folder):
     )
     ids = jax.ShapeDtypeStruct((8, 12), jnp.int32, sharding=batch_sharding(mesh))
     compiled = jax.jit(train).lower(split, state, ids).compile()
-    found = plan(config, batch=2, length=12, mesh={"fsdp": 4, "tensor": 2}, train=True, backend="flax")
+    rows = 8 // MESHES[name]["fsdp"]
+    found = plan(config, batch=rows, length=12, mesh=MESHES[name], train=True, backend="flax")
     return {
         "xla": compiled.memory_analysis().argument_size_in_bytes,
-        "plan": found.weights + found.optimizer + 2 * 12 * 4,
+        "plan": found.weights + found.optimizer + rows * 12 * 4,
     }
 
 
@@ -210,5 +211,7 @@ if __name__ == "__main__":
     cases["bytes-2"] = partial(bytes_read, work, "olmo2", tensor=2)
     cases["bytes-8"] = partial(bytes_read, work, "olmo2", fsdp=4, tensor=2)
     cases["bytes-4"] = partial(bytes_read, work, "olmoe", fsdp=2, experts=2)
-    others = (planned, state_is_split, saved, initial, refused)
+    cases["planned-olmo2"] = partial(planned, "olmo2", "both")
+    cases["planned-olmoe"] = partial(planned, "olmoe", "all")
+    others = (state_is_split, saved, initial, refused)
     run(cases | {case.__name__: partial(case, work) for case in others}, work, rank)

@@ -69,9 +69,11 @@ def test_every_byte_is_read_once_and_held_in_parts(results, count, rest):
     assert found["held"] == pytest.approx(found["all"] / count, rel=rest)  # with `experts`, all else is on fsdp alone
 
 
-def test_the_plan_is_that_of_xla(results):
-    assert isinstance(results["planned"], dict), results["planned"]
-    assert results["planned"]["xla"] == results["planned"]["plan"]
+@pytest.mark.parametrize("family", ["olmo2", "olmoe"])
+def test_the_plan_is_that_of_xla(results, family):
+    found = results[f"planned-{family}"]
+    assert isinstance(found, dict), found
+    assert found["xla"] == found["plan"]
 
 
 def test_the_state_of_an_optimizer_is_split_as_the_parameters(results):
