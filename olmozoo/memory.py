@@ -13,7 +13,7 @@ from typing import Any
 
 from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
-from olmozoo.families.parameter import Head, Parameter
+from olmozoo.families.parameter import Head, Parameter, by_variable
 from olmozoo.sharding import Placement, Style, layout
 
 SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -83,7 +83,7 @@ def plan(
 
     Args:
         config: the model's config.
-        batch: rows on each device; devices along `tensor` share their rows.
+        batch: rows on each device; devices along `tensor` and `experts` share their rows.
         length: tokens a row; in generation, prompt and answer. Default `max_position_embeddings`.
         head: the model's head; None for the decoder alone.
         mesh: devices by axis, as for `olmozoo.sharding.layout`; default one device.
@@ -131,7 +131,9 @@ def plan(
     gradients = stored * sum(place.local_size for place in chosen)
     state = MOMENTS[optimizer] * gradients
     if optimizer != "sgd":  # PyTorch counts steps for each parameter (lionw for none), optax once
-        state += COUNTER * (1 if backend == "flax" else len(chosen) if optimizer == "adamw" else 0)
+        stacked = any(place.owner is not None for place in chosen)  # then a layer's experts are one parameter
+        stored_as = by_variable(place.parameter for place in chosen) if stacked else chosen
+        state += COUNTER * (1 if backend == "flax" else len(stored_as) if optimizer == "adamw" else 0)
     if gathered:
         gathered += SIZES[dtype] * max(map(shape.whole, range(config.num_hidden_layers)))
     if (
@@ -196,14 +198,19 @@ def largest(memory: int, name: str, config: ModelConfig, **settings: Any) -> int
 
 
 def meshes(config: ModelConfig, devices: int, **settings: Any) -> dict[str, Plan]:
-    """The plan on each mesh `fsdp x tensor` of so many devices that fits the model, by a name of the mesh."""
+    """The plan on each mesh `fsdp x tensor` of so many devices that fits the model, by a name of the mesh.
+
+    `experts` of the mesh in `settings` stays as it is.
+    """
     plans = {}
+    experts = settings.get("mesh", {}).get("experts", 1)
     for tensor in range(1, devices + 1):
-        if devices % tensor:
+        if devices % (tensor * experts):
             continue
-        mesh = {"fsdp": devices // tensor, "tensor": tensor}
+        mesh = {"fsdp": devices // (tensor * experts), "tensor": tensor, "experts": experts}
+        name = f"{mesh['fsdp']} x {tensor}" + (f" x {experts}" if experts > 1 else "")
         try:
-            plans[f"{mesh['fsdp']} x {tensor}"] = plan(config, **{**settings, "mesh": mesh})
+            plans[name] = plan(config, **{**settings, "mesh": mesh})
         except InputError:
             continue
     return plans

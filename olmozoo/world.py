@@ -5,6 +5,7 @@ Every process runs the same loop on the same batches, and computes on its part o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from olmozoo.errors import InputError, TrainingError
-from olmozoo.sharding import checked_mesh
+from olmozoo.sharding import MESH_AXES, checked_mesh
 from olmozoo.typing import Array
 
-AXES = ("fsdp", "tensor")  # of the mesh of a run
 TEXT = 128  # bytes of a reason that processes tell each other
 
 
@@ -94,7 +94,7 @@ def mesh_of_run(mesh: Mapping[str, int] | None, devices: int, found: str, *, who
     """The number of devices by axis of the mesh; axes of one device are left out.
 
     Args:
-        mesh: of the config. Without `fsdp`, that is all devices that `tensor` leaves.
+        mesh: of the config. Without `fsdp`, that is all devices that the other axes leave.
         devices: how many there are.
         found: the same in words, for the error.
         whole: whether the mesh is all of them, by default too. Else it may be a part, and is by default one.
@@ -104,8 +104,11 @@ def mesh_of_run(mesh: Mapping[str, int] | None, devices: int, found: str, *, who
     """
     if mesh is None and not whole:
         return {}
-    tensor = (mesh or {}).get("tensor", 1)
-    fsdp = (mesh or {}).get("fsdp", max(1, devices // tensor))
-    if fsdp * tensor > devices or (whole and fsdp * tensor < devices):
-        raise InputError(f"mesh is fsdp = {fsdp}, tensor = {tensor}: {fsdp * tensor} devices, and {found}")
-    return checked_mesh({"fsdp": fsdp, "tensor": tensor})
+    sizes = {**dict.fromkeys(MESH_AXES, 1), **(mesh or {})}
+    if "fsdp" not in (mesh or {}):
+        sizes["fsdp"] = max(1, devices // math.prod(sizes.values()))
+    count = math.prod(sizes.values())
+    if count > devices or (whole and count < devices):
+        text = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
+        raise InputError(f"mesh is {text}: {count} devices, and {found}")
+    return checked_mesh(sizes)

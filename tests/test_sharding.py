@@ -48,6 +48,23 @@ def test_a_mesh_axis_splits_one_dimension_of_a_parameter():
 
 
 @pytest.mark.parametrize("style", ["pt", "flax"])
+def test_experts_are_on_their_devices_alone(style):
+    config = CONFIGS["olmoe"].replace(num_experts=6, vocab_size=62)
+    places = layout(config, mesh={"fsdp": 2, "tensor": 2, "experts": 3}, style=style)
+    block = "model.layers.0.mlp."
+    assert [places[f"{block}experts.{n}.up_proj.weight"].owner for n in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert places[f"{block}gate.weight"].owner is None
+    assert places[f"{block}gate.weight"].split == (((), ("fsdp",)) if style == "flax" else (("fsdp",), ()))
+    down = places[f"{block}experts.4.down_proj.weight"]
+    assert down.split == (("fsdp",), ("tensor",))
+    assert down.local_size == 0
+    assert down.slices({"fsdp": 1, "tensor": 0, "experts": 2}) == (slice(20, 40), slice(0, 18))
+    sizes = [sum(p.parameter.size if whole else p.local_size for p in places.values()) for whole in (True, False)]
+    experts = 2 * 6 * 3 * 40 * 36
+    assert sizes[1] < (sizes[0] - experts) * 0.51 + experts / 12
+
+
+@pytest.mark.parametrize("style", ["pt", "flax"])
 @pytest.mark.parametrize("name", ["olmo2", "olmo-clip-tied", "opt", OPT_350M])
 def test_parts_are_the_whole(name, style):
     config = CONFIGS[name].replace(vocab_size=62)
@@ -74,6 +91,15 @@ def test_all_that_does_not_divide_is_named_at_once():
         "  - kv_heads is 20, which tensor = 8 does not divide",
         "  - mlp is 36, which tensor = 8 does not divide",
     ]
+    with pytest.raises(InputError) as caught:
+        layout(CONFIGS["olmoe"], mesh={"fsdp": 3, "experts": 2}, style="pt")
+    assert str(caught.value).splitlines() == [
+        "OlmoeConfig does not fit the mesh {'fsdp': 3, 'experts': 2}: 2 problem(s)",
+        "  - experts is 5, which experts = 2 does not divide",
+        "  - embed is 40, which fsdp = 3 does not divide",  # in PyTorch where experts are split, not without
+    ]
+    with pytest.raises(InputError, match="the model has no experts, for experts = 2"):
+        layout(CONFIGS["olmo2"], mesh={"experts": 2})
     with pytest.raises(InputError, match="kv_heads is 2, which tensor = 4"):  # PyTorch's attention is on whole heads
         layout(CONFIGS["olmo2"], mesh={"tensor": 4}, style="pt")
 

@@ -84,6 +84,7 @@ def test_the_first_process_keeps_what_all_gather():
         ({"tensor": 4}, 4, True, {"tensor": 4}),
         ({"fsdp": 2}, 4, False, {"fsdp": 2}),
         ({"fsdp": 1, "tensor": 1}, 1, True, {}),
+        ({"experts": 2}, 4, True, {"fsdp": 2, "experts": 2}),
     ],
 )
 def test_a_mesh_is_completed(mesh, devices, whole, expected):
@@ -91,8 +92,9 @@ def test_a_mesh_is_completed(mesh, devices, whole, expected):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "whole"), [({"fsdp": 2}, True), ({"fsdp": 4, "tensor": 2}, False), ({"tensor": 8}, True)]
+    ("mesh", "whole"),
+    [({"fsdp": 2}, True), ({"fsdp": 4, "tensor": 2}, False), ({"tensor": 8}, True), ({"experts": 3}, True)],
 )
 def test_a_mesh_of_other_devices_is_refused(mesh, whole):
-    with pytest.raises(InputError, match=r"mesh is fsdp = \d, tensor = \d: \d devices, and there are 4"):
+    with pytest.raises(InputError, match=r"mesh is fsdp = \d, tensor = \d, experts = \d: \d devices, and there are 4"):
         mesh_of_run(mesh, 4, "there are 4", whole=whole)

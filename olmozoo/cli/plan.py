@@ -23,6 +23,7 @@ def plan(
         int, typer.Option(help="Devices that parameters and batch are split over.", rich_help_panel=MESH)
     ] = 1,
     tensor: Annotated[int, typer.Option(help="Devices that heads and MLP are split over.", rich_help_panel=MESH)] = 1,
+    experts: Annotated[int, typer.Option(help="Devices that experts are split over.", rich_help_panel=MESH)] = 1,
     batch: Annotated[int, typer.Option(help="Rows on each device.", rich_help_panel=STEP)] = 1,
     length: Annotated[
         int | None, typer.Option(help="Tokens a row; default all positions.", rich_help_panel=STEP)
@@ -46,11 +47,12 @@ def plan(
     from olmozoo.checkpoint.files import parse_size
 
     config, _ = read_config(model, revision)
+    devices = fsdp * tensor * experts
     given = config.extra.get("dtype") or config.extra.get("torch_dtype")
     settings: dict[str, Any] = {
         "batch": batch,
         "length": config.max_position_embeddings if length is None else length,
-        "mesh": {"fsdp": fsdp, "tensor": tensor},
+        "mesh": {"fsdp": fsdp, "tensor": tensor} | ({} if experts == 1 else {"experts": experts}),
         "dtype": dtype or given or "float32",
         "param_dtype": param_dtype,
         "train": train,
@@ -73,15 +75,15 @@ def plan(
         from olmozoo.cli.plots import plot_memory
 
         name = list(ways)[-1]
-        bars = planning.meshes(config, fsdp * tensor, **settings, **ways[name])
-        plot_memory(bars, f"{model}: memory of each of {fsdp * tensor} devices, {name}", plot, room)
+        bars = planning.meshes(config, devices, **settings, **ways[name])
+        plot_memory(bars, f"{model}: memory of each of {devices} devices, {name}", plot, room)
     if as_json:
         content = {
             name: {**found.by_kind(), "total": found.total, "bounds": found.bounds} for name, found in plans.items()
         }
         write(json.dumps({"model": model, **settings, "plan": content, "fits": fits}) + "\n")
         return
-    show_plans(f"{model}: memory of each of {fsdp * tensor} devices", plans)
+    show_plans(f"{model}: memory of each of {devices} devices", plans)
     if fits:
         rows = [
             (

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from olmozoo.errors import InputError
+from olmozoo.sharding import MESH_AXES
 
 if TYPE_CHECKING:
     from olmozoo.memory import Plan
@@ -33,7 +34,8 @@ def plot_memory(plans: Mapping[str, Plan], title: str, file: str | os.PathLike[s
             below = [bottom + height for bottom, height in zip(below, heights, strict=True)]
     if memory is not None:
         axes.axhline(memory / 1e9, color="black", linestyle="--", label="a device has")
-    axes.set(title=title, xlabel="mesh: fsdp x tensor", ylabel="GB")
+    labels = MESH_AXES[: len(names[0].split(" x "))]
+    axes.set(title=title, xlabel=f"mesh: {' x '.join(labels)}", ylabel="GB")
     axes.legend()
     try:
         figure.savefig(file, dpi=150)

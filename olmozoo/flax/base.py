@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, partial
+from itertools import groupby
 from typing import Any, Self
 
 import jax
@@ -207,22 +208,32 @@ class PreTrainedModel(ModelMixin):
         if mesh is None:
             raise InputError("the model has no mesh: pass one, as olmozoo.flax.sharding.make_mesh makes")
         found = parameter_shardings(self.config, self.head, check_mesh(mesh))
-        return self._tree((parameter, found[parameter.name]) for parameter in self._parameter_table())
+        return unflatten_dict({self._leaf(parameter): found[parameter.name] for parameter in self._parameter_table()})
 
     def _split(self, items: Iterable[tuple[Parameter, Any]]) -> dict[str, Any]:
-        """A tree on the mesh, of parameters with functions that return their values."""
+        """A tree on the mesh, of parameters with functions that return their values; a layer's experts in order."""
         assert self.mesh is not None
         shardings = parameter_shardings(self.config, self.head, self.mesh)
 
-        def place(parameter: Parameter, read: Any) -> jax.Array:
+        def place(group: list[tuple[Parameter, Any]]) -> jax.Array:
+            """One variable: of a parameter, or of all experts of a layer."""
+            parameter = group[0][0]
+            values = [oriented(each, read()) for each, read in group]
+
+            def cut(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+                return aligned_copy(array[index], False).astype(self.param_dtype, copy=False)
+
             def part(index: tuple[slice, ...]) -> np.ndarray:
-                return aligned_copy(oriented(parameter, values)[index], False).astype(self.param_dtype, copy=False)
+                if parameter.stack is None:
+                    return cut(values[0], index)
+                return np.stack([cut(expert, index[1:]) for expert in values[index[0]]])
 
-            values = read()
             shape = self._struct(parameter).shape
-            return from_slices(shape, self.param_dtype, shardings[parameter.name], part)
+            stack = () if parameter.stack is None else (len(values),)
+            return from_slices((*stack, *shape), self.param_dtype, shardings[parameter.name], part)
 
-        return self._tree((parameter, place(parameter, read)) for parameter, read in items)
+        groups = (list(group) for _, group in groupby(items, lambda item: self._leaf(item[0])))
+        return unflatten_dict({self._leaf(group[0][0]): place(group) for group in groups})
 
     def _tree(self, leaves: Iterable[tuple[Parameter, Any]]) -> dict[str, Any]:
         """The tree of values as Flax has them; experts' are stacked."""
@@ -558,7 +569,7 @@ def stacked(leaves: list[Any]) -> Any:
 
 def to_numpy(parameter: Parameter, leaf: jax.Array) -> np.ndarray:
     """The parameter in a leaf as it is on disk: a copy of a linear weight, the leaf's own memory for the rest."""
-    array = to_host(leaf) if parameter.stack is None else to_host(leaf)[parameter.stack[1]]
+    array = to_host(leaf, _expert(parameter))
     return aligned_copy(array, transposed=True) if parameter.kind == "linear" else array
 
 

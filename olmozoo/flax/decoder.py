@@ -34,11 +34,13 @@ class Layers(nn.Module):
     dtype: Any
     param_dtype: Any
     gradient_checkpointing: bool
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         block = nn.remat(self.block, static_argnums=5) if self.gradient_checkpointing else self.block  # deterministic
         types = (self.config, self.dtype, self.param_dtype)
-        self.blocks = [block(*types, layer, name=str(layer)) for layer in range(self.config.num_hidden_layers)]
+        mesh = {"mesh": self.mesh} if hasattr(self.block, "mesh") else {}  # of a block with a mixture of experts
+        self.blocks = [block(*types, layer, **mesh, name=str(layer)) for layer in range(self.config.num_hidden_layers)]
 
 
 class DecoderModule(nn.Module):

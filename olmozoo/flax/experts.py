@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
 
 from olmozoo.families.olmoe import ExpertsConfig
 from olmozoo.flax.layers import ACTIVATIONS, at_least_float32
@@ -30,6 +31,7 @@ class SparseMLP(nn.Module):
     config: ExpertsConfig
     dtype: Any
     param_dtype: Any
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -38,15 +40,78 @@ class SparseMLP(nn.Module):
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
         """Return the outputs (b, s, c) for x (b, s, c), and the router's logits (b * s, e)."""
-        count, chosen = self.config.num_experts, self.config.num_experts_per_tok
         tokens = x.reshape(-1, x.shape[-1])  # (n, c)
         logits = self.gate(tokens)
-        weights, experts = route(logits, chosen, self.config.norm_topk_prob)
-        order = experts.reshape(-1).argsort()  # (m,), stable
-        sizes = jnp.bincount(experts.reshape(-1), length=count).astype(jnp.int32)  # rows of each expert
-        out = self.experts(tokens[order // chosen], sizes)[order.argsort()]  # (m, c), by token again
-        out = jnp.einsum("nkc,nk->nc", out.reshape(-1, chosen, x.shape[-1]), weights)
+        if self.mesh is None:
+            out = mixture(tokens, logits, self.experts, self.config)
+        else:
+            mixed = split_mixture(self.mesh, self.config, len(x))
+            out = mixed(tokens.astype(self.dtype), logits, *self.experts.kernels())
         return out.reshape(x.shape), logits
+
+
+def mixture(
+    tokens: Array,
+    logits: Array,
+    experts: Callable[[Array, Array], Array],
+    config: ExpertsConfig,
+    first: int | Array = 0,
+    count: int | None = None,
+) -> Array:
+    """The sums (n, c) of the outputs of experts of each token.
+
+    Args:
+        tokens: (n, c).
+        logits: (n, e), of the router.
+        experts: from rows (m, c) sorted by expert, and the numbers of rows of each, to outputs (m, c).
+        config: of the model.
+        first: the first expert that counts.
+        count: how many of them count; default all.
+    """
+    chosen = config.num_experts_per_tok
+    weights, indices = route(logits, chosen, config.norm_topk_prob)
+    numbers = (indices.reshape(-1) - first) % config.num_experts  # (m,)
+    order = numbers.argsort()  # stable; the experts that count come first
+    sizes = jnp.bincount(numbers, length=config.num_experts).astype(jnp.int32)[:count]  # rows of each expert
+    out = experts(tokens[order // chosen], sizes)
+    if count is not None:  # the rows of other experts
+        out = jnp.where(jnp.arange(len(order))[:, None] < sizes.sum(), out, 0)
+    out = out[order.argsort()]  # (m, c), by token again
+    return jnp.einsum("nkc,nk->nc", out.reshape(-1, chosen, tokens.shape[-1]), weights)
+
+
+def split_mixture(mesh: Mesh, config: ExpertsConfig, rows: int) -> Callable[..., Array]:
+    """`mixture` of a mesh, as a function of tokens, logits and the kernels of `Experts`.
+
+    Each device computes its experts, and of each its part of the MLP, on the tokens of its rows. What is gathered are
+    the parts of the kernels along `fsdp`; the outputs are added up along `experts` and `tensor`.
+
+    Args:
+        mesh: the devices.
+        config: of the model.
+        rows: of the batch; where `fsdp` does not divide them, each device has the tokens of all.
+    """
+    own, inner = (axis if axis in mesh.shape else None for axis in ("experts", "tensor"))
+    of_rows = PartitionSpec("fsdp" if rows % mesh.shape.get("fsdp", rows + 1) == 0 else None)
+    wide, narrow = PartitionSpec(own, None, inner), PartitionSpec(own, inner)
+
+    def part(tokens: Array, logits: Array, *kernels: Array) -> Array:
+        count = len(kernels[0])
+        first = 0 if own is None else lax.axis_index(own) * count
+        experts = partial(gated_mlps, kernels, ACTIVATIONS[config.hidden_act])
+        out = mixture(tokens, logits, experts, config, first, count)
+        return lax.psum(out, tuple(axis for axis in (own, inner) if axis is not None))
+
+    # Loops start from zeros, which are the same on all devices, and end with values that are not: JAX would refuse it.
+    return jax.shard_map(
+        part, mesh=mesh, in_specs=(of_rows, of_rows, wide, wide, narrow), out_specs=of_rows, check_vma=False
+    )
+
+
+def gated_mlps(kernels: tuple[Array, ...], act: Callable[[Array], Array], rows: Array, sizes: Array) -> Array:
+    """`Experts` as a function of its kernels."""
+    gate, up, down = kernels
+    return grouped_product(act(grouped_product(rows, gate, sizes)) * grouped_product(rows, up, sizes), down, sizes)
 
 
 def route(logits: Array, chosen: int, normalized: bool) -> tuple[Array, Array]:
@@ -74,33 +139,42 @@ class Experts(nn.Module):
 
     def setup(self) -> None:
         linear = partial(ExpertLinear, self.config.num_experts, dtype=self.dtype, param_dtype=self.param_dtype)
-        self.gate_proj = linear(self.config.intermediate_size)
-        self.up_proj = linear(self.config.intermediate_size)
-        self.down_proj = linear(self.config.hidden_size)
+        hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        self.gate_proj = linear(hidden, inner)
+        self.up_proj = linear(hidden, inner)
+        self.down_proj = linear(inner, hidden)
         self.act = ACTIVATIONS[self.config.hidden_act]
 
     def __call__(self, rows: Array, sizes: Array) -> Array:
         """Rows (m, c), the first `sizes[0]` of them for expert 0, the next `sizes[1]` for expert 1, ..."""
         return self.down_proj(self.act(self.gate_proj(rows, sizes)) * self.up_proj(rows, sizes), sizes)
 
+    def kernels(self) -> tuple[Array, Array, Array]:
+        """The kernels (e, in, out) of `gate_proj`, `up_proj` and `down_proj`."""
+        return self.gate_proj.kernel, self.up_proj.kernel, self.down_proj.kernel
+
 
 class ExpertLinear(nn.Module):
     """A linear layer of each expert, their kernels (e, in, out) stacked."""
 
     experts: int
+    inputs: int
     features: int
     dtype: Any
     param_dtype: Any
 
-    @nn.compact
+    def setup(self) -> None:
+        self.quantized = self.has_variable("params", "values")  # integers: see `olmozoo.flax.quantization`
+        if not self.quantized:
+            shape = (self.experts, self.inputs, self.features)
+            self.kernel = self.param("kernel", nn.initializers.lecun_normal(batch_axis=0), shape, self.param_dtype)
+
     def __call__(self, rows: Array, sizes: Array) -> Array:
         rows = rows.astype(self.dtype)
-        if self.has_variable("params", "values"):  # integers: see `olmozoo.flax.quantization`
+        if self.quantized:
             parts = (self.get_variable("params", name) for name in ("values", "scale", "zero"))
             return integer_product(rows, *parts, sizes)
-        shape = (self.experts, rows.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(batch_axis=0), shape, self.param_dtype)
-        return grouped_product(rows, kernel, sizes)
+        return grouped_product(rows, self.kernel, sizes)
 
 
 @jax.custom_vjp

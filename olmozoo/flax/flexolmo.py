@@ -12,6 +12,7 @@ from typing import Any
 
 from flax import linen as nn
 from jax import Array
+from jax.sharding import Mesh
 
 from olmozoo.families.flexolmo import FlexOlmoConfig
 from olmozoo.flax.decoder import Decoder
@@ -28,11 +29,12 @@ class FlexOlmoBlock(nn.Module):
     dtype: Any
     param_dtype: Any
     layer: int
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         config, types = self.config, (self.dtype, self.param_dtype)
         self.self_attn = Olmo2Attention(config, *types)
-        self.mlp = SparseMLP(config, *types)
+        self.mlp = SparseMLP(config, *types, self.mesh)
         self.post_attention_layernorm = RMSNorm(config.rms_norm_eps, self.param_dtype)
         self.post_feedforward_layernorm = RMSNorm(config.rms_norm_eps, self.param_dtype)
 

@@ -89,7 +89,8 @@ class Olmo2Module(DecoderModule):
     def setup(self) -> None:
         config = self.config
         self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size, param_dtype=self.param_dtype)
-        self.layers = Layers(self.block, config, self.dtype, self.param_dtype, self.gradient_checkpointing)
+        types = (self.dtype, self.param_dtype)
+        self.layers = Layers(self.block, config, *types, self.gradient_checkpointing, self.mesh)
         self.norm = RMSNorm(config.rms_norm_eps, self.param_dtype)
         self.rope = config.rope()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from flax import linen as nn
 from jax import Array
+from jax.sharding import Mesh
 
 from olmozoo.families.olmoe import OlmoeConfig
 from olmozoo.flax.decoder import Decoder
@@ -39,11 +40,12 @@ class OlmoeBlock(nn.Module):
     dtype: Any
     param_dtype: Any
     layer: int
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         config, types = self.config, (self.dtype, self.param_dtype)
         self.self_attn = OlmoeAttention(config, *types)
-        self.mlp = SparseMLP(config, *types)
+        self.mlp = SparseMLP(config, *types, self.mesh)
         self.input_layernorm = RMSNorm(config.rms_norm_eps, self.param_dtype)
         self.post_attention_layernorm = RMSNorm(config.rms_norm_eps, self.param_dtype)
 

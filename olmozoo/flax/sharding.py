@@ -3,12 +3,14 @@
     mesh = make_mesh(fsdp=4, tensor=2)
     model = FlaxOlmo2ForCausalLM.from_pretrained(folder, mesh=mesh)
 
-The compiler inserts the communication. `shardings` places the parameters. `constrain` splits the hidden states after
-each block by rows; without it the compiler may compute every row on every device.
+The compiler inserts the communication, but for that of experts (see `olmozoo.flax.experts`). `shardings` places the
+parameters. `constrain` splits the hidden states after each block by rows; without it the compiler may compute every row
+on every device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,21 +26,28 @@ from olmozoo.families.parameter import Head
 from olmozoo.sharding import layout
 
 
-def make_mesh(fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
-    """A mesh whose axes are `fsdp` and `tensor`, both of type Auto: the compiler decides about all other arrays.
+def make_mesh(fsdp: int = 1, tensor: int = 1, devices: Any = None, *, experts: int = 1) -> Mesh:
+    """A mesh with the axes `fsdp` and `tensor`, and `experts` where it has more than one device.
+
+    All are of type Auto: the compiler decides about all other arrays.
 
     Args:
         fsdp: the number of devices that parameters and the batch are split over.
         tensor: the number of devices that heads, the MLP and the vocabulary are split over.
         devices: default all of JAX's, of every process.
+        experts: the number of devices that the experts of a mixture are split over.
 
     Raises:
-        InputError: there are not `fsdp * tensor` devices.
+        InputError: there are not `fsdp * tensor * experts` devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    if fsdp < 1 or tensor < 1 or fsdp * tensor != len(devices):
-        raise InputError(f"fsdp = {fsdp} and tensor = {tensor} make {fsdp * tensor} devices, expected {len(devices)}")
-    return jax.make_mesh((fsdp, tensor), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    sizes = {"fsdp": fsdp, "tensor": tensor} | ({} if experts == 1 else {"experts": experts})
+    count = math.prod(sizes.values())
+    if min(sizes.values()) < 1 or count != len(devices):
+        given = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+        raise InputError(f"{given} make {count} devices, expected {len(devices)}")
+    kinds = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
 
 
 def check_mesh(mesh: Mesh) -> Mesh:
@@ -59,6 +68,8 @@ def check_mesh(mesh: Mesh) -> Mesh:
 def parameter_shardings(config: ModelConfig, head: Head | None, mesh: Mesh) -> dict[str, NamedSharding]:
     """Where each parameter goes, by canonical name; linear weights are (in, out) here.
 
+    That of an expert is the one of the variable of all of a layer's, (experts, in, out).
+
     Raises:
         InputError: the mesh does not fit the model; every problem is named.
     """
@@ -66,9 +77,11 @@ def parameter_shardings(config: ModelConfig, head: Head | None, mesh: Mesh) -> d
     shardings = {}
     for name, place in places.items():
         axes = [axes[0] if axes else None for axes in place.split]
-        shardings[name] = NamedSharding(
-            mesh, PartitionSpec(*(axes[::-1] if place.parameter.kind == "linear" else axes))
-        )
+        if place.parameter.kind == "linear":
+            axes.reverse()
+        if place.parameter.stack is not None:
+            axes.insert(0, None if place.owner is None else "experts")
+        shardings[name] = NamedSharding(mesh, PartitionSpec(*axes))
     return shardings
 
 
@@ -139,11 +152,16 @@ def from_slices(
     return jax.make_array_from_callback(shape, sharding, part, dtype=dtype)
 
 
-def to_host(x: Any) -> np.ndarray:
-    """The whole array in NumPy, also where other processes have parts of it; they all have to call this."""
+def to_host(x: Any, index: int | None = None) -> np.ndarray:
+    """The whole array in NumPy, also where other processes have parts of it; they all have to call this.
+
+    Args:
+        x: the array.
+        index: gather and return one entry of the first dimension alone; default all.
+    """
     if isinstance(x, Array) and not x.is_fully_addressable and not x.is_fully_replicated:
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    return np.asarray(x)
+        return np.asarray(multihost_utils.process_allgather(x if index is None else x[index], tiled=True))
+    return np.asarray(x) if index is None else np.asarray(x)[index]
 
 
 def agree(right: bool) -> bool:

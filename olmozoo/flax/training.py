@@ -22,7 +22,7 @@ from olmozoo.checkpoint.tensors import aligned_copy
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter, by_variable, stack_indices
 from olmozoo.flax.base import from_numpy, oriented, stacked
-from olmozoo.flax.losses import target_losses
+from olmozoo.flax.losses import load_balancing_loss, target_losses
 from olmozoo.flax.sharding import batch_sharding, from_slices, make_mesh, optimizer_shardings, replicated, to_host
 from olmozoo.quantization import Quantization, is_quantizable, rounded
 from olmozoo.world import World, mesh_of_run
@@ -52,7 +52,7 @@ def scope(run: TrainConfig, choose_device: Callable[[], Any]) -> Iterator[World]
         found = f"JAX has {len(devices)} of this kind"
         sizes = mesh_of_run(run.mesh, len(devices), found, whole=size > 1)
         devices = devices[: math.prod(sizes.values())]
-        mesh = make_mesh(sizes.get("fsdp", 1), sizes.get("tensor", 1), devices) if sizes else None
+        mesh = make_mesh(**sizes, devices=devices) if sizes else None
         wide = jax.enable_x64(True) if run.precision == "fp64" else contextlib.nullcontext()
         with jax.default_device(device if mesh is None else None), wide:
             yield World(device, sizes, mesh, jax.process_index(), size, multihost_utils.process_allgather)
@@ -166,6 +166,7 @@ class TrainStep:
         ids: Array,
         targets: Array,
         mask: Array | None,
+        counted: Array | None,
         divisor: Array,
         share: Array,
         seed: Array,
@@ -179,7 +180,10 @@ class TrainStep:
                 {"params": tree}, ids, mask, use_cache=False, deterministic=False, rngs={"dropout": key}, **inputs
             )
             cross_entropy, z = (rows.sum() for rows in target_losses(output.logits, targets, z_factor > 0))
-            aux = output.aux_loss * share if self.aux_factor else jnp.zeros_like(z)
+            aux = jnp.zeros_like(z)
+            if self.aux_factor:
+                chosen = self.model.config.num_experts_per_tok
+                aux = load_balancing_loss(output.router_logits, counted, chosen) * share
             return (cross_entropy + z_factor * z) / divisor + self.aux_factor * aux, (cross_entropy, z, aux)
 
         grads, sums = jax.grad(loss_of, has_aux=True)(params)
@@ -217,7 +221,8 @@ class TrainStep:
         """
         dtype = self.params[0].dtype
         numbers = np.asarray(divisor, dtype), np.asarray(batch.share, dtype), np.uint32(seed)
-        grads, cross_entropy, z, aux = self._gradients(self.params, self.frozen, *self._arrays(batch), *numbers)
+        arrays = *self._arrays(batch), self._counted(batch)
+        grads, cross_entropy, z, aux = self._gradients(self.params, self.frozen, *arrays, *numbers)
         self.grads = grads if self.grads is None else self._add(self.grads, grads)
         return cross_entropy, z, aux
 
@@ -237,16 +242,20 @@ class TrainStep:
         """The summed cross-entropy of each row, (batch,)."""
         return np.asarray(self._losses(self.params, self.frozen, *self._arrays(batch)))[: len(batch.indices)]
 
+    def _array(self, values: np.ndarray | None) -> Any:
+        mesh = self.world.mesh
+        if mesh is None or values is None:
+            return None if values is None else jnp.asarray(values)
+        return from_slices(values.shape, values.dtype, batch_sharding(mesh), lambda part: values[part])
+
     def _arrays(self, batch: Batch) -> tuple[Array, Array, Array | None]:
-        batch, mesh = batch.padded(self.world.rows), self.world.mesh
+        batch = batch.padded(self.world.rows)
+        return self._array(batch.input_ids), self._array(batch.targets), self._array(batch.attention_mask)
 
-        def array(values: np.ndarray) -> Array:
-            if mesh is None:
-                return jnp.asarray(values)
-            return from_slices(values.shape, values.dtype, batch_sharding(mesh), lambda part: values[part])
-
-        mask = None if batch.attention_mask is None else array(batch.attention_mask)
-        return array(batch.input_ids), array(batch.targets), mask
+    def _counted(self, batch: Batch) -> Array | None:
+        """The tokens of the load-balancing loss; None for all, and where there is none."""
+        counted: Array | None = self._array(batch.padded(self.world.rows).counted) if self.aux_factor else None
+        return counted
 
     @contextlib.contextmanager
     def rounded(self, quantization: Quantization) -> Iterator[None]:

@@ -18,22 +18,27 @@ from olmozoo.checkpoint.tensors import LazyIntegers, check_shapes, dtype_of
 from olmozoo.checkpoint.writer import save_checkpoint, save_together
 from olmozoo.errors import InputError, raise_problems
 from olmozoo.families.config import ModelConfig
-from olmozoo.families.parameter import Parameter
+from olmozoo.families.parameter import Parameter, by_variable
 from olmozoo.generation.config import GenerationConfig
 from olmozoo.modeling import ModelMixin, given_dtype, given_quantization, resized_config, split_options
 from olmozoo.outputs import OUTPUTS
 from olmozoo.pt.cache import KVCache
+from olmozoo.pt.experts import SplitExperts, Stack
 from olmozoo.pt.parallel import (
     ACCELERATE,
     dispatch,
+    empty_part,
+    expert_of,
     highest,
     is_first,
     is_split,
+    local,
     local_part,
     mesh_sizes,
     parallelize,
     reshard,
     root_mesh,
+    write_expert,
 )
 from olmozoo.pt.quantization import QuantizedLinear
 from olmozoo.quantization import GROUP_SIZE, QuantizedTensor, as_floats
@@ -109,7 +114,7 @@ class PreTrainedModel(ModelMixin, nn.Module):
             dtype: of the parameters; default the checkpoint's own.
             ignore_mismatched_sizes: start tensors of a wrong shape anew, with a warning, rather than refuse.
             device: where the parameters go; default torch's default device.
-            device_mesh: the devices that the model is split over, with dimensions named `fsdp` or `tensor`, or both;
+            device_mesh: the devices that the model is split over, with dimensions named `fsdp`, `tensor` or `experts`;
                 each rank reads its own parts alone. See `olmozoo.pt.parallel`.
             device_map: a device, or "auto" for an accelerator if there is one. With several devices or `max_memory`,
                 blocks are spread over the devices by accelerate; also "balanced", "balanced_low_0", "sequential", or a
@@ -257,9 +262,18 @@ class PreTrainedModel(ModelMixin, nn.Module):
             dtype: what parts are cast to.
             copy: whether parts are copied where they have that dtype already.
         """
+
+        def convert(part: Array) -> Tensor:
+            return from_numpy(part.astype(dtype, copy=copy))
+
         for parameter, array in items:
-            part = local_part(self._find(parameter), array, lambda x: from_numpy(x.astype(dtype, copy=copy)))
-            self._bind(parameter, part)
+            stack = self._stack(parameter)
+            if stack is None:
+                self._bind(parameter, local_part(self._find(parameter), array, convert))
+                continue
+            if local(stack.weight).is_meta:
+                stack.weight = nn.Parameter(empty_part(stack.weight, getattr(torch, dtype_of(dtype).name)))
+            write_expert(stack.weight, parameter.stack[1], array, convert)
         self.tie_weights()
 
     def read_parameters(self) -> Iterator[tuple[Parameter, Array | QuantizedTensor]]:
@@ -279,10 +293,10 @@ class PreTrainedModel(ModelMixin, nn.Module):
         Raises:
             InputError: they are not; every problem is named.
         """
-        expected = {".".join(self._parameter_path(parameter)): parameter.shape for parameter in self._parameter_table()}
-        table = self._parameter_table()
-        integers = [".".join(self._parameter_path(p)) for p in table if self._quantized(p)]
-        expected = {name: shape for name, shape in expected.items() if name not in integers}
+        table = [parameter for parameter in self._parameter_table() if not self._quantized(parameter)]
+        expected = {".".join(self._parameter_path(p)): p.shape for p in table if self._stack(p) is None}
+        for group in by_variable(p for p in table if self._stack(p) is not None):
+            expected[".".join(self._variable_path(group[0]))] = (len(group), *group[0].shape)
         bound = {name: self.get_parameter(name) for name in expected}
         known = {id(tensor) for tensor in bound.values()}
         others = {name: tensor for name, tensor in self.named_parameters() if id(tensor) not in known}
@@ -304,6 +318,8 @@ class PreTrainedModel(ModelMixin, nn.Module):
 
     def _quantized(self, parameter: Parameter) -> QuantizedLinear | None:
         """The layer of a quantized weight."""
+        if self._stack(parameter) is not None:
+            return None
         layer = self.get_submodule(".".join(self._parameter_path(parameter)[:-1]))
         return layer if parameter.kind == "linear" and isinstance(layer, QuantizedLinear) else None
 
@@ -311,7 +327,18 @@ class PreTrainedModel(ModelMixin, nn.Module):
         layer = self._quantized(parameter)
         return None if layer is None else LazyIntegers(layer.scheme, layer.scale_dtype, layer.tensor)
 
-    def _find(self, parameter: Parameter) -> nn.Parameter:
+    def _stack(self, parameter: Parameter) -> Stack | None:
+        """The module with the weights of all experts of a layer, where a mesh splits them."""
+        if parameter.stack is None:
+            return None
+        *path, name, _ = self._variable_path(parameter)
+        experts = self.get_submodule(".".join(path))
+        return getattr(experts, name) if isinstance(experts, SplitExperts) else None
+
+    def _find(self, parameter: Parameter) -> Tensor:
+        stack = self._stack(parameter)
+        if stack is not None and parameter.stack is not None:
+            return expert_of(stack.weight, parameter.stack[1])
         return self.get_parameter(".".join(self._parameter_path(parameter)))
 
     def _bind(self, parameter: Parameter, tensor: Tensor) -> None:

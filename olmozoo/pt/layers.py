@@ -62,12 +62,17 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not takes_onednn(x, self.weight):
-            return F.linear(x, self.weight, self.bias)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            out = Product.apply(x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
-            return out if self.bias is None else out + self.bias
-        return product(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, by the faster of the two."""
+    if not takes_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        out = Product.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+        return out if bias is None else out + bias
+    return product(x, weight, bias)
 
 
 class Product(torch.autograd.Function):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -87,7 +90,9 @@ def add_router_loss(
         result.loss = result.loss + config.router_aux_loss_coef * result.aux_loss.to(result.loss.dtype)
 
 
-def load_balancing_loss(router_logits: tuple[Tensor, ...], real: Tensor | None, chosen: int) -> Tensor:
+def load_balancing_loss(
+    router_logits: tuple[Tensor, ...], real: Tensor | None, chosen: int, group: Any = None
+) -> Tensor:
     """`experts * sum_e f_e P_e` (arXiv:2101.03961, equation 4), over the real tokens of all layers together.
 
     f_e is the share of tokens that are sent to expert e, and P_e its mean probability. Where all experts have equal
@@ -97,6 +102,8 @@ def load_balancing_loss(router_logits: tuple[Tensor, ...], real: Tensor | None, 
         router_logits: one tensor a layer, (b * s, experts).
         real: (b, s), 1 for tokens that count; None for all.
         chosen: experts a token is sent to.
+        group: ranks of `torch.distributed` whose tokens count too. Each returns its part of the loss, which is their
+            sum; so are the gradients.
     """
     logits = torch.cat([layer.to(router_logits[0].device) for layer in router_logits])  # (layers * b * s, e)
     probabilities = logits.to(at_least_float32(logits.dtype)).softmax(-1)
@@ -105,5 +112,9 @@ def load_balancing_loss(router_logits: tuple[Tensor, ...], real: Tensor | None, 
         weights = torch.ones_like(probabilities[:, 0])
     else:
         weights = real.to(probabilities).flatten().repeat(len(router_logits))
-    count = weights.sum().clamp(min=1)
-    return logits.shape[-1] * ((weights @ sent / count) * (weights @ probabilities / count)).sum()
+    sent, count = weights @ sent, weights.sum()  # which have no gradient
+    if group is not None:
+        dist.all_reduce(sent, group=group)
+        dist.all_reduce(count, group=group)
+    count = count.clamp(min=1)
+    return logits.shape[-1] * ((sent / count) * (weights @ probabilities / count)).sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,17 @@ from olmozoo.errors import InputError, MissingBackendError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.parameter import Parameter
 from olmozoo.pt.base import from_numpy, to_numpy
-from olmozoo.pt.losses import target_losses
-from olmozoo.pt.parallel import copies, is_split, local, local_part, parallelize, sum_gradients
+from olmozoo.pt.losses import load_balancing_loss, target_losses
+from olmozoo.pt.parallel import (
+    copies,
+    expert_of,
+    is_split,
+    local,
+    local_part,
+    parallelize,
+    sum_gradients,
+    write_expert,
+)
 from olmozoo.quantization import Quantization, is_quantizable, rounded
 from olmozoo.world import World, mesh_of_run
 
@@ -118,15 +128,24 @@ class TrainStep:
     def __init__(
         self, model: Any, trained: Sequence[Parameter], decays: Sequence[float], config: TrainConfig, world: World
     ) -> None:
-        self.model, self.names = model, [parameter.name for parameter in trained]
-        self.config, self.world = config, world
+        self.model, self.config, self.world = model, config, world
+        self.names = [parameter.name for parameter in trained]
+        # Of an expert that has one parameter with others of its layer, its index there.
+        self.experts = [p.stack[1] if p.stack and self._is_stacked(p) else None for p in trained]
         self.aux_factor = getattr(model.config, "router_aux_loss_coef", 0.0)
         self.group = world.mesh.get_group("fsdp") if world.rows > 1 else None  # of those with other rows
         self.part = world.mesh.get_local_rank("fsdp") if world.rows > 1 else 0
         if config.lora is not None:
             add_adapters(model, trained, config)
         found = dict(model.named_parameters(remove_duplicate=False))
-        self.parameters: list[nn.Parameter] = [found[self._path(name)] for name in self.names]
+        paths = [self._path(p) for p in trained]
+        self.parameters: list[nn.Parameter] = [found[path] for path in paths]
+        for path, count in Counter(path for path, e in zip(paths, self.experts, strict=True) if e is not None).items():
+            if count < len(found[path]):
+                raise InputError(
+                    f"{count} of the {len(found[path])} experts of {path} are trained, expected all or none in PyTorch "
+                    "on a mesh with tensor or experts, where they are one parameter"
+                )
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in self.parameters:
@@ -134,8 +153,9 @@ class TrainStep:
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable()
         settings = config.optimizer
+        decay_of = dict(zip(self.parameters, decays, strict=True))  # the experts of a layer have the same
         groups = [
-            {"params": [p for p, d in zip(self.parameters, decays, strict=True) if d == decay], "weight_decay": decay}
+            {"params": [p for p, d in decay_of.items() if d == decay], "weight_decay": decay}
             for decay in sorted(set(decays))
         ]
         beta_1, beta_2 = settings.betas
@@ -145,8 +165,14 @@ class TrainStep:
         else:
             self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(beta_1, beta_2), eps=settings.eps, fused=True)
 
-    def _path(self, name: str) -> str:
+    def _is_stacked(self, parameter: Parameter) -> bool:
+        return self.world.mesh is not None and self.model._stack(parameter) is not None
+
+    def _path(self, parameter: Parameter) -> str:
         """The name of a parameter in the module; PEFT calls its adapters by one more name."""
+        name = parameter.name
+        if parameter.stack is not None and self._is_stacked(parameter):
+            return parameter.stack[0]
         for factor in ("lora_A", "lora_B"):
             name = name.replace(f".{factor}.", f".{factor}.default.")
         return name
@@ -177,31 +203,36 @@ class TrainStep:
         self.model.train()
         torch.manual_seed(seed + self.part)
         z_factor = self.config.z_factor
-        batch = batch.rows_for(self.part, self.world.rows)
+        share, batch = batch.share, batch.rows_for(self.part, self.world.rows)
         targets = torch.from_numpy(batch.targets).to(self.model.device)
         output = self._outputs(batch, **({"output_router_logits": True} if self.aux_factor else {}))
         cross_entropy, z = (rows.sum() for rows in target_losses(output.logits, targets, z_factor > 0))
-        aux = output.aux_loss * batch.share if self.aux_factor else torch.zeros_like(z)
+        aux = self._balance(output.router_logits, batch) * share if self.aux_factor else torch.zeros_like(z)
         ((cross_entropy + z_factor * z) / divisor + self.aux_factor * aux).backward()
         sums = torch.stack([each.detach().to(z.dtype) for each in (cross_entropy, z, aux)])
         if self.group is not None:
             dist.all_reduce(sums, group=self.group)
         return sums[0], sums[1], sums[2]
 
+    def _balance(self, router_logits: tuple[Tensor, ...], batch: Batch) -> Tensor:
+        """This process's part of the load-balancing loss of all rows, given its own."""
+        counted = None if batch.counted is None else torch.from_numpy(batch.counted).to(self.model.device)
+        return load_balancing_loss(router_logits, counted, self.model.config.num_experts_per_tok, self.group)
+
     def norms(self) -> np.ndarray:
         """The norm of each parameter's gradient."""
         if self.world.mesh is None:
             return torch.stack([parameter.grad.norm() for parameter in self.parameters]).cpu().numpy()
-        grads = [parameter.grad for parameter in self.parameters]
-        squares = torch.stack([local(grad).norm().double().square() / copies(grad) for grad in grads])
+        grads = [(parameter.grad, expert) for parameter, expert in zip(self.parameters, self.experts, strict=True)]
+        squares = torch.stack([local(*each).norm().double().square() / copies(each[0]) for each in grads])
         dist.all_reduce(squares)
         return squares.sqrt().cpu().numpy()
 
     def update(self, learning_rate: float, scales: np.ndarray | None) -> None:
         """Update the parameters by their gradients, each times its scale, and forget the gradients."""
         if scales is not None:
-            for parameter, scale in zip(self.parameters, scales.tolist(), strict=True):
-                parameter.grad.mul_(scale)
+            for parameter, expert, scale in zip(self.parameters, self.experts, scales.tolist(), strict=True):
+                local(parameter.grad, expert).mul_(scale)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -259,27 +290,33 @@ class TrainStep:
 
     def values(self) -> Iterator[tuple[str, np.ndarray]]:
         """The trained parameters by name, each gathered by all processes."""
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            yield name, to_numpy(parameter)
+        for name, parameter, expert in zip(self.names, self.parameters, self.experts, strict=True):
+            yield name, to_numpy(parameter if expert is None else expert_of(parameter, expert))
 
     def moments(self) -> Iterator[tuple[str, np.ndarray]]:
         """The optimizer's running means, by names such as `exp_avg.model.norm.weight`; none before the first step."""
         for moment in self.config.optimizer.moments:
-            for name, parameter in zip(self.names, self.parameters, strict=True):
+            for name, parameter, expert in zip(self.names, self.parameters, self.experts, strict=True):
                 if self.optimizer.state[parameter]:
-                    yield f"{moment}.{name}", to_numpy(self.optimizer.state[parameter][moment])
+                    mean = self.optimizer.state[parameter][moment]
+                    yield f"{moment}.{name}", to_numpy(mean if expert is None else expert_of(mean, expert))
 
     def restore(self, values: Mapping[str, np.ndarray], moments: Mapping[str, np.ndarray], count: int) -> None:
         """Set trained parameters and the optimizer's running means, after `count` of its updates."""
-        for name, parameter in zip(self.names, self.parameters, strict=True):
+        for name, parameter, expert in zip(self.names, self.parameters, self.experts, strict=True):
             if name in values:
                 parameter.data.copy_(from_numpy(values[name]))
             if not moments:
                 continue
-            state: dict[str, Any] = {"step": torch.tensor(float(count), device=parameter.device)}
+            state = self.optimizer.state[parameter]
+            state["step"] = torch.tensor(float(count), device=parameter.device)
             for moment in self.config.optimizer.moments:
-                state[moment] = _like(parameter, moments[f"{moment}.{name}"])
-            self.optimizer.state[parameter] = state
+                mean = moments[f"{moment}.{name}"]
+                if expert is None:
+                    state[moment] = _like(parameter, mean)
+                else:
+                    state.setdefault(moment, torch.zeros_like(parameter.detach()))
+                    write_expert(state[moment], expert, mean, from_numpy)
 
 
 def _like(parameter: Tensor, values: np.ndarray) -> Tensor:

@@ -33,14 +33,14 @@ def scope(run: TrainConfig, choose_device: Callable[[], str | None]) -> Iterator
     """What training runs in: a device, or a `MirroredStrategy` over several, each of which has the whole model.
 
     Raises:
-        InputError: the mesh of the run has another number of devices, or an axis `tensor`.
+        InputError: the mesh of the run has another number of devices, or another axis than `fsdp`.
     """
     device = choose_device()
     on_cpu = "CPU" in device if device else not tf.config.list_logical_devices("GPU")
     devices = [found.name for found in tf.config.list_logical_devices("CPU" if on_cpu else "GPU")]
     sizes = mesh_of_run(run.mesh, len(devices), f"TensorFlow has {len(devices)} of this kind", whole=False)
-    if "tensor" in sizes:
-        raise InputError("mesh.tensor is for PyTorch and JAX: in Keras every device has the whole model")
+    if others := [axis for axis in sizes if axis != "fsdp"]:
+        raise InputError(f"mesh.{others[0]} is for PyTorch and JAX: in Keras every device has the whole model")
     if not sizes:
         with tf.device(device):
             yield World(device)

@@ -21,9 +21,9 @@ from typing import Any
 from olmozoo.errors import ConfigError, MissingBackendError, raise_problems
 from olmozoo.families.config import read_yaml
 from olmozoo.quantization import GROUP_SIZE, NAMES
+from olmozoo.sharding import MESH_AXES
 from olmozoo.training.schedules import SCHEDULES
 from olmozoo.typing import StrPath
-from olmozoo.world import AXES
 
 OPTIMIZERS = {"adamw": ("exp_avg", "exp_avg_sq"), "lionw": ("exp_avg",)}  # and the running means of each
 PRECISIONS = ("fp32", "amp_bf16", "fp64")
@@ -202,8 +202,9 @@ class TrainConfig:
         device: default an accelerator if there is one.
         mesh: the number of devices by axis, as {fsdp: 4, tensor: 2}: along `fsdp` the rows of a batch are split, and in
             PyTorch and JAX the storage of weights and optimizer; along `tensor`, not in Keras, heads, the MLP and the
-            vocabulary. `fsdp` is by default all devices that `tensor` leaves. Default all processes of torchrun or
-            `jax.distributed`, and one device where there is one process. Losses and weights are the same on any mesh.
+            vocabulary; along `experts`, not in Keras, the experts of a mixture. `fsdp` is by default all devices that
+            the others leave. Default all processes of torchrun or `jax.distributed`, and one device where there is one
+            process. Losses and weights are the same on any mesh.
         precision: "fp32"; "amp_bf16", which computes in bfloat16 with weights in float32; or "fp64".
         amp_on_cpu: whether "amp_bf16" computes in bfloat16 on the CPU too. AI2's trainer does not.
         load_path: a model's folder or repository in any format that is read, a checkpoint of AI2's trainer or of
@@ -230,7 +231,8 @@ class TrainConfig:
         early_stopping_factor: stop where the loss is more than this times the least one so far.
         global_train_batch_size: instances in a step, of all devices together; `fsdp` of the mesh divides it.
         device_train_microbatch_size: instances at once on each device of `fsdp`; default all. It does not change the
-            gradient, but for that of the load-balancing loss of a mixture of experts, which is of each micro-batch.
+            gradient, but for that of the load-balancing loss of a mixture of experts, which is of each micro-batch:
+            the rows that all devices compute at once.
         loss_divisor: what the summed loss of a step is divided by: "targets", the tokens learned in it, or
             "positions", batch size times length, as AI2's trainer does.
         softmax_auxiliary_loss: whether the z-loss (arXiv:2204.02311) is added.
@@ -568,7 +570,7 @@ def check(config: TrainConfig, where: str = "the config") -> None:
         if value not in allowed
     ]
     mesh = config.mesh or {}
-    problems += [f"mesh has no axis {axis}: there are {' and '.join(AXES)}" for axis in mesh if axis not in AXES]
+    problems += [f"mesh has no axis {axis}: there are {', '.join(MESH_AXES)}" for axis in mesh if axis not in MESH_AXES]
     if not config.save_folder:
         problems.append("save_folder is not set")
     positive = {

@@ -30,7 +30,7 @@ class Batch:
     """Some instances, as the wings take them.
 
     Attributes:
-        indices: of the instances in the data, (batch,).
+        indices: of the instances in the data, (batch,); -1 for copies, see `padded`.
         input_ids: (batch, seq) int32.
         targets: (batch, seq) int32, the token after each position, or -100 where nothing is learned.
         attention_mask: (batch, seq) int32, 0 at tokens that are not seen; None where all are. Or (batch, 1, seq, seq)
@@ -55,6 +55,16 @@ class Batch:
         mask = self.attention_mask
         return int(mask.sum()) if mask is not None and mask.ndim == 2 else self.input_ids.size
 
+    @property
+    def counted(self) -> Array | None:
+        """(batch, seq) int32, 1 for the tokens of the load-balancing loss: those of `num_tokens`; None for all."""
+        mask = self.attention_mask
+        seen = mask if mask is not None and mask.ndim == 2 else None
+        copies = self.indices < 0
+        if not copies.any():
+            return seen
+        return np.where(copies[:, None], 0, np.ones_like(self.input_ids) if seen is None else seen)
+
     def split(self, size: int) -> Iterator[Batch]:
         """Micro-batches of at most `size` instances, in order."""
         for start in range(0, len(self.indices), size):
@@ -72,10 +82,10 @@ class Batch:
         rows = np.minimum(np.arange(count + missing), count - 1)
         targets = self.targets[rows]
         targets[count:] = IGNORED
+        indices = self.indices[rows]
+        indices[count:] = -1
         mask = None if self.attention_mask is None else self.attention_mask[rows]
-        return replace(
-            self, indices=self.indices[rows], input_ids=self.input_ids[rows], targets=targets, attention_mask=mask
-        )
+        return replace(self, indices=indices, input_ids=self.input_ids[rows], targets=targets, attention_mask=mask)
 
     def rows_for(self, part: int, parts: int) -> Batch:
         """The rows of one of `parts` devices, in order; see `padded`."""

@@ -41,8 +41,8 @@ def check_mesh(config: TrainConfig, model: ModelConfig, mesh: Mapping[str, int],
         raise InputError("lora in PyTorch is for one device: train it on one, or with --backend flax or tf")
     if checked_mesh(mesh) and (labels := [each.label for each in config.evaluators if each.quantization is not None]):
         raise InputError(f"evaluators: {labels[0]!r} has a quantization, which is for one device")
-    if checked_mesh(mesh) and isinstance(model, ExpertsConfig):
-        raise InputError(f"a model of type {model.model_type} has experts, which are trained on one device")
+    if checked_mesh(mesh) and wing == "tf" and isinstance(model, ExpertsConfig):
+        raise InputError(f"a model of type {model.model_type} has experts, which Keras trains on one device")
     if wing != "tf":  # where every device has the whole model
         layout(model, "causal_lm", mesh, style="pt" if wing == "pt" else "flax")
 

@@ -1,7 +1,8 @@
 """What `test_sharding.py` asserts, measured in a process with 8 devices."""
 
+import math
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -19,19 +20,35 @@ from tests.helpers.checkpoints import left_padded, write_checkpoint
 from tests.helpers.configs import CONFIGS
 from tests.helpers.processes import CountedFile, run
 
-MESHES = {"fsdp": (8, 1), "tensor": (1, 2), "both": (4, 2)}
+MESHES = {
+    "fsdp": {"fsdp": 8},
+    "tensor": {"tensor": 2},
+    "both": {"fsdp": 4, "tensor": 2},
+    "experts": {"experts": 4},
+    "experts-fsdp": {"experts": 2, "fsdp": 2},
+    "experts-tensor": {"experts": 2, "tensor": 2},
+    "all": {"fsdp": 2, "tensor": 2, "experts": 2},
+}
 SIZES = {"vocab_size": 64, "eos_token_id": None, "max_position_embeddings": 64}
 FAMILIES = {
     "olmo": CONFIGS["olmo-clip-tied"].replace(**SIZES),
     "olmo2": CONFIGS["olmo2"].replace(**SIZES, attention_bias=True),
     "opt": CONFIGS["opt-projected-post-norm"].replace(**SIZES, dropout=0.0),
+    "olmoe": CONFIGS["olmoe"].replace(**SIZES, num_experts=8, num_experts_per_tok=3, output_router_logits=True),
+    "flexolmo": CONFIGS["flexolmo-all"].replace(**SIZES, num_experts=6, output_router_logits=True),
 }
+EQUAL = {  # the meshes of each family
+    **dict.fromkeys(("olmo", "olmo2", "opt"), ("fsdp", "tensor", "both")),
+    "olmoe": ("both", "experts", "experts-fsdp", "experts-tensor"),
+    "flexolmo": ("all",),
+}
+TOKENS = {"olmo": "both", "olmo2": "both", "opt": "both", "olmoe": "experts-fsdp", "flexolmo": "all"}
 SETTINGS = {"max_new_tokens": 5}
 
 
 def mesh_of(name):
-    fsdp, tensor = MESHES[name]
-    return make_mesh(fsdp, tensor, jax.devices()[: fsdp * tensor])
+    sizes = MESHES[name]
+    return make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
 
 
 def difference(a, b):
@@ -42,12 +59,17 @@ def step(model, ids, mask, params):
     return jax.value_and_grad(lambda p: model(ids, mask, labels=ids, params=p).loss)(params)
 
 
-def equal(folder, family, name):
-    """The largest difference of loss and gradients, and how logits and gradients are split."""
-    config = FAMILIES[family]
-    ids, mask = left_padded(config, batch=8, length=9)
+@cache
+def on_one_device(folder, family):
+    """A batch, and its loss and gradients."""
+    ids, mask = left_padded(FAMILIES[family], batch=8, length=9)
     whole = FlaxAutoModelForCausalLM.from_pretrained(folder / family)
-    expected = step(whole, ids, mask, whole.params)
+    return ids, mask, step(whole, ids, mask, whole.params)
+
+
+def equal(folder, family, name):
+    """The largest difference of loss and gradients, and how logits and parameters are split."""
+    ids, mask, expected = on_one_device(folder, family)
     mesh = mesh_of(name)
     model = FlaxAutoModelForCausalLM.from_pretrained(folder / family, mesh=mesh)
     ids, mask = (jax.device_put(x, batch_sharding(mesh)) for x in (ids, mask))
@@ -59,6 +81,12 @@ def equal(folder, family, name):
         "whole": [
             "/".join(path) for path, leaf in flatten_dict(model.params).items() if leaf.sharding.is_fully_replicated
         ],
+        "experts": [
+            leaf.addressable_shards[0].data.shape
+            for path, leaf in flatten_dict(model.params).items()
+            if "experts" in path and "0" in path
+        ],
+        "as said": model.shardings() == jax.tree.map(lambda x: x.sharding, model.params),
     }
 
 
@@ -66,7 +94,7 @@ def tokens(folder, family):
     """Whether greedy, beam and sampled tokens are those of one device, and how the cache is split."""
     ids, mask = left_padded(FAMILIES[family], batch=4, length=7)
     whole = FlaxAutoModelForCausalLM.from_pretrained(folder / family)
-    model = FlaxAutoModelForCausalLM.from_pretrained(folder / family, mesh=mesh_of("both"))
+    model = FlaxAutoModelForCausalLM.from_pretrained(folder / family, mesh=mesh_of(TOKENS[family]))
     ways = [{}, {"num_beams": 3}, {"do_sample": True, "seed": 3, "temperature": 0.7}][: 3 if family == "olmo2" else 1]
     same = [
         bool(
@@ -81,17 +109,17 @@ def tokens(folder, family):
     return {"same": same, "cache": cache.keys[0].addressable_shards[0].data.shape}
 
 
-def bytes_read(folder, count):
-    devices = jax.devices()[:count]
+def bytes_read(folder, family, **sizes):
+    mesh = make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
     with CountedFile() as counted:
-        model = FlaxAutoModelForCausalLM.from_pretrained(folder / "olmo2", mesh=make_mesh(count // 2, 2, devices))
+        model = FlaxAutoModelForCausalLM.from_pretrained(folder / family, mesh=mesh)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model.params))
     return {"read": counted.nbytes, "all": sum(x.nbytes for x in jax.tree.leaves(model.params)), "held": held}
 
 
-def planned(folder):
+def planned(family, name):
     """The bytes of a training step's arguments on a device by XLA, and by the plan."""
-    config, mesh, tx = FAMILIES["olmo2"], mesh_of("both"), optax.adamw(1e-3)
+    config, mesh, tx = FAMILIES[family], mesh_of(name), optax.adamw(1e-3)
     model = FlaxAutoModelForCausalLM.from_config(config, mesh=mesh, _do_init=False)
     shardings = optimizer_shardings(tx, model)
 
@@ -110,10 +138,11 @@ def planned(folder):
     )
     ids = jax.ShapeDtypeStruct((8, 12), jnp.int32, sharding=batch_sharding(mesh))
     compiled = jax.jit(train).lower(split, state, ids).compile()
-    found = plan(config, batch=2, length=12, mesh={"fsdp": 4, "tensor": 2}, train=True, backend="flax")
+    rows = 8 // MESHES[name]["fsdp"]
+    found = plan(config, batch=rows, length=12, mesh=MESHES[name], train=True, backend="flax")
     return {
         "xla": compiled.memory_analysis().argument_size_in_bytes,
-        "plan": found.weights + found.optimizer + 2 * 12 * 4,
+        "plan": found.weights + found.optimizer + rows * 12 * 4,
     }
 
 
@@ -128,21 +157,28 @@ def state_is_split(folder):
 
 
 def saved(folder):
-    """Whether a folder that is saved from a mesh has the bytes of one saved from one device."""
-    for name, mesh in (("one", None), ("many", mesh_of("both"))):
-        FlaxAutoModelForCausalLM.from_pretrained(folder / "olmo2", mesh=mesh).save_pretrained(folder / name)
-    return {
-        path.name: path.read_bytes() == (folder / "many" / path.name).read_bytes()
-        for path in (folder / "one").iterdir()
-    }
+    """Whether a folder that is saved from a mesh has the bytes of one saved from one device, for each family."""
+    same = {}
+    for family, name in (("olmo2", "both"), ("olmoe", "all")):
+        one, many = folder / f"one-{family}", folder / f"many-{family}"
+        for target, mesh in ((one, None), (many, mesh_of(name))):
+            FlaxAutoModelForCausalLM.from_pretrained(folder / family, mesh=mesh).save_pretrained(target)
+        same[family] = [path.read_bytes() == (many / path.name).read_bytes() for path in one.iterdir()]
+    return same
 
 
 def initial(folder):
-    config = FAMILIES["opt"]
-    whole = FlaxAutoModelForCausalLM.from_config(config, seed=3)
-    model = FlaxAutoModelForCausalLM.from_config(config, seed=3, mesh=mesh_of("both"))
-    kernel = model.params["model"]["decoder"]["layers"]["0"]["fc1"]["kernel"]
-    return {"difference": difference(whole.params, model.params), "shard": kernel.addressable_shards[0].data.shape}
+    """The difference of initial values from those of one device, and the shape of a part, for each family."""
+    found = {}
+    for family, name, path in (
+        ("opt", "both", "model/decoder/layers/0/fc1/kernel"),
+        ("olmoe", "all", "model/layers/0/mlp/experts/up_proj/kernel"),
+    ):
+        whole = FlaxAutoModelForCausalLM.from_config(FAMILIES[family], seed=3)
+        model = FlaxAutoModelForCausalLM.from_config(FAMILIES[family], seed=3, mesh=mesh_of(name))
+        kernel = flatten_dict(model.params, sep="/")[path]
+        found[family] = difference(whole.params, model.params), kernel.addressable_shards[0].data.shape
+    return found
 
 
 def refused(folder):
@@ -154,6 +190,8 @@ def refused(folder):
         lambda: FlaxAutoModelForCausalLM.from_pretrained(folder / "config_alone", mesh=make_mesh(1, 8)),
         lambda: make_mesh(3, 2),
         lambda: FlaxAutoModelForCausalLM.from_config(FAMILIES["olmo2"], _do_init=False).shardings(),
+        lambda: FlaxAutoModelForCausalLM.from_config(FAMILIES["olmo2"], _do_init=False, mesh=mesh_of("experts")),
+        lambda: FlaxAutoModelForCausalLM.from_config(FAMILIES["flexolmo"], _do_init=False, mesh=mesh_of("experts")),
     ):
         try:
             function()
@@ -168,8 +206,12 @@ if __name__ == "__main__":
     for each, config in FAMILIES.items():
         write_checkpoint(work / each, config)
     FAMILIES["olmo2"].save_pretrained(work / "config_alone")
-    cases = {f"equal-{f}-{m}": partial(equal, work, f, m) for f in FAMILIES for m in MESHES}
+    cases = {f"equal-{f}-{m}": partial(equal, work, f, m) for f, meshes in EQUAL.items() for m in meshes}
     cases |= {f"tokens-{f}": partial(tokens, work, f) for f in FAMILIES}
-    cases |= {f"bytes-{count}": partial(bytes_read, work, count) for count in (2, 8)}
-    others = (planned, state_is_split, saved, initial, refused)
+    cases["bytes-2"] = partial(bytes_read, work, "olmo2", tensor=2)
+    cases["bytes-8"] = partial(bytes_read, work, "olmo2", fsdp=4, tensor=2)
+    cases["bytes-4"] = partial(bytes_read, work, "olmoe", fsdp=2, experts=2)
+    cases["planned-olmo2"] = partial(planned, "olmo2", "both")
+    cases["planned-olmoe"] = partial(planned, "olmoe", "all")
+    others = (state_is_split, saved, initial, refused)
     run(cases | {case.__name__: partial(case, work) for case in others}, work, rank)

@@ -45,4 +45,11 @@ if __name__ == "__main__":
     def state():
         return {name: array.shape for name, array in canonical_state(model).items()}
 
-    run({case.__name__: partial(case) for case in (loaded, tokens, saved, not_saved, state)}, work, rank)
+    def experts():
+        """A mixture, whose experts are saved one by one: the tokens."""
+        mixture = FlaxAutoModelForCausalLM.from_pretrained(work / "olmoe", mesh=make_mesh(fsdp=2, experts=2))
+        mixture.save_pretrained(work / "two-olmoe")
+        ids, mask = left_padded(FAMILIES["olmoe"], batch=4, length=7)
+        return np.asarray(mixture.generate(ids, mask, max_new_tokens=2).sequences)
+
+    run({case.__name__: partial(case) for case in (loaded, tokens, saved, not_saved, state, experts)}, work, rank)

@@ -28,30 +28,52 @@ def test_losses_and_gradients_are_those_of_one_device(results, family, mesh, row
     assert isinstance(found, dict), found
     assert found["difference"] < GRADIENT_BOUND
     assert found["rows"] == rows  # the batch stays split through the blocks
+    assert found["as said"]
     if mesh == "both":
         assert found["whole"] == []
 
 
-@pytest.mark.parametrize("family", ["olmo", "olmo2", "opt"])
+@pytest.mark.parametrize(
+    ("family", "mesh", "rows", "experts", "inner", "hidden"),
+    [
+        ("olmoe", "both", 2, 8, 18, 10),
+        ("olmoe", "experts", 8, 2, 36, 40),
+        ("olmoe", "experts-fsdp", 4, 4, 36, 20),
+        ("olmoe", "experts-tensor", 8, 4, 18, 40),
+        ("flexolmo", "all", 4, 3, 18, 20),
+    ],
+)
+def test_experts_are_split(results, family, mesh, rows, experts, inner, hidden):
+    found = results[f"equal-{family}-{mesh}"]
+    assert isinstance(found, dict), found
+    assert found["difference"] < GRADIENT_BOUND
+    assert found["rows"] == rows
+    assert sorted(found["experts"]) == sorted([(experts, hidden, inner)] * 2 + [(experts, inner, hidden)])
+    assert found["as said"]
+
+
+@pytest.mark.parametrize("family", ["olmo", "olmo2", "opt", "olmoe", "flexolmo"])
 def test_tokens_are_those_of_one_device(results, family):
     found = results[f"tokens-{family}"]
     assert isinstance(found, dict), found
     assert all(found["same"])
-    heads = {"olmo": 1, "olmo2": 1, "opt": 2}[family]
-    assert found["cache"] == (1, heads, 16, 10)
+    rows, heads = {"opt": (1, 2), "olmoe": (2, 2), "flexolmo": (2, 1)}.get(family, (1, 1))
+    assert found["cache"] == (rows, heads, 16, 10)
 
 
-@pytest.mark.parametrize("count", [2, 8])
-def test_every_byte_is_read_once_and_held_in_parts(results, count):
+@pytest.mark.parametrize(("count", "rest"), [(2, 0.05), (4, 0.3), (8, 0.05)])
+def test_every_byte_is_read_once_and_held_in_parts(results, count, rest):
     found = results[f"bytes-{count}"]
     assert isinstance(found, dict), found
     assert found["read"] == found["all"]
-    assert found["held"] == pytest.approx(found["all"] / count, rel=0.05)
+    assert found["held"] == pytest.approx(found["all"] / count, rel=rest)  # with `experts`, all else is on fsdp alone
 
 
-def test_the_plan_is_that_of_xla(results):
-    assert isinstance(results["planned"], dict), results["planned"]
-    assert results["planned"]["xla"] == results["planned"]["plan"]
+@pytest.mark.parametrize("family", ["olmo2", "olmoe"])
+def test_the_plan_is_that_of_xla(results, family):
+    found = results[f"planned-{family}"]
+    assert isinstance(found, dict), found
+    assert found["xla"] == found["plan"]
 
 
 def test_the_state_of_an_optimizer_is_split_as_the_parameters(results):
@@ -59,21 +81,21 @@ def test_the_state_of_an_optimizer_is_split_as_the_parameters(results):
 
 
 def test_a_saved_folder_has_the_same_bytes(results):
-    assert isinstance(results["saved"], dict), results["saved"]
-    assert len(results["saved"]) == 3
-    assert all(results["saved"].values())
+    assert results["saved"] == {"olmo2": [True] * 3, "olmoe": [True] * 3}
 
 
 def test_initial_weights_are_the_same(results):
-    assert results["initial"] == {"difference": 0.0, "shard": (10, 18)}
+    assert results["initial"] == {"opt": (0.0, (10, 18)), "olmoe": (0.0, (4, 20, 18))}
 
 
 def test_meshes_that_do_not_fit_are_refused(results):
-    explicit, divide, devices, none = results["refused"]
+    explicit, divide, devices, none, dense, six = results["refused"]
     assert "axes of type Explicit or Manual (fsdp, tensor), expected AxisType.Auto" in explicit
     assert "kv_heads is 20, which tensor = 8 does not divide" in divide
     assert "make 6 devices, expected 8" in devices
     assert "the model has no mesh" in none
+    assert "the model has no experts, for experts = 4" in dense
+    assert "experts is 6, which experts = 4 does not divide" in six
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +103,8 @@ def processes(tmp_path_factory):
     """What two processes found, and the folder that they loaded and wrote."""
     folder = tmp_path_factory.mktemp("processes")
     write_checkpoint(folder / "olmo2", CONFIGS["olmo2"].replace(vocab_size=64, eos_token_id=None, attention_bias=True))
+    mixture = CONFIGS["olmoe"].replace(vocab_size=64, eos_token_id=None, num_experts=4)
+    write_checkpoint(folder / "olmoe", mixture)
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "OLMOZOO_PORT": str(free_port())}
     return start("tests.flax.process_cases", folder, [environment] * 2, 200), folder
@@ -103,6 +127,21 @@ def test_two_processes_are_as_one(processes):
     np.testing.assert_array_equal(second["tokens"], expected)
     assert first["saved"] == sorted(path.name for path in (folder / "one").iterdir())
     assert all(path.read_bytes() == (folder / "two" / path.name).read_bytes() for path in (folder / "one").iterdir())
+
+
+def test_experts_of_two_processes_are_as_of_one(processes):
+    from olmozoo.flax import FlaxOlmoeForCausalLM
+
+    results, folder = processes
+    with jax.enable_x64(True):
+        model = FlaxOlmoeForCausalLM.from_pretrained(folder / "olmoe")
+        ids, mask = left_padded(model.config, batch=4, length=7)
+        expected = np.asarray(model.generate(ids, mask, max_new_tokens=2).sequences)
+    for found in results:
+        assert isinstance(found["experts"], np.ndarray), found["experts"]
+        np.testing.assert_array_equal(found["experts"], expected)
+    file = "model.safetensors"
+    assert (folder / "two-olmoe" / file).read_bytes() == (folder / "olmoe" / file).read_bytes()
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_in_every_process(processes):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -24,15 +25,22 @@ FAMILIES = {
     "olmo2": CONFIGS["olmo2"].replace(**SIZES, attention_bias=True),
     "olmo3": CONFIGS["olmo3"].replace(**SIZES),
     "opt": CONFIGS["opt-projected-post-norm"].replace(**SIZES, dropout=0.0),
+    "olmoe": CONFIGS["olmoe"].replace(**SIZES, num_experts=6, num_experts_per_tok=3, output_router_logits=True),
+    "flexolmo": CONFIGS["flexolmo-all"].replace(**SIZES, num_experts=4, num_experts_per_tok=2),
 }
 WAYS = [{}, {"num_beams": 3}, {"do_sample": True, "seed": 3, "temperature": 0.7}]
 
 
 def named_gradients(model):
-    return {
-        name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad)
-        for name, p in model.named_parameters()
-    }
+    found = {}
+    for name, p in model.named_parameters():
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        if grad.ndim == 3:  # of all experts of a layer
+            stem, leaf = name.split(".experts.")
+            found |= {f"{stem}.experts.{n}.{leaf}": each for n, each in enumerate(grad)}
+        else:
+            found[name] = grad
+    return found
 
 
 def equal(folder, family, mesh, live):
@@ -85,9 +93,9 @@ def chunks(folder, mesh):
     return torch.equal(model.generate(ids, mask, **settings), whole.generate(ids, mask, **settings))
 
 
-def bytes_read(folder, mesh):
+def bytes_read(folder, mesh, family="olmo2"):
     with CountedFile() as counted:
-        model = AutoModelForCausalLM.from_pretrained(folder / "olmo2", device_mesh=mesh)
+        model = AutoModelForCausalLM.from_pretrained(folder / family, device_mesh=mesh)
     held = sum(p.to_local().nbytes for p in model.parameters())
     sizes = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
     found = plan(model.config, length=16, mesh=sizes, dtype="float64", train=True)
@@ -103,9 +111,9 @@ def size(x):
     return (x.to_local() if hasattr(x, "to_local") else x).nbytes
 
 
-def optimizer_state(folder, mesh):
+def optimizer_state(folder, mesh, family="olmo2"):
     """The bytes of weights, gradients and optimizer state on this rank, and those of the plan."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "olmo2", device_mesh=mesh).train()
+    model = AutoModelForCausalLM.from_pretrained(folder / family, device_mesh=mesh).train()
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     ids = torch.from_numpy(left_padded(FAMILIES["olmo2"], batch=2, length=7)[0])
     model(ids, labels=ids).loss.backward()
@@ -123,14 +131,14 @@ def optimizer_state(folder, mesh):
     }
 
 
-def saved(folder, mesh, name):
-    model = AutoModelForCausalLM.from_pretrained(folder / "olmo2", device_mesh=mesh)
+def saved(folder, mesh, name, family="olmo2"):
+    model = AutoModelForCausalLM.from_pretrained(folder / family, device_mesh=mesh)
     model.generate([[5, 6]], max_new_tokens=2)  # after which FSDP2 has whole parameters
     model.save_pretrained(folder / f"saved-{name}")
     if dist.get_rank() == 0:
-        AutoModelForCausalLM.from_pretrained(folder / "olmo2").save_pretrained(folder / f"whole-{name}")
+        AutoModelForCausalLM.from_pretrained(folder / family).save_pretrained(folder / f"whole-{name}")
     dist.barrier()
-    whole = AutoModelForCausalLM.from_pretrained(folder / "olmo2")
+    whole = AutoModelForCausalLM.from_pretrained(folder / family)
     assert all((canonical_state(whole)[key] == value).all() for key, value in canonical_state(model).items())
     one = folder / f"whole-{name}"
     return {
@@ -184,6 +192,12 @@ def foreign(folder):
     return {"tokens": tokens.shape[1], "saved": (folder / "foreign" / "model.safetensors").exists()}
 
 
+def partly_frozen(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "olmoe")
+    model.model.layers[1].mlp.experts[2].requires_grad_(False)
+    return parallelize(model, init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("experts",)))
+
+
 def refused(folder, mesh):
     messages = []
     for function in (
@@ -193,6 +207,11 @@ def refused(folder, mesh):
         ),
         lambda: AutoModelForCausalLM.from_pretrained(folder / "config_alone", device_mesh=mesh),
         lambda: parallelize(AutoModelForCausalLM.from_pretrained(folder / "olmo"), mesh).resize_token_embeddings(64),
+        lambda: AutoModelForCausalLM.from_pretrained(
+            folder / "config_alone",
+            device_mesh=init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("experts",)),
+        ),
+        partial(partly_frozen, folder),
     ):
         try:
             function()
@@ -208,14 +227,30 @@ if __name__ == "__main__":
     if rank == 0:
         for each, config in FAMILIES.items():
             write_checkpoint(work / each, config)
+        file = work / "olmoe" / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.layers.0.mlp.experts.4.up_proj.weight"][0] = -0.0  # whose sign a sum of parts may lose
+        save_file(tensors, file, {"format": "pt"})
         FAMILIES["olmo2"].replace(num_key_value_heads=1).save_pretrained(work / "config_alone")
     dist.barrier()
     if world == 2:
-        meshes = {name: init_device_mesh("cpu", (2,), mesh_dim_names=(name,)) for name in ("fsdp", "tensor")}
+        meshes = {name: init_device_mesh("cpu", (2,), mesh_dim_names=(name,)) for name in ("fsdp", "tensor", "experts")}
     else:
-        meshes = {"both": init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tensor"))}
+        meshes = {
+            "both": init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tensor")),
+            "experts-fsdp": init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "experts")),
+            "experts-all": init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("fsdp", "tensor", "experts")),
+        }
     cases = {}
     for name, mesh in meshes.items():
+        if name.startswith("experts"):
+            for family, live in (("olmoe", False), ("flexolmo", True)):
+                cases[f"equal-{family}-{name}"] = partial(equal, work, family, mesh, live=live)
+                cases[f"tokens-{family}-{name}"] = partial(tokens, work, family, mesh)
+            cases[f"bytes-{name}"] = partial(bytes_read, work, mesh, "olmoe")
+            cases[f"state-{name}"] = partial(optimizer_state, work, mesh, "olmoe")
+            cases[f"saved-{name}"] = partial(saved, work, mesh, name, "olmoe")
+            continue
         for family in FAMILIES:
             cases[f"equal-{family}-{name}"] = partial(equal, work, family, mesh, live=family == "olmo")
             cases[f"tokens-{family}-{name}"] = partial(tokens, work, family, mesh)

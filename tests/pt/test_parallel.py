@@ -7,8 +7,9 @@ from tests.helpers.processes import free_port, start
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
-FAMILIES = ("olmo", "olmo2", "olmo3", "opt")
+FAMILIES = ("olmo", "olmo2", "olmo3", "opt", "olmoe", "flexolmo")
 MESHES = ("fsdp", "tensor", "both")
+EXPERTS = ("experts", "experts-fsdp", "experts-all")  # meshes of mixtures alone
 
 
 def ranks(folder, count):
@@ -32,7 +33,7 @@ def four(tmp_path_factory):
 @pytest.fixture
 def results(request, mesh):
     """What each rank found, of the group that has the mesh."""
-    return request.getfixturevalue("four" if mesh == "both" else "two")
+    return request.getfixturevalue("two" if mesh in ("fsdp", "tensor", "experts") else "four")
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -48,6 +49,20 @@ def test_logits_and_gradients_are_those_of_one_process(results, family, mesh):
         assert found["tied"]
 
 
+@pytest.mark.parametrize("mesh", EXPERTS)
+@pytest.mark.parametrize("family", ["olmoe", "flexolmo"])
+def test_experts_are_split(results, family, mesh):
+    limit = {"experts": 0.7, "experts-fsdp": 0.35, "experts-all": 0.4}[mesh]  # all but experts has copies
+    for found in results:
+        equal, tokens = found[f"equal-{family}-{mesh}"], found[f"tokens-{family}-{mesh}"]
+        assert isinstance(equal, dict), equal
+        assert equal["logits"] < BOUND
+        assert equal["gradients"] < GRADIENT_BOUND
+        assert equal["held"] < limit
+        assert isinstance(tokens, dict), tokens
+        assert all(tokens["same"])
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_one_process_whenever_ranks_end(results, family, mesh):
@@ -60,16 +75,16 @@ def test_tokens_are_those_of_one_process_whenever_ranks_end(results, family, mes
     assert results[0][f"tokens-{family}-{mesh}"]["device"] == "cpu"
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [*MESHES, *EXPERTS])
 def test_a_rank_reads_and_holds_its_share(results, mesh):
     found = [each[f"bytes-{mesh}"] for each in results]
     assert all(isinstance(each, dict) for each in found), found
     for each in found:
-        assert each["read"] == each["held"] < each["all"] / len(found) * 1.2
+        assert each["read"] == each["held"] < each["all"] / len(found) * (1.5 if mesh in EXPERTS else 1.2)
     assert max(each["held"] for each in found) == found[0]["plan"]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [*MESHES, *EXPERTS])
 def test_the_plan_is_what_a_rank_holds(results, mesh):
     for kind in ("weights", "gradients", "optimizer"):
         assert isinstance(results[0][f"state-{mesh}"], dict), results[0][f"state-{mesh}"]
@@ -77,7 +92,7 @@ def test_the_plan_is_what_a_rank_holds(results, mesh):
         assert max(found) == planned[0], kind
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [*MESHES, *EXPERTS])
 def test_a_saved_folder_has_the_same_bytes(results, mesh):
     for found in results:
         found = found[f"saved-{mesh}"]
@@ -114,7 +129,9 @@ def test_a_model_split_by_fully_shard_alone(two):
 
 
 def test_what_does_not_fit_is_refused(two):
-    axis, divide, resize = two[0]["refused"]
+    axis, divide, resize, dense, frozen = two[0]["refused"]
     assert "the mesh has an axis 'dp', expected fsdp, tensor" in axis
     assert "kv_heads is 1, which tensor = 2 does not divide" in divide
     assert "call resize_token_embeddings before parallelize" in resize
+    assert "the model has no experts, for experts = 2" in dense
+    assert "5 of the 6 experts of a layer are trained, expected all or none" in frozen

@@ -139,7 +139,7 @@ MISTAKES = [
     ("--lora.target_modules=[qkv_proj]", "qkv_proj; there are down_proj"),
     ("--lora.rank=0", "lora.rank is 0, expected more than 0"),
     ("--mesh.fsdp=0", "mesh.fsdp is 0, expected more than 0"),
-    ("--mesh.data=2", "mesh has no axis data: there are fsdp and tensor"),
+    ("--mesh.data=2", "mesh has no axis data: there are fsdp, tensor, experts"),
     ("--mesh=4", "mesh is 4, expected a mapping, as {name: an integer}"),
     ("--mesh.fsdp=2", "global_train_batch_size is 3, which fsdp = 2 does not divide"),
     ("--lora.dropout=1", "lora.dropout is 1.0, expected 0 to less than 1"),
@@ -265,11 +265,14 @@ def test_a_config_is_made_in_python_too():
         loop.train(TrainConfig())
 
 
-def test_experts_are_trained_on_one_device():
+def test_keras_trains_experts_on_one_device():
     config = TrainConfig(global_train_batch_size=4)
-    check_mesh(config, CONFIGS["olmoe"], {}, "flax")
-    with pytest.raises(InputError, match="a model of type olmoe has experts, which are trained on one device"):
-        check_mesh(config, CONFIGS["olmoe"], {"fsdp": 2}, "flax")
+    check_mesh(config, CONFIGS["olmoe"], {}, "tf")
+    check_mesh(config, CONFIGS["olmoe"], {"fsdp": 2, "experts": 5}, "flax")
+    with pytest.raises(InputError, match="a model of type olmoe has experts, which Keras trains on one device"):
+        check_mesh(config, CONFIGS["olmoe"], {"fsdp": 2}, "tf")
+    with pytest.raises(InputError, match="experts is 5, which experts = 2 does not divide"):
+        check_mesh(config, CONFIGS["olmoe"], {"experts": 2}, "flax")
 
 
 def test_a_tilde_is_the_folder_of_the_user(here, tmp_path, monkeypatch):

@@ -142,6 +142,16 @@ def test_shares_are_the_batch_and_rows_of_which_nothing_is_learned(files, parts)
         found = np.concatenate([getattr(share, name) for share in shares])
         np.testing.assert_array_equal(found[:5], getattr(batch, name))
     assert sum(share.num_targets for share in shares) == batch.num_targets
+    counted = np.concatenate([share.counted for share in shares])
+    np.testing.assert_array_equal(counted[:5], batch.attention_mask)
+    assert not counted[5:].any()  # the copies of rows count in no load-balancing loss
+
+
+def test_without_a_mask_all_but_copies_count(files):
+    batch = opened(files[0]).batch(np.arange(3))
+    assert batch.counted is None
+    assert batch.rows_for(0, 2).counted is None
+    np.testing.assert_array_equal(batch.rows_for(1, 2).counted, np.repeat([[1], [0]], LENGTH, axis=1))
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])

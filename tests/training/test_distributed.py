@@ -49,7 +49,19 @@ RUNS = {
         "optimizer": {**ADAMW, "decay_norm_and_bias": True},
         "activation_checkpointing": True,
     },
+    "olmoe": {
+        "model": CONFIGS["olmoe"].replace(**SIZES, num_experts=6, router_aux_loss_coef=0.3),
+        "data": {"generate_attention_mask": True, "drop_last": False},
+        "optimizer": ADAMW,
+        **{"max_grad_norm_ratio": 0.95, "device_train_microbatch_size": 4, "freeze": ["*layers.1.mlp.experts.2.*"]},
+    },
+    "flexolmo": {
+        "model": CONFIGS["flexolmo-all"].replace(**SIZES, num_experts=4, num_experts_per_tok=2),
+        "optimizer": ADAMW,
+        **{"max_grad_norm": 0.5, "device_train_microbatch_size": None},
+    },
 }
+MICRO = {"olmoe": 2}  # on two parts of the batch, so that micro-batches of all devices are those of one
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +99,18 @@ def saved_in(fields, folder, **more):
     return {**fields, "save_folder": str(folder), **more}
 
 
+def split_in_two(runs, name, folder, **more):
+    """The fields of a run whose batches are split in two, in a folder of its own."""
+    micro = {"device_train_microbatch_size": MICRO[name]} if name in MICRO else {}
+    return saved_in(runs[name][0], folder / name, **micro, **more)
+
+
 @pytest.fixture(scope="module")
 def two(runs, tmp_path_factory):
     """The folder of runs on two ranks, and what each rank gives of each."""
     folder = tmp_path_factory.mktemp("two")
     fields = runs["olmo2"][0]
-    cases = {name: (saved_in(fields, folder / name), None) for name, (fields, _) in runs.items()}
+    cases = {name: (split_in_two(runs, name, folder), None) for name in runs}
     cases["interrupted"] = saved_in(fields, folder / "interrupted"), (1, 3)
     cases["resumed"] = saved_in(fields, folder / "interrupted", stop_at=4), None
     cases["alone"] = saved_in(fields, folder / "alone", stop_at=2), None
@@ -109,6 +127,7 @@ def two(runs, tmp_path_factory):
         "lora": {"lora": {"rank": 2}},
     }.items():
         cases[name] = saved_in(fields, folder / f"{name}-run", **more), None
+    cases["some"] = saved_in(runs["olmoe"][0], folder / "some-run", mesh={"experts": 2}), None
     return folder, ranks(folder, 2, cases)
 
 
@@ -121,12 +140,16 @@ def four(runs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def four_more(runs, tmp_path_factory):
     """Further runs on them."""
-    return on_four(runs, tmp_path_factory, "lion", "opt")
+    return on_four(runs, tmp_path_factory, "lion", "opt", "flexolmo")
 
 
 def on_four(runs, tmp_path_factory, *names):
     folder = tmp_path_factory.mktemp("four")
-    return folder, ranks(folder, 4, {n: (saved_in(runs[n][0], folder / n, mesh={"tensor": 2}), None) for n in names})
+    cases = {name: (split_in_two(runs, name, folder, mesh={"tensor": 2}), None) for name in names}
+    if "flexolmo" in names:  # in two parts, the second of which reads what the first one wrote
+        begun = {**cases.pop("flexolmo")[0], "stop_after": 2}
+        cases |= {"begun": (begun, None), "flexolmo": ({**begun, "mesh": {"experts": 2}, "stop_after": None}, None)}
+    return folder, ranks(folder, 4, cases)
 
 
 def ranks(folder, count, cases):
@@ -150,7 +173,11 @@ def same_run(found: Outcome, expected: Outcome, bound: float = 1e-8) -> None:
 @needs("pt")
 @pytest.mark.parametrize(
     ("group", "name"),
-    [*(("two", name) for name in RUNS), ("four", "olmo2"), ("four_more", "lion"), ("four_more", "opt")],
+    [
+        *(("two", name) for name in RUNS),
+        ("four", "olmo2"),
+        *(("four_more", name) for name in ("lion", "opt", "flexolmo")),
+    ],
 )
 def test_ranks_train_as_one_process(runs, request, group, name):
     folder, found = request.getfixturevalue(group)
@@ -159,7 +186,7 @@ def test_ranks_train_as_one_process(runs, request, group, name):
         assert each[name]["result"].finished
     same_run(Outcome(folder / name), runs[name][1])
     assert not any(each[name]["text"] for each in found[1:])
-    sizes = "2: fsdp 2" if group == "two" else "4: fsdp 2 x tensor 2"
+    sizes = "2: fsdp 2" if group == "two" else f"4: fsdp 2 x {'experts' if name == 'flexolmo' else 'tensor'} 2"
     assert f"devices    {sizes}" in found[0][name]["text"]
 
 
@@ -213,8 +240,12 @@ def test_ranks_write_the_bytes_of_one_process(two):
     [
         ("nan", "TrainingError: the loss is nan at step 1, before the update"),
         ("odd", "InputError: global_train_batch_size is 7, which fsdp = 2 does not divide"),
-        ("large", "InputError: mesh is fsdp = 4, tensor = 1: 4 devices, and torchrun has started 2 processes"),
+        (
+            "large",
+            "InputError: mesh is fsdp = 4, tensor = 1, experts = 1: 4 devices, and torchrun has started 2 processes",
+        ),
         ("lora", "InputError: lora in PyTorch is for one device"),
+        ("some", "InputError: 5 of the 6 experts of model.layers.1.mlp.experts.gate_proj.weight are trained, expected"),
     ],
 )
 def test_every_rank_ends_with_the_same_error(two, name, message):
@@ -262,6 +293,9 @@ def devices_more(runs, tmp_path_factory):
     """Further runs on them."""
     folder = tmp_path_factory.mktemp("more-devices")
     cases = {name: saved_in(runs[name][0], folder / name, mesh=MESH) for name in ("lion", "opt")}
+    # Of the last batch's two rows two copies are made, which do not count.
+    mixture = {"mesh": {"fsdp": 4, "experts": 2}, "device_train_microbatch_size": 1}
+    cases["olmoe"] = saved_in(runs["olmoe"][0], folder / "olmoe", **mixture)
     return on_eight(folder, {**cases, "lora": saved_in(runs["olmo2"][0], folder / "lora", mesh=MESH, **LORA)})
 
 
@@ -272,12 +306,14 @@ def on_eight(folder, cases):
 
 
 @needs("pt", "flax")
-@pytest.mark.parametrize(("group", "name"), [("devices", "olmo2"), ("devices_more", "lion"), ("devices_more", "opt")])
+@pytest.mark.parametrize(
+    ("group", "name"), [("devices", "olmo2"), *(("devices_more", each) for each in ("lion", "opt", "olmoe"))]
+)
 def test_devices_of_jax_train_as_one(runs, request, group, name):
     folder, found = request.getfixturevalue(group)
     assert isinstance(found[name], dict), found[name]
     same_run(Outcome(folder / name), runs[name][1])
-    assert "devices    8: fsdp 4 x tensor 2" in found[name]["text"]
+    assert f"devices    8: fsdp 4 x {'experts' if name == 'olmoe' else 'tensor'} 2" in found[name]["text"]
 
 
 @needs("pt", "flax")
@@ -313,7 +349,7 @@ def test_adapters_train_on_a_mesh(runs, request, wing, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("large", "mesh is fsdp = 16, tensor = 1: 16 devices, and JAX has 8 of this kind"),
+        ("large", "mesh is fsdp = 16, tensor = 1, experts = 1: 16 devices, and JAX has 8 of this kind"),
         ("heads", "kv_heads is 20, which tensor = 8 does not divide"),
     ],
 )
