@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from olmozoo import memory as memory_plan
+from olmozoo.backends import backend_class
 from olmozoo.errors import InputError
 from olmozoo.families.config import ModelConfig
 from olmozoo.families.olmoe import ExpertsConfig
@@ -113,20 +114,20 @@ def memory(config: TrainConfig, model: ModelConfig, trained: Sequence[Parameter]
     names = {parameter.name for parameter in trained}
     every = len(names) == len(stored_parameters(model))
     dtype, param_dtype = DTYPES[config.precision]
-    mesh = config.mesh or {}
+    mesh, wing = config.mesh or {}, backend_class(config.backend).wing
     rows = config.global_train_batch_size // mesh.get("fsdp", 1)
     found = memory_plan.plan(
         model,
         batch=min(config.micro_batch_size, rows),
         length=length,
-        mesh={} if config.backend == "tf" else mesh,
+        mesh={} if wing == "tf" else mesh,
         dtype=dtype,
         param_dtype=param_dtype,
         train=True,
         optimizer=config.optimizer.name,
         checkpointing=config.activation_checkpointing,
         trained=None if every else lambda parameter: parameter.name in names,
-        backend="pt" if config.backend in (None, "pt") else "flax",
+        backend="pt" if wing == "pt" else "flax",
     )
     added = _count(adapters) * memory_plan.SIZES[param_dtype]
     return replace(

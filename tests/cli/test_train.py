@@ -1,6 +1,7 @@
 """`olmozoo train`: what it prints, its exit codes, and that a dry run writes nothing."""
 
 import json
+import math
 import signal
 import sys
 
@@ -10,7 +11,10 @@ import yaml
 
 from olmozoo import Tokenizer, cli
 from olmozoo.backends import load
-from tests.helpers.checkpoints import TEXT_CONFIG, write_text_checkpoint
+from olmozoo.cli.common import in_bytes
+from olmozoo.memory import plan
+from tests.helpers.checkpoints import TEXT_CONFIG, write_checkpoint, write_text_checkpoint
+from tests.helpers.configs import CONFIGS
 from tests.helpers.wings import PRESENT, WINGS
 
 pytest.importorskip("omegaconf")
@@ -115,6 +119,38 @@ def test_a_dry_run_shows_everything_and_writes_nothing(command, folder, tmp_path
     ):
         assert part in text, part
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh"),
+    [
+        ("olmo2", {"fsdp": 4}),
+        ("olmo2", {"fsdp": 2, "tensor": 2}),
+        ("olmoe", {"fsdp": 4}),
+        ("olmoe", {"fsdp": 2, "tensor": 2, "experts": 3}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+@pytest.mark.parametrize("wing", ["pt", "flax"])
+def test_a_dry_run_shows_the_memory_of_each_device_of_a_mesh(
+    command, folder, tmp_path, monkeypatch, wing, family, mesh
+):
+    """Of the plan for the framework that is installed, where the command names none."""
+    monkeypatch.setattr("olmozoo.backends.installed", lambda: [wing])
+    config = CONFIGS[family].replace(vocab_size=320, **({"num_experts": 6} if family == "olmoe" else {}))
+    write_checkpoint(tmp_path / "model", config, dtype="float32")
+    axes = [f"--mesh.{axis}={size}" for axis, size in mesh.items()]
+    words = ["--global_train_batch_size=8", "--optimizer.name=lionw", "--device_train_microbatch_size=1"]
+    text = command(folder / "run.yaml", f"--load_path={tmp_path / 'model'}", "--dry-run", *words, *axes)
+    expected = plan(config, length=16, mesh=mesh, train=True, optimizer="lionw", backend=wing)
+    assert f"memory of a step on each of {math.prod(mesh.values())} devices" in " ".join(text.split())
+    rows = [[cell.strip() for cell in line.split("│")] for line in text.partition("memory of a step")[2].splitlines()]
+    found = {row[1]: row[2] for row in rows if len(row) == 4}
+    for kind, count in expected.by_kind().items():
+        bound = "≤ " if kind in expected.bounds else ""
+        assert found.get(kind, bound + in_bytes(0)) == bound + in_bytes(count), kind
+    assert found["total"] == f"≤ {in_bytes(expected.total)}"
+    assert expected.weights < 1.1 * plan(config, length=16, train=True).weights / mesh["fsdp"]
 
 
 def test_a_dry_run_marks_what_is_learned(command, folder):
