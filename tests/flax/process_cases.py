@@ -2,7 +2,6 @@
 
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,7 +12,7 @@ from olmozoo.flax import FlaxAutoModelForCausalLM, canonical_state
 from olmozoo.flax.sharding import make_mesh
 from tests.flax.mesh_cases import FAMILIES, SETTINGS
 from tests.helpers.checkpoints import left_padded
-from tests.helpers.processes import CountedFile, run
+from tests.helpers.processes import Allocated, CountedFile, run
 
 if __name__ == "__main__":
     work, rank = Path(sys.argv[1]), int(sys.argv[2])
@@ -24,6 +23,13 @@ if __name__ == "__main__":
 
     def loaded():
         return {"read": counted.nbytes, "all": sum(x.nbytes for x in jax.tree.leaves(model.params))}
+
+    def allocated():
+        """The peak of allocations while a model is loaded in another dtype, and the bytes of its parts here."""
+        with Allocated() as memory:
+            wide = FlaxAutoModelForCausalLM.from_pretrained(work / "wide", mesh=make_mesh(fsdp=4), dtype="float64")
+        parts = [part.data.nbytes for leaf in jax.tree.leaves(wide.params) for part in leaf.addressable_shards]
+        return {"peak": memory.peak, "held": sum(parts)}
 
     def tokens():
         ids, mask = left_padded(FAMILIES["olmo2"], batch=4, length=7)
@@ -52,4 +58,5 @@ if __name__ == "__main__":
         ids, mask = left_padded(FAMILIES["olmoe"], batch=4, length=7)
         return np.asarray(mixture.generate(ids, mask, max_new_tokens=2).sequences)
 
-    run({case.__name__: partial(case) for case in (loaded, tokens, saved, not_saved, state, experts)}, work, rank)
+    cases = (loaded, allocated, tokens, saved, not_saved, state, experts)
+    run({case.__name__: case for case in cases}, work, rank)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.checkpoints import left_padded, write_checkpoint
-from tests.helpers.configs import CONFIGS, GRADIENT_BOUND
+from tests.helpers.configs import CONFIGS, GRADIENT_BOUND, WIDE
 from tests.helpers.processes import free_port, start
 
 jax = pytest.importorskip("jax")
@@ -105,6 +105,7 @@ def processes(tmp_path_factory):
     write_checkpoint(folder / "olmo2", CONFIGS["olmo2"].replace(vocab_size=64, eos_token_id=None, attention_bias=True))
     mixture = CONFIGS["olmoe"].replace(vocab_size=64, eos_token_id=None, num_experts=4)
     write_checkpoint(folder / "olmoe", mixture)
+    write_checkpoint(folder / "wide", CONFIGS["olmo2"].replace(vocab_size=WIDE), dtype="float32")
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "OLMOZOO_PORT": str(free_port())}
     return start("tests.flax.process_cases", folder, [environment] * 2, 200), folder
@@ -127,6 +128,15 @@ def test_two_processes_are_as_one(processes):
     np.testing.assert_array_equal(second["tokens"], expected)
     assert first["saved"] == sorted(path.name for path in (folder / "one").iterdir())
     assert all(path.read_bytes() == (folder / "two" / path.name).read_bytes() for path in (folder / "one").iterdir())
+
+
+def test_a_process_takes_the_memory_of_its_share(processes):
+    """An embedding is cast part by part: the whole of it is nowhere."""
+    embedding = 8 * WIDE * CONFIGS["olmo2"].hidden_size
+    for found in (each["allocated"] for each in processes[0]):
+        assert isinstance(found, dict), found
+        assert 0.9 * embedding < found["held"] < 1.1 * embedding  # half of two
+        assert found["peak"] < found["held"] + embedding / 4
 
 
 def test_experts_of_two_processes_are_as_of_one(processes):

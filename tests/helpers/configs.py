@@ -80,6 +80,7 @@ CONFIGS = {
     "opt-bare": OPTConfig(**OPT, enable_bias=False, layer_norm_elementwise_affine=False, activation_function="gelu"),
     "opt-no-final-norm-untied": OPTConfig(**OPT, _remove_final_layer_norm=True, tie_word_embeddings=False),
 }
+WIDE = 1 << 16  # rows of an embedding that is most of a small model
 LENGTH_DEPENDENT = ("olmo2-dynamic", "olmo2-longrope")  # cached and uncached answers differ by definition
 REFERENCE = PRESENT[0]
 OTHERS = [  # each is compared with the reference, so that it needs both

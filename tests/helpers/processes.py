@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import traceback
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,18 @@ def run(cases: dict[str, Callable[[], object]], folder: Path, rank: int) -> None
         except Exception:
             results[name] = traceback.format_exc()
     (folder / f"results{rank}").write_bytes(pickle.dumps(results))
+
+
+class Allocated:
+    """The peak of the memory that NumPy and Python allocate in the block. Mapped files and frameworks do not count."""
+
+    def __enter__(self):
+        tracemalloc.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
 
 
 class CountedFile:

@@ -16,8 +16,8 @@ from olmozoo.memory import plan
 from olmozoo.pt import AutoModelForCausalLM, AutoModelForSequenceClassification, canonical_state
 from olmozoo.pt.parallel import parallelize, token_mean
 from tests.helpers.checkpoints import left_padded, write_checkpoint
-from tests.helpers.configs import CONFIGS
-from tests.helpers.processes import CountedFile, run
+from tests.helpers.configs import CONFIGS, WIDE
+from tests.helpers.processes import Allocated, CountedFile, run
 
 SIZES = {"vocab_size": 62, "eos_token_id": None, "max_position_embeddings": 64}
 FAMILIES = {
@@ -105,6 +105,13 @@ def bytes_read(folder, mesh, family="olmo2"):
         "all": sum(p.numel() for p in model.parameters()) * 8,
         "plan": found.weights,
     }
+
+
+def allocated(folder, mesh):
+    """The peak of allocations while a model is loaded in another dtype, and the bytes of its parts on this rank."""
+    with Allocated() as memory:
+        model = AutoModelForCausalLM.from_pretrained(folder / "wide", device_mesh=mesh, dtype="float64")
+    return {"peak": memory.peak, "held": sum(p.to_local().nbytes for p in model.parameters())}
 
 
 def size(x):
@@ -227,6 +234,7 @@ if __name__ == "__main__":
     if rank == 0:
         for each, config in FAMILIES.items():
             write_checkpoint(work / each, config)
+        write_checkpoint(work / "wide", FAMILIES["olmo2"].replace(vocab_size=WIDE), dtype="float32")
         file = work / "olmoe" / "model.safetensors"
         tensors = load_file(file)
         tensors["model.layers.0.mlp.experts.4.up_proj.weight"][0] = -0.0  # whose sign a sum of parts may lose
@@ -255,6 +263,7 @@ if __name__ == "__main__":
             cases[f"equal-{family}-{name}"] = partial(equal, work, family, mesh, live=family == "olmo")
             cases[f"tokens-{family}-{name}"] = partial(tokens, work, family, mesh)
         cases[f"bytes-{name}"] = partial(bytes_read, work, mesh)
+        cases[f"allocated-{name}"] = partial(allocated, work, mesh)
         cases[f"state-{name}"] = partial(optimizer_state, work, mesh)
         cases[f"saved-{name}"] = partial(saved, work, mesh, name)
         cases[f"classified-{name}"] = partial(classified, work, mesh)

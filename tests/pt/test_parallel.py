@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.configs import BOUND, GRADIENT_BOUND
+from tests.helpers.configs import BOUND, CONFIGS, GRADIENT_BOUND, WIDE
 from tests.helpers.processes import free_port, start
 
 pytest.importorskip("torch")
@@ -82,6 +82,16 @@ def test_a_rank_reads_and_holds_its_share(results, mesh):
     for each in found:
         assert each["read"] == each["held"] < each["all"] / len(found) * (1.5 if mesh in EXPERTS else 1.2)
     assert max(each["held"] for each in found) == found[0]["plan"]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_rank_takes_the_memory_of_its_share(results, mesh):
+    """An embedding is cast part by part: the whole of it is nowhere."""
+    embedding = 8 * WIDE * CONFIGS["olmo2"].hidden_size
+    for found in (each[f"allocated-{mesh}"] for each in results):
+        assert isinstance(found, dict), found
+        assert 0.9 * 2 * embedding / len(results) < found["held"] < 1.1 * 2 * embedding / len(results)
+        assert found["peak"] < found["held"] + embedding / 4
 
 
 @pytest.mark.parametrize("mesh", [*MESHES, *EXPERTS])
