@@ -126,7 +126,29 @@ class QuantizedLinear(nn.Linear):
             rows = x.reshape(-1, self.in_features)
             out = self._multiply(rows).view(*x.shape[:-1], self.out_features)
             return out if self.bias is None else out + self.bias
+        is_vector = x.numel() == self.in_features and (self.bits == 8 or self.group_size % 2 == 0)
+        if is_vector and x.is_cuda and torch.compiler.is_compiling():
+            out = self.multiply_vector(x)
+            return out if self.bias is None else out + self.bias
         return F.linear(x, self.dequantize(x.dtype), self.bias)
+
+    def multiply_vector(self, x: Tensor) -> Tensor:
+        """`x W^T` for x (..., in) of one row: one sum, of which `torch.compile` makes a kernel that reads integers.
+
+        A product with the dequantized weight would write it to memory, and read it again.
+        """
+        wide, groups = at_least_float32(x.dtype), self.scale.shape[1]
+        values: Any = self.values
+        values, row = values.view(self.out_features, groups, -1), x.to(wide).view(groups, self.group_size)
+        offset: Any = 0
+        parts = [(values, row)]
+        if self.bits == 4:
+            parts, offset = [(values & 15, row[:, ::2]), (values >> 4, row[:, 1::2])], 8
+        if self.zero is not None:
+            offset = offset + self.zero[..., None].to(wide)
+        total = sum((integers.to(wide) - offset) * inputs for integers, inputs in parts)
+        total = total * self.scale[..., None].to(wide)
+        return total.flatten(1).sum(-1).to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def uses_kernel(self, x: Tensor) -> bool:
         """Whether a kernel multiplies by the integers: for bfloat16 on the CPU, without a gradient."""
