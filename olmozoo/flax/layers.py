@@ -7,7 +7,7 @@ d head_dim, c hidden size, f MLP width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,8 @@ from jax import Array, lax
 from olmozoo.errors import InputError
 from olmozoo.families.rope import Rope
 from olmozoo.memory import MIN_ROWS, SCORE_BYTES
+
+QUARTERS = 4  # parts of the queries of a long call, which are given as many keys as they see
 
 ACTIVATIONS = {
     "relu": nn.relu,
@@ -183,8 +185,22 @@ class QueryBlocks:
     def run(self, attend: Callable[..., Array], query: Array, key: Array, value: Array) -> Array:
         """`attend(query, key, value, mask)` by blocks of queries, in memory linear in s and t (arXiv:2112.05682).
 
-        In a window, a block is given the keys in it alone. The backward pass computes each block again.
+        In a window, a block is given the keys in it alone; without one, a quarter of the queries is given the keys up
+        to its own last, where the positions are known to the program. The backward pass computes each block again.
         """
+        if self.window is not None or self.end is not None or isinstance(self.past, jax.core.Tracer):
+            return self.blocks(attend, query, key, value)
+        length, first, out = query.shape[2], int(self.past), []
+        size = -(-length // (QUARTERS * self.rows)) * self.rows
+        for start in range(0, length, size):
+            keys = first + min(start + size, length)
+            mask = None if self.attention_mask is None else self.attention_mask[:, :keys]
+            part = replace(self, attention_mask=mask, past=first + start, keys=keys)
+            out.append(part.blocks(attend, query[:, :, start : start + size], key[:, :, :keys], value[:, :, :keys]))
+        return jnp.concatenate(out, 1)
+
+    def blocks(self, attend: Callable[..., Array], query: Array, key: Array, value: Array) -> Array:
+        """See `run`; all queries are given the same keys, but for a window."""
         batch, heads, length, head_dim = query.shape
         count = -(-length // self.rows)
         query = jnp.pad(query, ((0, 0), (0, 0), (0, count * self.rows - length), (0, 0)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -44,6 +44,8 @@ def in_wide(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The function in at least float32, rounded once at its end, as PyTorch's are."""
     return lambda x: ops.cast(function(ops.cast(x, at_least_float32(x.dtype))), x.dtype)
 
+
+QUARTERS = 4  # parts of the queries of a long call, which are given as many keys as they see
 
 ACTIVATIONS = {
     "relu": ops.relu,
@@ -327,8 +329,22 @@ class QueryBlocks:
     def run(self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`attend(query, key, value, mask)` by blocks of queries, in memory linear in s and t (arXiv:2112.05682).
 
-        In a window, a block is given the keys in it alone. The backward pass computes each block again.
+        In a window, a block is given the keys in it alone; without one, a quarter of the queries is given the keys up
+        to its own last, where the positions are known to the program. The backward pass computes each block again.
         """
+        first, length = static(self.past), static(ops.shape(query)[2])
+        if self.window is not None or self.end is not None or first is None or length is None:
+            return self.blocks(attend, query, key, value)
+        size, out = -(-length // (QUARTERS * self.rows)) * self.rows, []
+        for start in range(0, length, size):
+            keys = first + min(start + size, length)
+            mask = None if self.attention_mask is None else self.attention_mask[:, :keys]
+            part = replace(self, attention_mask=mask, past=first + start, keys=keys)
+            out.append(part.blocks(attend, query[:, :, start : start + size], key[:, :, :keys], value[:, :, :keys]))
+        return ops.concatenate(out, 1)
+
+    def blocks(self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `run`; all queries are given the same keys, but for a window."""
         batch, heads, length, head_dim = ops.shape(query)
         count = -(-length // self.rows)
         query = tf.pad(query, [[0, 0], [0, 0], [0, count * self.rows - length], [0, 0]])
