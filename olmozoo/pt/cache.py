@@ -139,12 +139,6 @@ class WindowCache(KVCache):
         self.windows, self.limit = config.windows, max_length
         self.firsts = [0] * len(shapes)  # the positions that memory begins with
 
-    def reorder(self, rows: Tensor) -> None:
-        """See `KVCache.reorder`; the memory stays where it is, or CUDA graphs would not be used."""
-        for side in (self.keys, self.values):
-            for tensor in side:
-                tensor.copy_(tensor.index_select(0, rows))
-
     @property
     def max_length(self) -> int:
         """See `KVCache.max_length`; layers with a window have memory for fewer."""
