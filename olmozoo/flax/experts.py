@@ -19,7 +19,8 @@ from olmozoo.families.olmoe import ExpertsConfig
 from olmozoo.flax.layers import ACTIVATIONS, at_least_float32
 from olmozoo.flax.quantization import dequantize
 
-MOST_ROWS = 64  # of one product of a tile with an expert
+MOST_ROWS = 64  # of one product of a tile with an expert; as many as twice an expert's mean, if that is less
+LEAST_ROWS = 2  # XLA would look up the kernel of a vector within the product, for each value of the kernel
 
 
 class SparseMLP(nn.Module):
@@ -265,7 +266,7 @@ class Tiles:
 
     def __init__(self, rows: int, sizes: Array) -> None:
         share = 2 * rows // len(sizes)
-        self.rows = min(1 << max(share - 1, 0).bit_length(), MOST_ROWS)  # twice an expert's mean, as a power of two
+        self.rows = min(max(1 << max(share - 1, 0).bit_length(), LEAST_ROWS), MOST_ROWS)  # a power of two
         counts = -(-sizes // self.rows)
         self.sizes = sizes
         self.ends = jnp.cumsum(counts)

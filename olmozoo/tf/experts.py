@@ -24,7 +24,8 @@ from olmozoo.tf.layers import (
     static,
 )
 
-MOST_ROWS = 64  # of one product of a tile with an expert
+MOST_ROWS = 64  # of one product of a tile with an expert; as many as twice an expert's mean, if that is less
+LEAST_ROWS = 2  # XLA would look up the kernel of a vector within the product, for each value of the kernel
 
 
 class SparseMLP(Layer):
@@ -190,7 +191,7 @@ class Tiles:
     def __init__(self, rows: Any, sizes: Tensor) -> None:
         known, experts = static(rows), sizes.shape[0]
         share = 2 * MOST_ROWS if known is None else 2 * known // experts
-        self.rows = min(1 << max(share - 1, 0).bit_length(), MOST_ROWS)  # twice an expert's mean, as a power of two
+        self.rows = min(max(1 << max(share - 1, 0).bit_length(), LEAST_ROWS), MOST_ROWS)  # a power of two
         counts = -(-sizes // self.rows)
         self.total, self.sizes = rows, sizes
         self.ends = tf.cumsum(counts)
