@@ -346,3 +346,9 @@ class _Shape:
         scales = {name.removesuffix("weight"): size for name, size in sizes.items() if name.endswith("weight")}
         affine = {name for name in scales if f"{name}bias" in sizes}
         return [n for name, n in scales.items() if name not in affine], [scales[name] for name in affine]
+
+
+def quarters(length: int, rows: int) -> list[tuple[int, int]]:
+    """Where the quarters of `length` queries begin and end, each in whole blocks of `rows` but for the last one."""
+    size = -(-length // (4 * rows)) * rows
+    return [(start, min(start + size, length)) for start in range(0, length, size)]

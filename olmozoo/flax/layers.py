@@ -19,9 +19,7 @@ from jax import Array, lax
 
 from olmozoo.errors import InputError
 from olmozoo.families.rope import Rope
-from olmozoo.memory import MIN_ROWS, SCORE_BYTES
-
-QUARTERS = 4  # parts of the queries of a long call, which are given as many keys as they see
+from olmozoo.memory import MIN_ROWS, SCORE_BYTES, quarters
 
 ACTIVATIONS = {
     "relu": nn.relu,
@@ -190,13 +188,12 @@ class QueryBlocks:
         """
         if self.window is not None or self.end is not None or isinstance(self.past, jax.core.Tracer):
             return self.blocks(attend, query, key, value)
-        length, first, out = query.shape[2], int(self.past), []
-        size = -(-length // (QUARTERS * self.rows)) * self.rows
-        for start in range(0, length, size):
-            keys = first + min(start + size, length)
+        first, out = int(self.past), []
+        for start, stop in quarters(query.shape[2], self.rows):
+            keys = first + stop
             mask = None if self.attention_mask is None else self.attention_mask[:, :keys]
             part = replace(self, attention_mask=mask, past=first + start, keys=keys)
-            out.append(part.blocks(attend, query[:, :, start : start + size], key[:, :, :keys], value[:, :, :keys]))
+            out.append(part.blocks(attend, query[:, :, start:stop], key[:, :, :keys], value[:, :, :keys]))
         return jnp.concatenate(out, 1)
 
     def blocks(self, attend: Callable[..., Array], query: Array, key: Array, value: Array) -> Array:

@@ -20,7 +20,7 @@ from keras import ops
 from olmozoo.checkpoint.tensors import aligned_empty, dtype_of
 from olmozoo.errors import InputError
 from olmozoo.families.rope import Rope
-from olmozoo.memory import MIN_ROWS, SCORE_BYTES
+from olmozoo.memory import MIN_ROWS, SCORE_BYTES, quarters
 
 Tensor: TypeAlias = tf.Tensor
 
@@ -44,8 +44,6 @@ def in_wide(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The function in at least float32, rounded once at its end, as PyTorch's are."""
     return lambda x: ops.cast(function(ops.cast(x, at_least_float32(x.dtype))), x.dtype)
 
-
-QUARTERS = 4  # parts of the queries of a long call, which are given as many keys as they see
 
 ACTIVATIONS = {
     "relu": ops.relu,
@@ -335,12 +333,12 @@ class QueryBlocks:
         first, length = static(self.past), static(ops.shape(query)[2])
         if self.window is not None or self.end is not None or first is None or length is None:
             return self.blocks(attend, query, key, value)
-        size, out = -(-length // (QUARTERS * self.rows)) * self.rows, []
-        for start in range(0, length, size):
-            keys = first + min(start + size, length)
+        out = []
+        for start, stop in quarters(length, self.rows):
+            keys = first + stop
             mask = None if self.attention_mask is None else self.attention_mask[:, :keys]
             part = replace(self, attention_mask=mask, past=first + start, keys=keys)
-            out.append(part.blocks(attend, query[:, :, start : start + size], key[:, :, :keys], value[:, :, :keys]))
+            out.append(part.blocks(attend, query[:, :, start:stop], key[:, :, :keys], value[:, :, :keys]))
         return ops.concatenate(out, 1)
 
     def blocks(self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
