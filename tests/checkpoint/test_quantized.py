@@ -276,8 +276,11 @@ OPT = OPTConfig(
 )
 
 
+MIXTURE = CONFIGS["olmoe"].replace(hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+
+
 @pytest.mark.pt
-@pytest.mark.parametrize("config", [CONFIG, OPT], ids=["olmo2", "opt"])
+@pytest.mark.parametrize("config", [CONFIG, OPT, MIXTURE], ids=["olmo2", "opt", "olmoe"])
 @pytest.mark.parametrize(("name", "size"), [("int8", 128), ("int4", 32)])
 def test_transformers_loads_what_is_written(tmp_path, config, name, size):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
